@@ -1,0 +1,38 @@
+# Everything starts from a machine with Python 3.10+ and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test slow fast check style
+demo: .venv/train
+	$(BIN)/python scripts/demo.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+fast: .venv/dev
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+style: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/train: .venv/bin/python setup.cfg constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,plots]"
+	touch $@
+
+.venv/dev: .venv/bin/python setup.cfg constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ .venv/train

@@ -1,0 +1,107 @@
+"""Trainer callbacks: a progress bar in tokens, the record of the run, sealed checkpoints."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+from transformers.utils.logging import tqdm
+
+from hf_power.checkpoint import seal
+from hf_power.recipe import write_json
+from hf_power.schedule import PowerLR
+
+RUN_FILE = "run.json"
+
+
+class TokenProgress(ProgressCallback):  # type: ignore[misc]  # transformers is untyped
+    """A progress bar that counts tokens: loss, learning rate, tokens per second and time left."""
+
+    def __init__(self, tokens_per_step: int, total_tokens: int) -> None:
+        super().__init__()
+        self.tokens_per_step, self.total_tokens = tokens_per_step, total_tokens
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar where the run stands."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            left = (state.max_steps - state.global_step) * self.tokens_per_step
+            self.training_bar = tqdm(
+                total=self.total_tokens,
+                initial=self.total_tokens - left,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc="Training",
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the tokens of the step."""
+        if self.training_bar is not None:
+            self.training_bar.update((state.global_step - self.current_step) * self.tokens_per_step)
+            self.current_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the loss and the base learning rate."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.2e}")
+
+
+class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Keeps run.json: in every checkpoint, and in the run folder at each save and at the end.
+
+    Args:
+        run: what is known before training; the callback adds tokens_seen, loss_curve, train_seconds and status.
+        folder: the run folder.
+    """
+
+    def __init__(self, run: dict[str, Any], folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self._seconds_before = float(run.get("train_seconds", 0.0))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        """Start the clock; list the parameter groups as the optimizer has them."""
+        self._started, self._steps_at_start, self._over = time.monotonic(), state.global_step, False
+        self._tokens_at_start = self.run["tokens_seen"]
+        optimizer = lr_scheduler.optimizer
+        self.run["groups"] = [
+            {
+                "name": group.get("name", f"group{i}"),
+                "base_lr": float(group["initial_lr"]),
+                "weight_decay": group["weight_decay"],
+                "eps": group["eps"],
+                "parameters": sum(p.numel() for p in group["params"]),
+            }
+            for i, group in enumerate(optimizer.param_groups)
+        ]
+        if isinstance(lr_scheduler, PowerLR):
+            self.run["schedule"] = lr_scheduler.describe()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add a point to the loss curve."""
+        if not self._over:
+            self._count(state)
+        keys = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+        point = {key: float(logs[key]) for key in keys if logs and key in logs}
+        if "loss" in point or "eval_loss" in point:
+            self.run["loss_curve"].append({"step": state.global_step, "tokens": self.run["tokens_seen"], **point})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the checkpoint with run.json and seal it."""
+        self._count(state)
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / RUN_FILE, self.run)
+            seal(checkpoint)
+            write_json(self.folder / RUN_FILE, self.run)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bring the counters up to the last step; an evaluation after it takes no training time."""
+        self._count(state)
+        self._over = True
+
+    def _count(self, state: Any) -> None:
+        steps = state.global_step - self._steps_at_start
+        self.run["steps"] = state.global_step
+        self.run["tokens_seen"] = self._tokens_at_start + steps * self.run["tokens_per_step"]
+        self.run["train_seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)

@@ -1,0 +1,76 @@
+"""Checkpoints that can be trusted: sealed by a manifest, verified before use, newest intact one first."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from hf_power.recipe import write_json
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json, the last file of a checkpoint: size and SHA-256 of every other file.
+
+    A folder without it was not finished.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.endswith(".tmp"))
+    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    write_json(folder / MANIFEST, {"schema": SCHEMA, "files": entries})
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = manifest["files"].items()
+        wanted = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing, so its saving was not finished"]
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
+        return [f"{MANIFEST} cannot be read"]
+    found = []
+    for path, (size, digest) in wanted.items():
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        elif _sha256(path) != digest:
+            found.append(f"{name} has other content than when it was sealed")
+    return found
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, newest (largest N) first."""
+    numbered = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def newest_intact(run: Path) -> tuple[Path, dict[str, list[str]]]:
+    """The newest checkpoint that verifies, and what is wrong with those after it.
+
+    Raises:
+        FileNotFoundError: if the run has no intact checkpoint; the message names each and its problem.
+    """
+    broken: dict[str, list[str]] = {}
+    for folder in checkpoints(run):
+        found = problems(folder)
+        if not found:
+            return folder, broken
+        broken[folder.name] = found
+    details = "; ".join(f"{name}: {', '.join(found)}" for name, found in broken.items())
+    raise FileNotFoundError(
+        f"there is nothing to resume from in {run}" + (f" ({details})" if details else "") + ": "
+        "leave out --resume_from_checkpoint to start anew in an empty folder."
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""Coordinate check: does muP hold for this model? Slopes of output changes over width, and a verdict.
+
+The idea is Yang et al.'s (arXiv:2203.03466, appendix D.1), on changes of outputs instead of outputs: what a module puts
+out at initialization hides a learning rate that is wrong, what training adds to it does not.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, linear_regression
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_power.mup import mup_config, mup_init_, mup_param_groups, scale_width, warn_if_ladder_changes_gqa
+
+MAX_SLOPE = 0.25  # the smallest error in an exponent of muP is 1/2, and so is its slope: the limit is half of that
+MIN_WIDTHS = 4
+MAX_STEPS = 10
+
+# Last part of a submodule's name -> what the table calls it.
+_LABELS = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "mlp",
+    "router": "router",
+    "block_sparse_moe": "moe",
+    "norm": "final norm",
+}
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """Result of `coord_check`.
+
+    Attributes:
+        rows: measurements, dicts with module (str), step (int, from 1), width (int) and change (RMS of
+            output - output before training, in the output's units, mean over seeds).
+    """
+
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def slopes(self) -> list[dict[str, Any]]:
+        """Dicts with module, step and slope: least squares of log2(change) over log2(width).
+
+        The slope is 0 where muP holds and the exponent of the error where it does not. It is nan where a change is 0
+        (the module did not learn) or not finite.
+        """
+        points: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for row in self.rows:
+            points.setdefault((row["module"], row["step"]), []).append((row["width"], row["change"]))
+        return [{"module": module, "step": step, "slope": _slope(p)} for (module, step), p in points.items()]
+
+    @property
+    def worst(self) -> dict[str, Any]:
+        """The entry of slopes that is farthest from 0; nan counts as farthest."""
+        return max(self.slopes, key=lambda s: math.inf if math.isnan(s["slope"]) else abs(s["slope"]))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every slope lies within -MAX_SLOPE and MAX_SLOPE, both excluded."""
+        return abs(self.worst["slope"]) < MAX_SLOPE
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed or FAILED, the worst slope, the limit and the widths."""
+        worst, widths = self.worst, sorted({row["width"] for row in self.rows})
+        return (
+            f"{'passed' if self.passed else 'FAILED'}: worst slope {worst['slope']:+.2f} ({worst['module']}, step "
+            f"{worst['step']}), limit {MAX_SLOPE:g}, widths {', '.join(map(str, widths))}"
+        )
+
+    def table(self) -> str:
+        """Markdown: a row per module, a column per step, slopes outside the limit in bold, then the verdict."""
+        modules = list(dict.fromkeys(s["module"] for s in self.slopes))
+        steps = sorted({s["step"] for s in self.slopes})
+        slopes = {(s["module"], s["step"]): s["slope"] for s in self.slopes}
+        name_width = max(len(name) for name in [*modules, "module"])
+        lines = [
+            f"| {'module':<{name_width}} | " + " | ".join(f"step {step:<4}" for step in steps) + " |",
+            f"|{'-' * (name_width + 2)}|" + "----------:|" * len(steps),
+        ]
+        for module in modules:
+            cells = [slopes[module, step] for step in steps]
+            text = [f"{c:+.2f}" if abs(c) < MAX_SLOPE else f"**{c:+.2f}**" for c in cells]
+            lines.append(f"| {module:<{name_width}} | " + " | ".join(f"{t:>9}" for t in text) + " |")
+        return "\n".join([*lines, "", self.verdict])
+
+
+def coord_check(
+    config: Any,
+    *,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    base_width: int | None = None,
+    steps: int = 4,
+    lr: float = 0.01,
+    weight_decay: float = 0.0,
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_size: int = 4,
+    seq_len: int = 64,
+    init: Callable[[nn.Module], Any] = mup_init_,
+    param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
+    **mup_kwargs: Any,
+) -> CoordCheck:
+    """Train the model at several widths for a few steps and measure how its outputs change.
+
+    At each width: ``mup_config(scale_width(config, width))``, ``init``, then ``steps`` steps of AdamW (betas 0.9 and
+    0.95) on one fixed batch of random tokens, in fp32 on the CPU and without dropout. After step t, for the embedding,
+    each layer's attention, router and MLP or MoE (before the residual multiplier), the final norm and the logits::
+
+        change_t = sqrt(mean((output_t - output_0)**2))
+
+    The caller's random numbers are left alone. A check sees init, learning rates and multipliers. It cannot see an
+    error in weight decay, which needs hundreds of steps to show.
+
+    Args:
+        config: LlamaConfig or MixtralConfig at any width; small depth and vocabulary are enough (2 layers, 256 tokens).
+        widths: values of hidden_size, at least MIN_WIDTHS different ones.
+        base_width: as in `mup_config`; None for the smallest width.
+        steps: optimizer steps, from 1 to MAX_STEPS.
+        lr: base learning rate, > 0; large enough to move the outputs, small enough that the model still learns.
+        weight_decay: AdamW's coefficient at base width, >= 0.
+        seeds: the changes are averaged over these seeds of weights and batch.
+        batch_size, seq_len: shape of the batch, in sequences and tokens.
+        init: initializes a model in place.
+        param_groups: called with the model, lr and weight_decay, as `mup_param_groups`.
+        **mup_kwargs: more arguments of `mup_config` (preset and so on).
+
+    Returns:
+        The measurements, their slopes and the verdict.
+
+    Raises:
+        ValueError: too few widths, steps out of range, no seeds, or a model that `scale_width` or `mup_config` refuses.
+    """
+    widths = sorted(set(widths))
+    if len(widths) < MIN_WIDTHS:
+        raise ValueError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be from 1 to {MAX_STEPS}, got {steps}: choose a number in that range.")
+    if not seeds:
+        raise ValueError("seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2).")
+    scaled = [scale_width(config, width) for width in widths]
+    warn_if_ladder_changes_gqa(scaled)
+    rows = []
+    for plain in scaled:
+        ready = mup_config(plain, base_width=base_width or widths[0], **mup_kwargs)
+        runs = []
+        for seed in seeds:
+            with torch.random.fork_rng(devices=[]):  # only the CPU's generator is seeded here
+                torch.random.default_generator.manual_seed(seed)
+                tokens = torch.randint(config.vocab_size, (batch_size, seq_len))
+                model = _build(ready, init)
+                groups = param_groups(model, lr=lr, weight_decay=weight_decay)
+                runs.append(_changes(model, tokens, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), steps))
+        rows += [
+            {"module": module, "step": step, "width": plain.hidden_size, "change": fmean(run[module, step] for run in runs)}
+            for module, step in runs[0]
+        ]
+    return CoordCheck(rows)
+
+
+def _build(config: Any, init: Callable[[nn.Module], Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    init(model)
+    return model.eval()
+
+
+def _changes(
+    model: Any, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int
+) -> dict[tuple[str, int], float]:
+    """RMS change of every watched output after each step, by (module, step)."""
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        label = _LABELS.get(name.rsplit(".", 1)[-1])
+        if label is not None:
+            layer = re.search(r"layers\.(\d+)\.", name)
+            _record(module, f"layer {layer[1]} {label}" if layer else label, outputs)
+    before: dict[str, torch.Tensor] = {}
+    changes = {}
+    for step in range(steps + 1):
+        result = model(input_ids=tokens, labels=tokens, use_cache=False)
+        outputs["logits"] = result.logits.detach()  # after logits_scaling, which lm_head's own output lacks
+        if step == 0:
+            before = dict(outputs)
+        for module in before if step else ():
+            changes[module, step] = (outputs[module] - before[module]).square().mean().sqrt().item()
+        if step < steps:
+            optimizer.zero_grad()
+            result.loss.backward()
+            optimizer.step()
+    return changes
+
+
+def _record(module: nn.Module, label: str, outputs: dict[str, torch.Tensor]) -> None:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        # Attention and the router return tuples that begin with their output.
+        outputs[label] = (output[0] if isinstance(output, tuple) else output).detach()
+
+    module.register_forward_hook(hook)
+
+
+def _slope(points: list[tuple[int, float]]) -> float:
+    if any(change == 0.0 or not math.isfinite(change) for _, change in points):
+        return math.nan
+    widths, changes = zip(*points)
+    return linear_regression([math.log2(w) for w in widths], [math.log2(c) for c in changes]).slope

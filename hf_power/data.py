@@ -1,0 +1,511 @@
+"""Text -> tokenizer -> packed fixed-length blocks for language-model pretraining, in an order that can be resumed."""
+
+import functools
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PYTHON_STDLIB = "python-stdlib"
+END_OF_TEXT = "<|endoftext|>"  # eos, bos and unk of a trained tokenizer
+TOKENIZER_CHARACTERS = 20_000_000  # a tokenizer is trained on this much text at most, about 20 MB
+DOCUMENTS_PER_BATCH = 1000  # packed together; what is left over, less than one block, is dropped
+STREAM_EVAL_DOCUMENTS = 1000  # a stream has no length to take a fraction of: its first documents are held out
+STREAM_PROBE_ROWS = 100  # rows that stand for a stream where its columns or its fingerprint are asked for
+STREAM_SHUFFLE_BLOCKS = 10_000  # shuffle buffer of a stream: 80 MB of int64 at 1024 tokens per block
+SPLIT_SEED = 0  # of the held-out documents and of the tokenizer's sample; not the run's seed, so that runs compare
+
+# suffix -> (loader of `datasets`, its options)
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+
+
+@dataclass
+class DataArguments:
+    """Which text, which tokenizer, which blocks; made for `transformers.HfArgumentParser`."""
+
+    dataset: str = field(
+        default=PYTHON_STDLIB,
+        metadata={
+            "help": "python-stdlib (the sources of the running Python), a file, folder or glob of .txt, .jsonl, .json, "
+            ".parquet or .arrow, or any name that datasets.load_dataset takes."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name for load_dataset."})
+    split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:10%] work."})
+    eval_split: str | None = field(default=None, metadata={"help": "Held-out split; none: hold out eval_fraction."})
+    eval_fraction: float = field(
+        default=0.05,
+        metadata={"help": f"Share of held-out documents; a stream holds out its first {STREAM_EVAL_DOCUMENTS}."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data while training instead of storing them first."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name; none: train a byte-level BPE on the training text."}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of a trained tokenizer."})
+    block_size: int = field(default=256, metadata={"help": "Tokens per block (sequence length)."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize; none: one per CPU."})
+    data_cache_dir: str | None = field(default=None, metadata={"help": "None: the cache of datasets."})
+
+
+def load_text(args: DataArguments) -> tuple[Any, Any]:
+    """Training and held-out documents, one "text" column each.
+
+    Without eval_split, python-stdlib is split by a hash of each file's path, other data by a fixed seed, and a stream
+    holds out its first STREAM_EVAL_DOCUMENTS documents.
+
+    Args:
+        args: see `DataArguments`; eval_fraction in (0, 1).
+
+    Returns:
+        (train, held out): two datasets.Dataset, or two datasets.IterableDataset if args.streaming.
+
+    Raises:
+        FileNotFoundError: if a path has no file, or a folder none of a known type.
+        ValueError: if eval_fraction is outside (0, 1), file types are mixed or unknown, a JSON line is broken (a stream
+            meets it only when it reads it), the text column is missing or not text, or a part has no documents.
+    """
+    if not 0 < args.eval_fraction < 1:
+        raise ValueError(f"eval_fraction must lie between 0 and 1, got {args.eval_fraction}: pass, for example, 0.05.")
+    if args.dataset == PYTHON_STDLIB:
+        parts = _load_python_stdlib(args)
+    else:
+        data = _load_split(args, args.split)
+        parts = _hold_out(data, args) if args.eval_split is None else (data, _load_split(args, args.eval_split))
+    for name, part in zip(("training", "held-out"), parts, strict=True):
+        if next(iter(part), None) is None:
+            raise ValueError(f"The {name} part of {args.dataset!r} has no documents: pass more data or another split.")
+    return parts
+
+
+def _load_python_stdlib(args: DataArguments) -> tuple[Any, Any]:
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
+    if (args.split, args.eval_split, args.text_column) != ("train", None, "text"):
+        raise ValueError(
+            f"dataset={PYTHON_STDLIB!r} has no splits or columns to choose from, got split={args.split!r}, "
+            f"eval_split={args.eval_split!r}, text_column={args.text_column!r}: leave them at their defaults."
+        )
+    documents: tuple[list[str], list[str]] = ([], [])
+    digests = hashlib.sha256(), hashlib.sha256()
+    for path, text in _python_sources(Path(sysconfig.get_paths()["stdlib"])):
+        score = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+        part = int(score < args.eval_fraction)
+        documents[part].append(text)
+        digests[part].update(f"{path}\0{text}\0".encode())
+    if not all(documents):
+        raise ValueError(
+            f"eval_fraction={args.eval_fraction} holds out {len(documents[1])} of the "
+            f"{len(documents[0]) + len(documents[1])} documents of {PYTHON_STDLIB!r}: pass, for example, 0.05."
+        )
+    # The fingerprint is of the content, not of the path: two machines with the same Python share it.
+    parts = [
+        datasets.Dataset.from_generator(
+            lambda texts=texts: ({"text": text} for text in texts),
+            features=datasets.Features({"text": datasets.Value("string")}),
+            cache_dir=args.data_cache_dir,
+            fingerprint=f"python-{python_version()}-{digest.hexdigest()[:16]}",
+        )
+        for texts, digest in zip(documents, digests, strict=True)
+    ]
+    train, held_out = (part.to_iterable_dataset() if args.streaming else part for part in parts)
+    return train, held_out
+
+
+def _python_sources(root: Path) -> Iterator[tuple[str, str]]:
+    """(relative posix path, text) of the .py files under root in sorted order, without those that are not UTF-8."""
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages")]
+        paths += [Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    for path in sorted(paths):
+        try:
+            yield path, (root / path).read_bytes().decode()
+        except UnicodeDecodeError:  # Python's own tests of broken encodings
+            continue
+
+
+def _load_split(args: DataArguments, split: str) -> Any:
+    import datasets
+
+    options = {"split": split, "streaming": args.streaming, "cache_dir": args.data_cache_dir}
+    files = _local_files(args.dataset)
+    if not files:
+        return _text_only(datasets.load_dataset(args.dataset, args.dataset_config, **options), args.text_column)
+    loader, loader_options = LOADERS[Path(files[0]).suffix]
+    try:
+        dataset = datasets.load_dataset(
+            loader, args.dataset_config, data_files=list(map(glob.escape, files)), **loader_options, **options
+        )
+        return _text_only(dataset, args.text_column)
+    except StopIteration:  # what the JSON loader raises for empty files
+        raise ValueError(f"{args.dataset!r} has no documents: pass more data.") from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        for file in files if loader == "json" else []:
+            _check_json(file, error)
+        raise
+
+
+def _local_files(name: str) -> list[str]:
+    """Sorted files of a path, folder or glob, all of one type; [] if the name must be one for load_dataset."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.suffix in LOADERS]
+    elif path.exists():
+        files = [path]
+    elif glob.has_magic(name):
+        files = [Path(file) for file in glob.glob(str(path), recursive=True)]
+    elif path.suffix in LOADERS or path.is_absolute() or name.startswith("."):
+        files = []
+    else:
+        return []
+    if not files:
+        raise FileNotFoundError(f"dataset={name!r} has no file of type {', '.join(LOADERS)}: check the path.")
+    suffixes = sorted({file.suffix for file in files})
+    if len(suffixes) > 1 or suffixes[0] not in LOADERS:
+        raise ValueError(
+            f"dataset={name!r} must be files of one type of {', '.join(LOADERS)}, got {', '.join(suffixes)}: "
+            "choose some with a glob such as 'folder/*.jsonl'."
+        )
+    return sorted(str(file) for file in files)
+
+
+def _check_json(file: str, cause: Exception) -> None:
+    """Raise a ValueError with the file and the line if the file is not JSON or JSON lines."""
+    with open(file, "rb") as lines:
+        is_array = lines.read(1) == b"["
+        lines.seek(0)
+        for number, line in enumerate([lines.read()] if is_array else lines, start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), list if is_array else dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                number = error.lineno if is_array and isinstance(error, json.JSONDecodeError) else number
+                raise ValueError(f"{file}:{number}: broken JSON ({error}): repair or delete the line.") from cause
+
+
+def _text_only(dataset: Any, column: str) -> Any:
+    """The dataset with the text column alone, named "text"."""
+    import datasets
+
+    features = dataset.features
+    if features is None:  # a stream of JSON does not know its columns before it is read
+        features = datasets.Dataset.from_list(list(dataset.take(STREAM_PROBE_ROWS))).features
+    strings = [name for name, kind in features.items() if "string" in str(getattr(kind, "dtype", ""))]
+    if column not in strings:
+        got = f"of type {features[column]}" if column in features else "missing"
+        raise ValueError(
+            f"text_column={column!r} must be a column of strings, got one that is {got}: "
+            f"pass one of {', '.join(strings) or '(the data has no column of strings)'}."
+        )
+    dataset = dataset.select_columns([column])
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def _hold_out(dataset: Any, args: DataArguments) -> tuple[Any, Any]:
+    if args.streaming:
+        return dataset.skip(STREAM_EVAL_DOCUMENTS), dataset.take(STREAM_EVAL_DOCUMENTS)
+    if len(dataset) < 2:
+        raise ValueError(
+            f"{args.dataset!r} has {len(dataset)} document(s), too few to hold one out (a .txt file is one document): "
+            "pass more documents or eval_split."
+        )
+    num_held_out = min(max(1, round(args.eval_fraction * len(dataset))), len(dataset) - 1)
+    parts = dataset.train_test_split(test_size=num_held_out, seed=SPLIT_SEED)
+    return parts["train"], parts["test"]
+
+
+def load_tokenizer(args: DataArguments, train: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the arguments, or a byte-level BPE trained on the training text.
+
+    A trained one depends on the data, vocab_size and TOKENIZER_CHARACTERS only, and is kept in the cache.
+
+    Args:
+        args: see `DataArguments`; vocab_size >= 257 (256 bytes and the end of text).
+        train: documents with a "text" column; read only if a tokenizer must be trained.
+
+    Raises:
+        ValueError: if the tokenizer is not a fast one or has no eos token, or if vocab_size is below 257.
+
+    Warns:
+        UserWarning: if the text is too small to give vocab_size tokens.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        args.tokenizer or _trained_tokenizer(args, train)
+    )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer={args.tokenizer!r} must be a fast one (tokenizer.json), got {type(tokenizer).__name__}: "
+            "convert it or pass another."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer={args.tokenizer!r} must have an eos token to end documents with, got none: "
+            "set eos_token in its tokenizer_config.json."
+        )
+    if args.tokenizer is None and len(tokenizer) < args.vocab_size:
+        warnings.warn(
+            f"The training text gives {len(tokenizer)} tokens, fewer than vocab_size={args.vocab_size}: "
+            "size the model by len(tokenizer), or train on more text.",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+def _trained_tokenizer(args: DataArguments, train: Any) -> str:
+    """Folder of the cached tokenizer, which is trained first if it is not there."""
+    import datasets
+
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if args.vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} (bytes and eos), got {args.vocab_size}: raise it.")
+    recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
+    cache = Path(args.data_cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "hf_power_tokenizers"
+    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    if not folder.exists():
+        tokenizer = _train_bpe(_sample_text(train), args.vocab_size)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            tokenizer.save_pretrained(os.path.join(temporary, "tokenizer"))
+            try:
+                os.rename(os.path.join(temporary, "tokenizer"), folder)
+            except OSError:  # another process was first, with the same tokenizer
+                if not folder.exists():
+                    raise
+    return str(folder)
+
+
+def _sample_text(train: Any) -> Iterator[str]:
+    remaining = TOKENIZER_CHARACTERS
+    for row in train.shuffle(seed=SPLIT_SEED):
+        text = (row["text"] or "")[:remaining]
+        remaining -= len(text)
+        yield text
+        if not remaining:
+            return
+
+
+def _train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call, unused-ignore]
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pack(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, block_size: int, num_proc: int | None = None) -> Any:
+    """Tokenize documents and cut them into blocks of exactly block_size tokens.
+
+    Every document is followed by the eos token; DOCUMENTS_PER_BATCH documents at a time are joined and cut, and the
+    last tokens of such a batch, fewer than one block, are dropped. Special tokens that a text spells out are encoded as
+    plain text, so eos only ever means the end of a document; a null text is an empty document. The blocks do not
+    depend on num_proc, and a second call with the same data finds them in the cache.
+
+    Args:
+        dataset: documents with a "text" column, Dataset or IterableDataset.
+        tokenizer: a fast tokenizer with an eos token.
+        block_size: tokens per block, >= 1.
+        num_proc: processes, at most one per DOCUMENTS_PER_BATCH documents; None for one per CPU, unused in a stream.
+
+    Returns:
+        A dataset of {"input_ids": (block_size,) integers} in numpy format, stored as int32.
+
+    Raises:
+        ValueError: if block_size < 1 or the data gives no block.
+    """
+    import datasets
+
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1 token, got {block_size}: pass the sequence length.")
+    # datasets caches by a hash of the arguments, and a tokenizer's hash changes once it has padded or truncated.
+    raw: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.no_truncation()
+    raw.no_padding()
+    encoder = {"tokenizer_json": raw.to_str(), "eos_id": tokenizer.eos_token_id}
+    options: dict[str, Any] = {
+        "batched": True,
+        "batch_size": DOCUMENTS_PER_BATCH,
+        "remove_columns": dataset.column_names or ["text"],
+        "features": datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+        "fn_kwargs": {**encoder, "block_size": block_size},
+    }
+    if isinstance(dataset, datasets.IterableDataset):
+        blocks = dataset.map(_pack_batch, **options)
+    else:
+        blocks = _map_in_parallel(dataset, _pack_batch, options, num_proc or os.cpu_count() or 1)
+    if next(iter(blocks), None) is None:
+        num_tokens = sum(len(_join(rows["text"], **encoder)) for rows in dataset.iter(DOCUMENTS_PER_BATCH))
+        raise ValueError(
+            f"The data has {num_tokens} tokens, fewer than one block of {block_size} in any "
+            f"{DOCUMENTS_PER_BATCH} documents: pass more text or a smaller block_size."
+        )
+    return blocks.with_format("numpy")
+
+
+def _map_in_parallel(dataset: Any, function: Any, options: dict[str, Any], num_proc: int) -> Any:
+    """Dataset.map whose batches, and so whose result, are the same for any number of processes.
+
+    map gives each process one contiguous share and batches within it, so shares must be whole batches: the documents
+    beyond the last whole round of num_proc batches are mapped in this process.
+    """
+    import datasets
+
+    num_proc = max(1, min(num_proc, len(dataset) // DOCUMENTS_PER_BATCH))
+    shared = len(dataset) - len(dataset) % (num_proc * DOCUMENTS_PER_BATCH) if num_proc > 1 else 0
+    parts = [(range(shared), num_proc), (range(shared, len(dataset)), None)]
+    return datasets.concatenate_datasets(
+        [
+            dataset.select(rows).map(function, num_proc=processes, desc="Tokenizing and packing", **options)
+            for rows, processes in parts
+            if rows
+        ]
+    )
+
+
+def _pack_batch(rows: Any, *, block_size: int, tokenizer_json: str, eos_id: int) -> dict[str, Any]:
+    tokens = _join(rows["text"], tokenizer_json=tokenizer_json, eos_id=eos_id)
+    num_blocks = len(tokens) // block_size
+    return {"input_ids": tokens[: num_blocks * block_size].reshape(num_blocks, block_size)}
+
+
+def _join(texts: Sequence[str | None], *, tokenizer_json: str, eos_id: int) -> np.ndarray:
+    """The tokens of all texts in one array, eos after each."""
+    encodings = _raw_tokenizer(tokenizer_json).encode_batch_fast(
+        [text or "" for text in texts], add_special_tokens=False
+    )
+    return np.concatenate([np.array([*encoding.ids, eos_id], dtype=np.int32) for encoding in encodings])
+
+
+@functools.lru_cache(maxsize=1)
+def _raw_tokenizer(tokenizer_json: str) -> Any:
+    tokenizer: Any = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_special_tokens = True  # not part of the JSON; True reads "<|endoftext|>" in a text as plain text
+    return tokenizer
+
+
+class BlockStream(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """The endless, seeded order of training blocks, cut to positions [start, stop).
+
+    Item i is block ``permutation(epoch)[k]`` with ``epoch, k = divmod(start + i, len(blocks))`` and
+    ``permutation(epoch) = numpy.random.default_rng([seed, epoch]).permutation(len(blocks))``. The order depends on the
+    seed and the position alone, not on batch size, processes, or where a run was stopped: a run that resumes at the
+    number of blocks it has read goes on exactly. Read it in sequence; only the last epoch's permutation (8 bytes per
+    block) is kept.
+
+    Args:
+        blocks: what `pack` returned for a Dataset; at least one block.
+        seed: >= 0.
+        start: position of the first block, in blocks since the start of training, >= 0.
+        stop: position after the last one, >= start; not bounded by len(blocks).
+
+    Raises:
+        ValueError: if there are no blocks, or unless 0 <= start <= stop and seed >= 0.
+    """
+
+    def __init__(self, blocks: Any, *, seed: int, start: int, stop: int) -> None:
+        if not 0 <= start <= stop or seed < 0 or not len(blocks):
+            raise ValueError(
+                "BlockStream needs 0 <= start <= stop, seed >= 0 and a block to read, "
+                f"got start={start}, stop={stop}, seed={seed} and {len(blocks)} blocks: correct them."
+            )
+        self.blocks, self.seed, self.start, self.stop = blocks, seed, start, stop
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Several items in one read; torch's DataLoader calls it with the indices of a batch."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(f"BlockStream has items 0 to {len(self) - 1}, got {indices}: stay within.")
+        epochs, offsets = np.divmod(self.start + wanted, len(self.blocks))
+        rows = np.empty_like(wanted)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = self._order(int(epoch))[offsets[epochs == epoch]]
+        return [{"input_ids": block} for block in self.blocks[rows.tolist()]["input_ids"]]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
+            self._epoch = epoch
+        return self._permutation
+
+
+def stream_blocks(blocks: Any, *, seed: int, start: int) -> Any:
+    """The endless order of training blocks of a stream, from position start on.
+
+    Shuffled within a buffer of STREAM_SHUFFLE_BLOCKS blocks, in the same order every epoch. Skipping to start reads and
+    tokenizes again all that is skipped, and the order holds for one reading process: where start-up time or exactness
+    on several ranks matters, store the data and use `BlockStream`.
+
+    Args:
+        blocks: what `pack` returned for an IterableDataset.
+        seed: of the shuffle.
+        start: blocks to skip, >= 0.
+
+    Returns:
+        An endless datasets.IterableDataset.
+    """
+    # Endless before skip: a loader that starts an epoch anew would otherwise skip anew.
+    return blocks.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BLOCKS).repeat(None).skip(start)
+
+
+def collate_blocks(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Stack blocks to {"input_ids", "labels"}, two equal int64 tensors of shape (batch, block_size).
+
+    The labels are not shifted: causal language models of transformers do that themselves.
+    """
+    input_ids = torch.from_numpy(np.stack([example["input_ids"] for example in examples])).long()
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def fingerprint(dataset: Any) -> str:
+    """A short id of the data, for provenance: the same for the same data and steps, in every process.
+
+    For python-stdlib it is the Python version and a hash of the sources; for other stored data it is that of datasets,
+    which also depends on where the files lie; for a stream, a hash of its first STREAM_PROBE_ROWS rows.
+    """
+    if hasattr(dataset, "_fingerprint"):
+        return str(dataset._fingerprint)
+    digest = hashlib.sha256()
+    for row in dataset.take(STREAM_PROBE_ROWS):
+        digest.update(json.dumps(row, default=lambda array: array.tolist()).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,246 @@
+"""What a pretraining run is told: one YAML of four sections, checked before anything is started."""
+
+import dataclasses
+import difflib
+import enum
+import inspect
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_power.data import DataArguments
+from hf_power.recipe import Recipe
+from hf_power.schedule import PowerLR
+
+UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "hub_token", "recipe"}  # of this machine, or secret
+
+
+@dataclass
+class ModelArguments:
+    """Shape of a Llama- or Mixtral-style model trained from scratch."""
+
+    model_type: str = field(default="llama", metadata={"help": "llama or mixtral."})
+    hidden_size: int = field(default=256, metadata={"help": "Width."})
+    intermediate_size: int = field(default=640, metadata={"help": "Width of the MLP, or of one expert."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Query heads."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "KV heads; None: as many as query heads."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "One matrix for embedding and lm_head."})
+    num_local_experts: int = field(default=8, metadata={"help": "Experts (mixtral)."})
+    num_experts_per_tok: int = field(default=2, metadata={"help": "Experts of each token (mixtral)."})
+    model_config: dict | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes bare dict only
+        default=None, metadata={"help": "Any other argument of LlamaConfig or MixtralConfig, as a mapping."}
+    )
+
+
+@dataclass
+class MupArguments:
+    """muP, see `hf_power.mup_config`."""
+
+    mup: bool = field(default=True, metadata={"help": "False: plain Llama/Mixtral with one learning rate."})
+    base_width: int = field(default=256, metadata={"help": "hidden_size at which muP changes nothing."})
+    base_intermediate_size: int | None = field(default=None, metadata={"help": "MLP width at base_width."})
+    base_head_dim: int | None = field(default=None, metadata={"help": "Head size at which logits have Llama's scale."})
+    base_num_layers: int | None = field(default=None, metadata={"help": "Depth of the proxies (CompleteP)."})
+    preset: str = field(default="paper", metadata={"help": "paper, ibm or power_of_two."})
+    embedding_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
+    residual_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
+    attention_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
+    initializer_range: float | None = field(default=None, metadata={"help": "Wins over the preset."})
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with the defaults of pretraining, and the length of the run in tokens."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "The run folder."})
+    tokens: str | None = field(default=None, metadata={"help": "Length of the run, e.g. 30M or 2.1B tokens."})
+    recipe: str | None = field(default=None, metadata={"help": "recipe.json or Hub repository with tuned numbers."})
+    max_eval_tokens: str = field(default="200k", metadata={"help": "Held-out tokens used in an evaluation."})
+    lr_scheduler_type: str = field(default="power", metadata={"help": "Any scheduler type of transformers."})
+    learning_rate: float = field(default=0.02, metadata={"help": "eta_max, the cap of the Power schedule."})
+    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's coefficient at base width."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every N steps."})
+    save_steps: float = field(default=500, metadata={"help": "Checkpoint every N steps."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the loss only."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show a NaN loss as it is."})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "The data come in seeded order."})
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments,
+    "mup": MupArguments,
+    "data": DataArguments,
+    "training": PretrainArguments,
+}
+
+
+@dataclass
+class Settings:
+    """The four sections, and which of their values were given rather than left at their defaults."""
+
+    model: ModelArguments
+    mup: MupArguments
+    data: DataArguments
+    training: PretrainArguments
+    given: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_dict(cls, sections: dict[str, Any]) -> "Settings":
+        """Build settings from a mapping of sections, as in a YAML recipe or run.json."""
+        flat = flatten(sections, "settings")
+        parts = {}
+        for name, kind in SECTIONS.items():
+            names = {f.name for f in dataclasses.fields(kind)}
+            parts[name] = kind(**{k: v for k, v in flat.items() if k in names})
+        return cls(**parts, given=frozenset(flat))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The sections with the values that were given, without output paths and tokens; `from_dict` reads it back."""
+        sections: dict[str, dict[str, Any]] = {}
+        for section, kind in SECTIONS.items():
+            names = [f.name for f in dataclasses.fields(kind) if f.name in self.given - _NOT_RECORDED]
+            values = {name: getattr(getattr(self, section), name) for name in names}
+            sections[section] = {k: v.value if isinstance(v, enum.Enum) else v for k, v in values.items()}
+        return sections
+
+    def apply_recipe(self) -> None:
+        """Take the tuned numbers from ``training.recipe``.
+
+        Raises:
+            ValueError: if a given value contradicts the recipe; both are named.
+        """
+        if self.training.recipe is None:
+            return
+        recipe = Recipe.load(self.training.recipe)
+        for name, value in recipe.settings().items():
+            part = self.mup if hasattr(self.mup, name) else self.training
+            _agree(name, value, getattr(part, name) if name in self.given else value)
+            setattr(part, name, value)
+        kwargs = dict(self.training.lr_scheduler_kwargs or {})
+        for name, value in recipe.schedule_kwargs().items():
+            _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
+            kwargs[name] = value
+        self.training.lr_scheduler_kwargs = kwargs
+        self.given |= {*recipe.settings(), "lr_scheduler_kwargs"}
+
+    def check(self) -> None:
+        """Every check that needs no data and no model.
+
+        Raises:
+            ValueError: a missing or impossible value, in one sentence.
+        """
+        if not self.training.output_dir:
+            raise ValueError("output_dir is missing: name the run folder, e.g. --output_dir runs/first.")
+        if self.training.tokens is None:
+            raise ValueError("tokens is missing: give the length of the run, e.g. --tokens 30M.")
+        if parse_tokens(self.training.tokens, "tokens") < 1:
+            raise ValueError(f"tokens must be positive, got {self.training.tokens!r}.")
+        parse_tokens(self.training.max_eval_tokens, "max_eval_tokens")
+        kwargs = self.training.lr_scheduler_kwargs or {}
+        if self.training.lr_scheduler_type == "power":
+            known = [p for p in inspect.signature(PowerLR).parameters if p not in ("optimizer", "last_epoch")]
+            for name in kwargs:
+                if name not in known:
+                    raise ValueError(_unknown(f"lr_scheduler_kwargs.{name}", name, known))
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """The sections of a YAML recipe, flattened and checked: key -> value.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown section or key (with the nearest name), or a value of the wrong type.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no settings file at {path}: pass one of scripts/recipes or your own.")
+    try:
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    return flatten(sections if sections is not None else {}, path)
+
+
+def flatten(sections: Any, source: str) -> dict[str, Any]:
+    """Key -> value over all sections, each key and type checked; `source` names the file in errors."""
+    if not isinstance(sections, dict):
+        raise ValueError(f"{source} must hold the sections {', '.join(SECTIONS)}, got {type(sections).__name__}.")
+    flat: dict[str, Any] = {}
+    for section, values in sections.items():
+        if section not in SECTIONS:
+            raise ValueError(_unknown(f"{source}: section {section}", str(section), list(SECTIONS)))
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: section {section} must hold keys and values, got {values!r}.")
+        hints = typing.get_type_hints(SECTIONS[section])
+        names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
+        for key, value in values.items():
+            if key not in names:
+                raise ValueError(_unknown(f"{source}: {section}.{key}", str(key), names))
+            flat[key] = _typed(f"{source}: {section}.{key}", value, hints[key])
+    return flat
+
+
+def parse_tokens(value: str | int | float, name: str) -> int:
+    """A number of tokens: 30000000, 3e7, "30M", "2.1B".
+
+    Raises:
+        ValueError: if it is not a number with an optional k, M, B or T.
+    """
+    text = str(value).strip().replace("_", "").replace(",", "")
+    factor = UNITS.get(text[-1:], 1.0)
+    try:
+        return int(round(float(text[:-1] if factor > 1 else text) * factor))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a number of tokens such as 30M or 2.1B, got {value!r}.") from error
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{what} is unknown" + (f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ...")
+
+
+def unknown_flag(name: str) -> str:
+    """The sentence for a command-line flag that no section knows."""
+    return _unknown(f"--{name}", name, [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind)])
+
+
+def _typed(what: str, value: Any, hint: Any) -> Any:
+    """The value, as one of the types that the hint allows (YAML reads 2e-2 as a string)."""
+    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(arm) or arm for arm in arms]
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is typing.Any or (kind is bool and isinstance(value, bool)):
+            return value
+        if kind in (int, float) and isinstance(value, int | kind) and not isinstance(value, bool):
+            return value
+        if kind in (str, dict, list) and isinstance(value, kind):
+            return value
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
+            return value
+    if str in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if float in kinds and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    raise ValueError(f"{what} must be {names}, got {value!r}.")
+
+
+def _agree(name: str, recipe: Any, given: Any) -> None:
+    if given != recipe:
+        raise ValueError(
+            f"{name} is {given} in the settings but {recipe} in the recipe: leave it out, or use another recipe; the "
+            "law only holds with the numbers it was tuned with."
+        )

@@ -1,0 +1,399 @@
+"""Recipe + config + data -> a Trainer's run: pretrain, resume, anneal."""
+
+import ctypes
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, ProgressCallback, Trainer, set_seed
+
+import hf_power
+from hf_power import data as hf_data
+from hf_power.callbacks import RUN_FILE, RunRecord, TokenProgress
+from hf_power.checkpoint import checkpoints, newest_intact, problems
+from hf_power.mup import MupAdamW, mup_config, mup_init_
+from hf_power.recipe import write_json
+from hf_power.schedule import PowerLR
+from hf_power.settings import Settings, parse_tokens
+
+SCHEMA = 1
+
+
+class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """The stock Trainer; its logs also hold the tokens seen, tokens per second and the learning rate of every group."""
+
+    run: dict[str, Any]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens and group learning rates, so that every tracker in report_to gets them."""
+        if "learning_rate" in logs and self.lr_scheduler is not None:
+            logs["tokens"] = self.run["tokens_seen"] + (
+                (self.state.global_step - self.run["steps"]) * self.run["tokens_per_step"]
+            )
+            if start_time is not None:
+                seconds = max(1e-9, datetime.datetime.now().timestamp() - start_time)
+                steps = self.state.global_step - self._initial_global_step
+                logs["tokens_per_second"] = round(steps * self.run["tokens_per_step"] / seconds, 1)
+            base_lrs = self.lr_scheduler.base_lrs
+            for i, group in enumerate(self.optimizer.param_groups):
+                name = group.get("name", f"group{i}")
+                logs[f"lr/{name}"] = logs["learning_rate"] * float(base_lrs[i]) / float(base_lrs[0])
+        super().log(logs, start_time)
+
+
+def pretrain(settings: Settings) -> dict[str, Any]:
+    """Train a model from scratch, or go on from a checkpoint (``training.resume_from_checkpoint``).
+
+    The run folder becomes a model repository: weights, config, tokenizer, generation config, run.json,
+    lr_and_loss.png, and the checkpoints.
+
+    Args:
+        settings: see `hf_power.settings.Settings`.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input, before any training.
+    """
+    settings.apply_recipe()
+    settings.check()
+    folder = Path(settings.training.output_dir or "")
+    resume = _checkpoint_to_resume(settings, folder)
+    return _train(settings, folder, resume, kind="pretrain")
+
+
+def anneal(
+    checkpoint: str | os.PathLike[str],
+    tokens: str = "10%",
+    output_dir: str | None = None,
+    decay_shape: str | None = None,
+) -> dict[str, Any]:
+    """Decay the learning rate from a trunk checkpoint to a finished model; the trunk can go on afterwards.
+
+    The schedule, data order and optimizer state are those of the trunk; the tail begins at the checkpoint's tokens.
+
+    Args:
+        checkpoint: a checkpoint-N folder of `pretrain`.
+        tokens: length of the tail, in tokens ("2M") or in percent of the finished run ("10%", eq. 8's usual length).
+        output_dir: the new run folder; by default beside the trunk's, with -anneal-N.
+        decay_shape: of the tail; by default the trunk's.
+
+    Returns:
+        The content of the new run.json.
+
+    Raises:
+        ValueError, FileNotFoundError: no intact checkpoint there, or an impossible length.
+    """
+    source = Path(checkpoint)
+    trunk = _read_checkpoint(source)
+    start = trunk["tokens_seen"]
+    length = _tail_length(tokens, start, trunk["tokens_per_step"])
+    settings = Settings.from_dict(trunk["settings"])
+    kwargs = dict(settings.training.lr_scheduler_kwargs or {})
+    for name in ("decay_ratio", "decay_tokens", "decay_start_tokens"):
+        kwargs.pop(name, None)
+    kwargs |= {"decay_start_tokens": start, "decay_tokens": length}
+    if decay_shape is not None:
+        kwargs["decay_shape"] = decay_shape
+    settings.training.lr_scheduler_kwargs = kwargs
+    settings.training.tokens = str(start + length)
+    folder = Path(output_dir) if output_dir else source.parent.with_name(f"{source.parent.name}-anneal-{trunk['steps']}")
+    settings.training.output_dir = str(folder)
+    settings.given |= {"lr_scheduler_kwargs", "tokens"}
+    _refuse_other_run(folder)
+    return _train(settings, folder, source, kind="anneal")
+
+
+def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> dict[str, Any]:
+    args = settings.training
+    before = _read_checkpoint(resume) if resume else None
+    per_step = _tokens_per_step(settings)
+    run = _new_run(settings, folder, kind, per_step, before, resume)
+    args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
+    schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
+    tune_cpu(args)
+    with args.main_process_first(desc="data"):
+        train, held_out, tokenizer = _data(settings, run, resume)
+    set_seed(args.seed)
+    model = build_model(settings, tokenizer)
+    run["parameters"] = model.num_parameters()
+    run["parameters_without_embeddings"] = model.num_parameters(exclude_embeddings=True)
+    args.ignore_data_skip = True  # the data begin at the checkpoint's tokens already
+    if args.should_save:
+        _print_plan(settings, run, schedule)
+    trainer = _trainer(settings, run, folder, model, tokenizer, train, held_out)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _finish(trainer, run, folder, held_out)
+    return run
+
+
+def build_model(settings: Settings, tokenizer: Any) -> Any:
+    """The model of the settings, initialized from torch's global random numbers."""
+    shape = dataclasses.asdict(settings.model)
+    kind, extra = shape.pop("model_type"), shape.pop("model_config") or {}
+    families: dict[str, Any] = {"llama": LlamaConfig, "mixtral": MixtralConfig}
+    if kind not in families:
+        raise ValueError(f"there is no muP rule for model_type {kind!r}: use llama or mixtral.")
+    if kind == "llama":
+        shape.pop("num_local_experts"), shape.pop("num_experts_per_tok")
+    known = {f.name for f in dataclasses.fields(families[kind])}
+    for name in extra:
+        if name not in known:
+            raise ValueError(f"model_config.{name} is no argument of {families[kind].__name__}: see its documentation.")
+    if shape["num_key_value_heads"] is None:
+        shape["num_key_value_heads"] = shape["num_attention_heads"]
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = families[kind](
+        **{"vocab_size": len(tokenizer), "max_position_embeddings": settings.data.block_size, **ends, **shape, **extra}
+    )
+    if settings.mup.mup:
+        config = mup_config(config, **{k: v for k, v in dataclasses.asdict(settings.mup).items() if k != "mup"})
+    model = AutoModelForCausalLM.from_config(config)
+    return mup_init_(model) if settings.mup.mup else model
+
+
+def tune_cpu(args: Any) -> dict[str, Any]:
+    """Settings that make training on a CPU faster; does nothing on an accelerator.
+
+    glibc hands large tensors back to the system after every step and asks for them anew, page by page; telling it to
+    keep them is worth a quarter of a small model's step (benchmarks/throughput.py measures it). `accelerate launch`
+    sets one thread for a process that was given all cores.
+
+    Returns:
+        What is in force: threads, and whether the allocator keeps its memory.
+    """
+    kept = False
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+        if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        kept = keep_freed_memory()
+    return {"cpu_threads": torch.get_num_threads(), "keeps_freed_memory": kept}
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep freed memory (no mmap for large blocks, no trimming); False on other systems."""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
+    wanted = settings.training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        _refuse_other_run(folder)
+        return None
+    if str(wanted).lower() != "true":
+        return Path(str(wanted))
+    found, broken = newest_intact(folder)
+    for name, what in broken.items():
+        print(f"{name} is not used: {', '.join(what)}")
+    return found
+
+
+def _refuse_other_run(folder: Path) -> None:
+    if (folder / RUN_FILE).exists() or checkpoints(folder):
+        raise ValueError(
+            f"the output folder {folder} holds a run already: pass --resume_from_checkpoint true to go on with it, or "
+            "another --output_dir."
+        )
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint that verifies."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint at {folder}: pass a checkpoint-N folder of a run.")
+    if found := problems(folder):
+        raise ValueError(f"the checkpoint {folder} cannot be used: {', '.join(found)}; take an earlier one.")
+    run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    return run
+
+
+def _tail_length(tokens: str, start: int, tokens_per_step: int) -> int:
+    text = str(tokens).strip()
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            raise ValueError(f"--tokens must be a percentage between 0% and 100% or a number of tokens, got {tokens!r}.")
+        length = start * share / (1 - share)
+    else:
+        length = parse_tokens(text, "--tokens")
+    steps = math.ceil(length / tokens_per_step)
+    if steps < 1:
+        raise ValueError(f"--tokens must be positive, got {tokens!r}: pass e.g. 10% or 2M.")
+    return steps * tokens_per_step
+
+
+def _tokens_per_step(settings: Settings) -> int:
+    args = settings.training
+    parallel = args.parallelism_config
+    sharers = 1 if parallel is None else parallel.tp_size * parallel.cp_size * parallel.sp_size
+    sequences = args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // sharers)
+    return int(sequences * settings.data.block_size)
+
+
+def _new_run(
+    settings: Settings, folder: Path, kind: str, per_step: int, before: dict[str, Any] | None, resume: Path | None
+) -> dict[str, Any]:
+    """What run.json says before the first step."""
+    before = before or {}
+    total = parse_tokens(settings.training.tokens or 0, "tokens")
+    seen = before.get("tokens_seen", 0)
+    if total <= seen:
+        raise ValueError(
+            f"the checkpoint has seen {seen:,} tokens, the run is to have {total:,}: raise tokens to train on."
+        )
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "name": folder.name,
+        "status": "running",
+        "parent": f"{resume.parent.name}/{resume.name}" if resume and kind == "anneal" else before.get("parent"),
+        "tokens_seen": seen,
+        "total_tokens": total,
+        "tokens_per_step": per_step,
+        "steps": before.get("steps", 0),
+        "train_seconds": before.get("train_seconds", 0.0),
+        "seed": settings.training.seed,
+        "settings": settings.to_dict(),
+        "versions": _versions(),
+        "hardware": _hardware(settings.training),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "loss_curve": before.get("loss_curve", []),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import accelerate
+    import datasets
+
+    modules = {"hf_power": hf_power, "torch": torch, "transformers": transformers}
+    modules |= {"accelerate": accelerate, "datasets": datasets}
+    return {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}}
+
+
+def _hardware(args: Any) -> dict[str, Any]:
+    device = args.device.type
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {"device": device, "device_name": name, "processes": args.world_size, "cpu_cores": os.cpu_count()}
+
+
+def _dry_schedule(settings: Settings, run: dict[str, Any]) -> PowerLR | None:
+    """The schedule of the run over a dummy parameter: raises on bad numbers, and tells the milestones."""
+    args = settings.training
+    if args.lr_scheduler_type != "power":
+        return None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kwargs = {"tokens_per_step": run["tokens_per_step"], **(args.lr_scheduler_kwargs or {})}
+    schedule = PowerLR(optimizer, args.get_warmup_steps(args.max_steps), args.max_steps, **kwargs)
+    if run["tokens_seen"]:
+        schedule.load_state_dict({"tokens_seen": run["tokens_seen"], "last_epoch": run["steps"]})
+    return schedule
+
+
+def _data(settings: Settings, run: dict[str, Any], resume: Path | None) -> tuple[Any, Any, Any]:
+    """Training blocks from the run's position on, held-out blocks, tokenizer."""
+    args, block = settings.training, settings.data.block_size
+    train_text, held_out_text = hf_data.load_text(settings.data)
+    tokenizer = AutoTokenizer.from_pretrained(resume) if resume else hf_data.load_tokenizer(settings.data, train_text)
+    train = hf_data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
+    held_out = hf_data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
+    wanted = max(1, parse_tokens(args.max_eval_tokens, "max_eval_tokens") // block)
+    start = run["tokens_seen"] // block
+    run["data"] = {"dataset": settings.data.dataset, "fingerprint": hf_data.fingerprint(train)}
+    if settings.data.streaming:
+        stream = hf_data.stream_blocks(train, seed=args.seed, start=start)
+        return stream, list(held_out.take(wanted)), tokenizer
+    held_out = held_out.select(range(min(wanted, len(held_out))))
+    run["data"] |= {"train_tokens": len(train) * block, "held_out_tokens": len(held_out) * block}
+    steps = args.max_steps - run["steps"]
+    stop = start + steps * run["tokens_per_step"] // block
+    return hf_data.BlockStream(train, seed=args.seed, start=start, stop=stop), held_out, tokenizer
+
+
+def _trainer(
+    settings: Settings, run: dict[str, Any], folder: Path, model: Any, tokenizer: Any, train: Any, held_out: Any
+) -> PowerTrainer:
+    args = settings.training
+    trainer = PowerTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=hf_data.collate_blocks,
+        optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
+        callbacks=[RunRecord(run, folder)],
+    )
+    trainer.run = run
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        total = run["tokens_seen"] + (args.max_steps - run["steps"]) * run["tokens_per_step"]
+        trainer.add_callback(TokenProgress(run["tokens_per_step"], total))
+    return trainer
+
+
+def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, held_out: Any) -> None:
+    """Held-out loss, then the model, the record and the picture into the run folder."""
+    metrics = trainer.evaluate(held_out)
+    run["held_out_loss"] = metrics["eval_loss"]
+    run["status"] = "finished" if trainer.state.global_step >= trainer.args.max_steps else "stopped"
+    run["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        write_json(folder / RUN_FILE, run)
+        from hf_power import plots
+
+        plots.plot_lr_and_loss(run, folder / "lr_and_loss.png")
+
+
+def _print_plan(settings: Settings, run: dict[str, Any], schedule: PowerLR | None) -> None:
+    args = settings.training
+    steps = args.max_steps - run["steps"]
+    tokens = steps * run["tokens_per_step"]
+    flops = 6 * run["parameters_without_embeddings"] * tokens
+    kept = args.save_total_limit or math.ceil(steps / (args.save_steps if args.save_steps >= 1 else steps * args.save_steps))
+    disk = run["parameters"] * (12 * kept + 4)  # fp32: weights and two moments per checkpoint, final weights
+    free = shutil.disk_usage(Path(args.output_dir).resolve().parent if Path(args.output_dir).exists() else ".").free
+    lines = [
+        f"{run['kind']}: {run['name']}" + (f" from {run['parent']}" if run["parent"] else ""),
+        f"  parameters   {run['parameters']:,} ({run['parameters_without_embeddings']:,} without embeddings)",
+        f"  tokens       {tokens:,} in {steps:,} steps" + (f", after {run['tokens_seen']:,}" if run["steps"] else ""),
+        f"  batch        {run['tokens_per_step']:,} tokens per step (beta = {run['tokens_per_step'] / 4096:g})",
+        f"  compute      {flops:.2e} FLOP (6 x parameters x tokens)",
+        f"  disk         {disk / 1e9:.2f} GB for {kept} checkpoints and the model, {free / 1e9:.1f} GB free",
+    ]
+    if schedule is not None:
+        law = schedule.describe()
+        lines.append(
+            f"  schedule     min({law['max_lr']:g}, {law['a']:g} * beta^{law['batch_exponent']:g} * n^{law['b']:g})"
+        )
+        for what, n in _milestones(schedule, run["tokens_seen"]):
+            lines.append(f"    {what:<14} {n:>16,} tokens   lr {schedule.lr_at(n):.3e}")
+    print("\n".join(lines), flush=True)
+
+
+def _milestones(schedule: PowerLR, seen: int) -> list[tuple[str, int]]:
+    law, end = schedule.describe(), schedule.total_tokens or 0
+    beta = law["tokens_per_step"] / 4096
+    cap_ends = int((law["a"] * beta ** law["batch_exponent"] / law["max_lr"]) ** (-1 / law["b"]))
+    points = [("first step", seen), ("end of warmup", law["warmup_tokens"]), ("cap ends", cap_ends)]
+    points += [("half", end // 2), ("end", end)]
+    if law["decay_start_tokens"] is not None:
+        points.append(("decay starts", law["decay_start_tokens"]))
+    return sorted({p for p in points if seen <= p[1] <= end and (p[1] or p[0] == "first step")}, key=lambda p: p[1])

@@ -1,0 +1,767 @@
+"""The Power schedule against the paper's numbers (arXiv:2408.13359), a slow twin of eq. 7 and 8, and real loops."""
+
+import doctest
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import warnings
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState, GradientState
+
+import hf_power.schedule
+from hf_power.schedule import DECAY_SHAPES, PowerLR, get_power_schedule, power_law, power_lr
+
+CAP_WARNING = pytest.mark.filterwarnings("ignore:the cap learning_rate")
+TOKENS = 4096 * 128  # beta = 128
+A = 0.2  # with beta = 128 and a cap of 0.02 the law takes over after 3 steps, so short runs see cap and law
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def reference_eta(n, *, tokens_per_step, max_lr, a=4.0, b=-0.51, c=1.0):
+    """eq. 7, by logarithms."""
+    if n == 0:
+        return max_lr
+    beta = tokens_per_step / 4096
+    return min(max_lr, math.exp(math.log(a) + c * math.log(beta) + b * math.log(n)))
+
+
+def reference_lr(n, *, warmup=0, warmup_to="law", start=None, length=0, shape="exponential", floor=0.0, **law):
+    """eq. 8, one phase after the other; start is None without a tail."""
+    if n < warmup:  # first line
+        return n * (law["max_lr"] if warmup_to == "max" else reference_eta(warmup, **law)) / warmup
+    if start is None or n < start:  # second line
+        return reference_eta(n, **law)
+    top, left = reference_eta(start, **law), max(0.0, 1 - (n - start) / length)  # third line
+    shapes = {
+        "exponential": math.expm1(left) / math.expm1(1),
+        "linear": left,
+        "1-sqrt": 1 - math.sqrt(1 - left),
+        "cosine": math.sin(math.pi * left / 2) ** 2,
+    }
+    return top * floor + top * (1 - floor) * shapes[shape]
+
+
+def sgd(lr=0.02, group_lrs=(None,)):
+    """One tiny parameter per group; no gradient, so a step costs nothing."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} | ({} if x is None else {"lr": x}) for x in group_lrs]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def schedule(*args, lr=0.02, tokens_per_step=TOKENS, a=A, **kwargs):
+    return get_power_schedule(sgd(lr), *args, tokens_per_step=tokens_per_step, a=a, **kwargs)
+
+
+def lrs_used(scheduler, num_steps, group=0):
+    """The learning rate of each of the next steps."""
+    used = []
+    for _ in range(num_steps):
+        used.append(scheduler.optimizer.param_groups[group]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return used
+
+
+def close(got, expected, peak=0.02):
+    """1e-12 relative; near the end of a tail, relative to its peak."""
+    assert len(got) == len(expected)
+    for step, (x, y) in enumerate(zip(got, expected, strict=True)):
+        assert math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-14 * peak), f"step {step}: {x!r}, expected {y!r}"
+
+
+def to_printed_digits(value, printed):
+    return abs(value - float(printed)) <= 0.5001 * 10.0 ** Decimal(printed).as_tuple().exponent
+
+
+# ---------------------------------------------------------------- the paper's numbers
+
+TABLE = {  # beta: eta at 1e9 .. 1e13 tokens; a = 4, b = -0.51, cap 0.02
+    16: ("0.00165", "5.1e-4", "1.6e-4", "4.9e-5", "1.5e-5"),
+    32: ("0.00329", "0.00102", "3.1e-4", "9.7e-5", "3.0e-5"),
+    128: ("0.0132", "0.00407", "0.00126", "3.9e-4", "1.2e-4"),
+    512: ("0.02", "0.0163", "0.00503", "0.00155", "4.8e-4"),
+    1024: ("0.02", "0.02", "0.01005", "0.00311", "9.6e-4"),
+}
+
+
+@pytest.mark.parametrize(
+    "beta, n, printed", [(beta, 10**k, x) for beta, row in TABLE.items() for k, x in enumerate(row, 9)]
+)
+def test_table_of_learning_rates(beta, n, printed):
+    assert to_printed_digits(power_lr(n, tokens_per_step=4096 * beta), printed)
+    assert to_printed_digits(schedule(tokens_per_step=4096 * beta, a=4.0).lr_at(n), printed)
+
+
+@pytest.mark.parametrize(
+    "beta, printed", [(1024, "2.6e10"), (512, "6.7e9"), (128, "4.4e8"), (32, "2.9e7"), (16, "7.5e6")]
+)
+def test_cap_stops_binding_at_n_star(beta, printed):
+    n_star = (4 * beta / 0.02) ** (1 / 0.51)
+    assert to_printed_digits(n_star, printed)
+    assert power_lr(n_star * 0.999, tokens_per_step=4096 * beta) == 0.02
+    assert power_lr(n_star * 1.001, tokens_per_step=4096 * beta) < 0.02
+
+
+def test_example_of_the_paper_and_sequence_free_form():
+    lr = power_law(10e12, tokens_per_step=4_194_304, a=4.6)
+    assert to_printed_digits(lr, "0.0011")
+    assert math.isclose(lr, 4.6 / 4096 * 4_194_304 * 10e12**-0.51, rel_tol=1e-14)
+
+
+@pytest.mark.parametrize("x, printed", [(0, "1.000"), (0.25, "0.650"), (0.5, "0.378"), (0.75, "0.165"), (1, "0.000")])
+def test_exponential_decay_of_ibm(x, printed):
+    assert to_printed_digits(DECAY_SHAPES["exponential"](x), printed)
+
+
+@pytest.mark.parametrize("shape", sorted(DECAY_SHAPES))
+def test_decay_shapes_fall_from_one_to_zero(shape):
+    values = [DECAY_SHAPES[shape](k / 100) for k in range(101)]
+    assert values[0] == 1 and abs(values[-1]) < 1e-15
+    assert all(x > y for x, y in itertools.pairwise(values))
+
+
+def test_docstrings_examples():
+    failed, attempted = doctest.testmod(hf_power.schedule)
+    assert attempted >= 4 and failed == 0
+
+
+# ---------------------------------------------------------------- the slow twin
+
+
+def random_setting(rng):
+    """Arguments of get_power_schedule, and the same setting in tokens for the twin."""
+    tokens, num_steps = rng.choice((1, 512, 65_537, 4096 * 16, rng.randint(2, 10**7))), rng.randint(1, 40)
+    law = {"max_lr": 10 ** rng.uniform(-5, 0), "a": rng.uniform(0.1, 9), "b": -rng.uniform(0.1, 1)}
+    law |= {"c": rng.choice((1.0, 0.5, rng.uniform(0, 1.5)))}
+    tail = rng.choice(("default", "ratio", "tokens", "from", "from_for", "none"))
+    seen = 0 if tail in ("default", "ratio") else rng.choice((0, rng.randint(1, 10**9)))
+    total = seen + tokens * num_steps
+    given, start, length = {}, None, 0
+    if tail == "default":
+        length = round(total * 0.1)
+    elif tail == "ratio":
+        given["decay_ratio"] = rng.uniform(0, 1)
+        length = round(total * given["decay_ratio"])
+    elif tail == "tokens":
+        given["decay_tokens"] = length = rng.randint(0, total)
+    elif tail == "from":
+        given["decay_start_tokens"] = start = rng.randint(0, total - 1)
+        length = total - start
+    elif tail == "from_for":
+        given["decay_start_tokens"] = start = rng.randint(0, total - 1)
+        given["decay_tokens"] = length = rng.randint(1, total - start)
+    else:
+        given["decay_ratio"] = 0
+    if length == 0:
+        start = None
+    elif start is None:
+        start = total - length
+    room = total if start is None else start
+    warmup_kind, warmup_steps, warmup = rng.choice(("none", "steps", "tokens")), 0, 0
+    if warmup_kind == "steps":
+        warmup_steps = rng.randint(0, room // tokens if room // tokens < num_steps else num_steps)
+        warmup = warmup_steps * tokens
+    elif warmup_kind == "tokens":
+        given["warmup_tokens"] = warmup = rng.randint(0, room)
+    style = {"warmup_to": rng.choice(("law", "max"))}
+    shape, floor = rng.choice(sorted(DECAY_SHAPES)), rng.choice((0.0, 0.1, rng.random(), 1.0))
+    given |= style | {"decay_shape": shape, "min_lr_ratio": floor, "tokens_seen": seen, "tokens_per_step": tokens}
+    given |= {"a": law["a"], "b": law["b"], "batch_exponent": law["c"]}
+    twin = law | style | {"shape": shape, "floor": floor, "start": start, "length": length, "warmup": warmup}
+    return law["max_lr"], warmup_steps, num_steps, given, seen, twin | {"tokens_per_step": tokens}
+
+
+@CAP_WARNING
+def test_equals_the_slow_twin_on_random_settings():
+    rng = random.Random(2408)
+    for _ in range(1000):
+        max_lr, warmup_steps, num_steps, given, n, twin = random_setting(rng)
+        scheduler = get_power_schedule(sgd(max_lr), warmup_steps, num_steps, **given)
+        expected = []
+        for _ in range(num_steps + 3):  # three steps past the end
+            expected.append(reference_lr(n, **twin))
+            n += twin["tokens_per_step"]
+        try:
+            close(lrs_used(scheduler, num_steps + 3), expected, peak=max_lr)
+        except AssertionError as error:
+            raise AssertionError(f"{error} under lr={max_lr}, {warmup_steps=}, {num_steps=}, {given}") from error
+
+
+# ---------------------------------------------------------------- edges
+
+
+def test_value_at_no_tokens():
+    assert lrs_used(schedule(0, 1000), 1) == [0.02]  # the law is infinite there: the cap
+    assert lrs_used(schedule(10, 1000), 1) == [0.0]
+    assert lrs_used(schedule(warmup_tokens=1), 1) == [0.0]
+    assert power_law(0, tokens_per_step=1) == math.inf
+
+
+@pytest.mark.parametrize("floor", (0.0, 0.1, 1.0))
+@pytest.mark.parametrize("shape", sorted(DECAY_SHAPES))
+def test_value_past_the_end_stays_at_the_floor(shape, floor):
+    scheduler = schedule(0, 5000, decay_shape=shape, min_lr_ratio=floor)
+    top = A * 128 * (4500 * TOKENS) ** -0.51
+    for steps in (5000, 5001, 10_000, 10**9):
+        assert math.isclose(scheduler.lr_at(steps * TOKENS), floor * top, rel_tol=1e-12)
+
+
+def test_power_lr_with_an_empty_tail_drops_to_the_floor():
+    tail = {"tokens_per_step": TOKENS, "decay_start_tokens": 10**10, "decay_tokens": 0, "min_lr_ratio": 0.25}
+    before = power_lr(10**10 - 1, **tail)
+    assert math.isclose(power_lr(10**10, **tail), before / 4, rel_tol=1e-9)
+
+
+def test_trunk_without_an_end_never_decays():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and does not warn: nobody knows where it will stop
+        scheduler = schedule(3)
+    assert scheduler.total_tokens is None
+    law = {"tokens_per_step": TOKENS, "max_lr": 0.02, "a": A}
+    close(lrs_used(scheduler, 300), [reference_lr(k * TOKENS, warmup=3 * TOKENS, **law) for k in range(300)])
+    assert math.isclose(scheduler.lr_at(1e13), A * 128 * 1e13**-0.51, rel_tol=1e-12)
+
+
+def test_tokens_of_a_trillion_token_run_are_exact():
+    scheduler = schedule(0, 10**7, tokens_per_step=4_194_303, tokens_seen=10**13 + 1)
+    lrs_used(scheduler, 7)
+    assert scheduler.tokens_seen == 10**13 + 1 + 7 * 4_194_303
+    assert scheduler.total_tokens == 10**13 + 1 + 10**7 * 4_194_303
+
+
+# ---------------------------------------------------------------- parameter groups
+
+
+def test_ratios_of_groups_are_kept():
+    base = (0.02, 0.02 / 4, 0.02 * 8, 0.02 / 3)
+    optimizer = sgd(0.02, base)
+    scheduler = get_power_schedule(optimizer, 2, 200, tokens_per_step=TOKENS, a=A)
+    for step in range(201):
+        first, quarter, eightfold, third = (group["lr"] for group in optimizer.param_groups)
+        assert (quarter * 4, eightfold / 8) == (first, first)  # exact: powers of two
+        assert math.isclose(third * 3, first, rel_tol=4e-16), step
+        optimizer.step(), scheduler.step()
+    assert first == 0.0
+
+
+def test_cap_is_the_optimizers_lr_not_that_of_a_group():
+    scheduler = get_power_schedule(sgd(0.02, (0.002, 0.5)), 0, 10**5, tokens_per_step=TOKENS)
+    expected = 4 * 128 * (20_000 * TOKENS) ** -0.51 / 0.02
+    scheduler.step(20_000)
+    close([g["lr"] for g in scheduler.optimizer.param_groups], [0.002 * expected, 0.5 * expected])
+
+
+@pytest.mark.parametrize("kind", ({"foreach": False}, {"fused": True}))
+def test_learning_rate_as_tensor(kind):
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    lrs = torch.tensor(0.02), torch.tensor(0.005)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, lrs, strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, **kind)
+    scheduler = get_power_schedule(optimizer, 2, 50, tokens_per_step=TOKENS, a=A)
+    twin = {"tokens_per_step": TOKENS, "max_lr": 0.02, "a": A, "warmup": 2 * TOKENS}
+    twin |= {"start": 45 * TOKENS, "length": 5 * TOKENS}
+    for step in range(50):
+        lr = reference_lr(step * TOKENS, **twin)
+        assert optimizer.param_groups[0]["lr"] is lrs[0]  # a compiled or captured step reads this very tensor
+        assert math.isclose(float(lrs[0]), lr, rel_tol=1e-6)
+        assert math.isclose(float(lrs[1]), lr / 4, rel_tol=1e-6)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step(), scheduler.step()
+    scheduler.load_state_dict({"tokens_seen": 20 * TOKENS, "last_epoch": 20})
+    assert optimizer.param_groups[0]["lr"] is lrs[0]
+    assert math.isclose(float(lrs[0]), reference_lr(20 * TOKENS, **twin), rel_tol=1e-6)
+    assert optimizer.param_groups[0]["initial_lr"] == torch.tensor(0.02)
+
+
+def test_last_lr_is_not_an_alias_of_a_tensor_lr():
+    """PyTorch promises copies (LRScheduler.get_last_lr), after a resume as well."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=torch.tensor(0.02))
+    scheduler = get_power_schedule(optimizer, 0, 100, tokens_per_step=TOKENS)
+    scheduler.load_state_dict({"tokens_seen": TOKENS, "last_epoch": 1})
+    assert scheduler.get_last_lr()[0] is not optimizer.param_groups[0]["lr"]
+
+
+# ---------------------------------------------------------------- one batch, many splits
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Accelerate as one of num_processes processes, without the others; undone afterwards."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    Accelerator(cpu=True)
+
+    def pretend(num_processes):
+        monkeypatch.setattr(AcceleratorState, "num_processes", num_processes, raising=False)
+
+    yield pretend
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def prepared(scheduler, **kwargs):
+    """What accelerator.prepare makes of a scheduler."""
+    optimizer = AcceleratedOptimizer(scheduler.optimizer, device_placement=False)
+    return AcceleratedScheduler(scheduler, optimizer, **kwargs)
+
+
+SPLITS = [
+    (b, k, p)
+    for b, k, p in itertools.product((1, 2, 3, 4, 6, 8, 12, 24, 48), (1, 2, 4, 8, 48), (1, 2, 3, 4, 8))
+    if b * k * p == 48
+]
+
+
+@pytest.mark.parametrize("per_device, accumulation, num_processes", SPLITS)
+def test_same_tokens_same_rate_for_every_split_of_the_batch(per_device, accumulation, num_processes, processes):
+    """The loop counts its own tokens, micro-batch by micro-batch and process by process."""
+    processes(num_processes)
+    length, num_steps, seen = 8192, 60, 0
+    tokens_per_step = per_device * accumulation * num_processes * length
+    scheduler = get_power_schedule(
+        sgd(), 5 * num_processes, num_steps * num_processes, tokens_per_step=tokens_per_step, a=A
+    )
+    wrapper = prepared(scheduler)
+    law = {"tokens_per_step": 48 * length, "max_lr": 0.02, "a": A, "warmup": 5 * 48 * length}
+    tail = {"start": 54 * 48 * length, "length": 6 * 48 * length}
+    used, expected = [], []
+    for micro_step in range(num_steps * accumulation):
+        seen += per_device * length * num_processes
+        wrapper.gradient_state._set_sync_gradients((micro_step + 1) % accumulation == 0)
+        if wrapper.gradient_state.sync_gradients:
+            used.append(scheduler.optimizer.param_groups[0]["lr"])
+            expected.append(reference_lr(seen - 48 * length, **law, **tail))
+            scheduler.optimizer.step()
+        wrapper.step()
+    close(used, expected)
+    assert scheduler.tokens_seen == seen == scheduler.total_tokens
+    assert len(set(used)) > 50  # warmup, law and tail, hardly any cap
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_state_is_the_counters_only():
+    scheduler = schedule(3, 100, decay_ratio=0.2)
+    lrs_used(scheduler, 7)
+    assert scheduler.state_dict() == {"tokens_seen": 7 * TOKENS, "last_epoch": 7}
+    assert json.loads(json.dumps(scheduler.state_dict())) == scheduler.state_dict()
+
+
+TODAY = {  # another argument today: what get_power_schedule gets, what the twin gets
+    "same": ({}, {}),
+    "a": ({"a": 0.31}, {"a": 0.31}),
+    "b": ({"b": -0.55}, {"b": -0.55}),
+    "batch_exponent": ({"batch_exponent": 0.5}, {"c": 0.5}),
+    "shape": ({"decay_shape": "1-sqrt"}, {"shape": "1-sqrt"}),
+    "floor": ({"min_lr_ratio": 0.2}, {"floor": 0.2}),
+}
+
+
+@pytest.mark.parametrize("today", TODAY)
+@pytest.mark.parametrize("lr", (0.02, 0.005))
+@pytest.mark.parametrize("times", (1, 0.5, 2))
+@pytest.mark.parametrize("stop", (3, 40, 95))  # in the warmup, on the law, in the tail
+def test_resume_with_another_batch_and_other_arguments(stop, times, lr, today):
+    old = get_power_schedule(sgd(0.02, (0.02, 0.01)), 8, 100, tokens_per_step=TOKENS, tokens_seen=10**6, a=A)
+    lrs_used(old, stop)
+    saved = [json.loads(json.dumps(x)) for x in (old.optimizer.state_dict(), old.state_dict())]
+
+    given, twin = TODAY[today]
+    tokens = int(TOKENS * times)
+    num_steps = stop + int((100 - stop) / times)  # the same tokens in all, in steps of today
+    new = get_power_schedule(sgd(lr, (lr, lr / 2)), 8, num_steps, tokens_per_step=tokens, **{"a": A} | given)
+    new.optimizer.load_state_dict(saved[0])  # brings back the old lr and initial_lr
+    new.load_state_dict(saved[1])
+
+    first = 10**6 + stop * TOKENS
+    total = first + (num_steps - stop) * tokens
+    length = round(total * 0.1)
+    twin = {"max_lr": lr, "tokens_per_step": tokens, "a": A, "warmup": 8 * tokens} | twin
+    twin |= {"start": total - length, "length": length}
+    expected = [reference_lr(first + k * tokens, **twin) for k in range(num_steps - stop + 2)]
+    assert [g["initial_lr"] for g in new.optimizer.param_groups] == [lr, lr / 2]
+    assert new.get_last_lr() == [g["lr"] for g in new.optimizer.param_groups]
+    assert new.optimizer.param_groups[1]["lr"] == new.optimizer.param_groups[0]["lr"] / 2
+    close(lrs_used(new, num_steps - stop + 2), expected)
+    assert new.tokens_seen == total + 2 * tokens and new.total_tokens == total
+    assert expected[-1] == expected[-2] < expected[-3]  # the tail ends with the last step, not before
+
+
+@pytest.mark.parametrize("stop", (0, 1, 7, 8, 50, 89, 90, 91, 99, 100))
+@pytest.mark.parametrize("kwargs", ({}, {"decay_tokens": 20 * TOKENS, "decay_shape": "cosine"}, {"tokens_seen": 7**11}))
+def test_stop_and_resume_equals_uninterrupted(stop, kwargs):
+    whole = lrs_used(schedule(8, 100, **kwargs), 103)
+    old, new = schedule(8, 100, **kwargs), schedule(8, 100, **kwargs)
+    before = lrs_used(old, stop)
+    new.load_state_dict(old.state_dict())
+    assert before + lrs_used(new, 103 - stop) == whole  # bit for bit
+
+
+def test_resume_twice_and_anneal_from_every_checkpoint_while_the_trunk_goes_on():
+    trunk = schedule(2, tokens_per_step=TOKENS)
+    for _ in range(2):
+        lrs_used(trunk, 100)
+        stop, state = trunk.last_epoch, trunk.state_dict()
+        anneal = schedule(2, stop + 50, decay_start_tokens=trunk.tokens_seen, decay_shape="linear")
+        anneal.load_state_dict(state)
+        top = A * 128 * (stop * TOKENS) ** -0.51
+        close(lrs_used(anneal, 51), [top * (1 - k / 50) for k in range(51)])
+    assert trunk.tokens_seen == 200 * TOKENS
+
+
+def test_tail_as_a_ratio_of_a_run_that_begins_from_other_weights():
+    """tokens_seen are those 'before this run', and decay_ratio is 'a ratio of the run': it may not begin before it."""
+    seen = 10**11
+    scheduler = schedule(0, 1000, tokens_seen=seen, decay_ratio=1.0, decay_shape="linear")
+    top = A * 128 * seen**-0.51
+    assert math.isclose(lrs_used(scheduler, 1)[0], top, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "state",
+    (
+        lambda: torch.optim.lr_scheduler.LambdaLR(sgd(), lambda step: 1.0).state_dict(),
+        lambda: torch.optim.lr_scheduler.CosineAnnealingLR(sgd(), 10).state_dict(),
+        lambda: {"last_epoch": 3},
+        lambda: {},
+    ),
+)
+def test_foreign_state_is_refused(state):
+    scheduler = schedule(2, 100)
+    with pytest.raises(ValueError) as caught:
+        scheduler.load_state_dict(state())
+    says(caught, "not that of a power schedule", f"got {sorted(state())}", "resume with the scheduler that wrote it")
+    assert lrs_used(scheduler, 2) == lrs_used(schedule(2, 100), 2)  # nothing was changed
+
+
+# ---------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize(
+    "kwargs, start, length",
+    (
+        ({}, 90, 10),
+        ({"decay_ratio": 0.25}, 75, 25),
+        ({"decay_ratio": 1}, 0, 100),
+        ({"decay_ratio": 0}, None, 0),
+        ({"decay_tokens": 40_000}, 60, 40),
+        ({"decay_tokens": 0}, None, 0),
+        ({"decay_start_tokens": 30_000}, 30, 70),
+        ({"decay_start_tokens": 30_000, "decay_tokens": 20_000}, 30, 20),
+        ({"decay_start_tokens": 100_000}, None, 0),
+    ),
+)
+@CAP_WARNING
+def test_where_the_tail_begins_and_how_long_it_is(kwargs, start, length):
+    """100 steps of 1,000 tokens under a binding cap: the rate over the cap is the shape itself."""
+    scheduler = schedule(0, 100, lr=1e-5, tokens_per_step=1000, decay_shape="linear", **kwargs)
+    expected = [1e-5 if start is None else 1e-5 * min(1, max(0, 1 - (k - start) / length)) for k in range(103)]
+    close(lrs_used(scheduler, 103), expected, peak=1e-5)
+
+
+def test_tail_of_an_open_run_needs_a_start_and_a_length():
+    scheduler = schedule(decay_start_tokens=10**10, decay_tokens=10**9)
+    top = A * 128 * 1e10**-0.51
+    assert math.isclose(scheduler.lr_at(10**10 + 5 * 10**8), top * math.expm1(0.5) / math.expm1(1), rel_tol=1e-12)
+    assert scheduler.lr_at(2 * 10**10) == 0.0
+
+
+def test_warmup_in_steps_equals_warmup_in_tokens():
+    in_steps, in_tokens = schedule(7, 100), schedule(0, 100, warmup_tokens=7 * TOKENS)
+    assert lrs_used(in_steps, 101) == lrs_used(in_tokens, 101)
+
+
+@pytest.mark.parametrize("warmup_to, top", (("law", 4 * 16 * 1e9**-0.51), ("max", 0.02)))
+def test_warmup_to_the_law_or_to_the_cap(warmup_to, top):
+    """beta 16 is far below the cap at 1e9 tokens: the two differ, and "max" jumps down to the law."""
+    scheduler = schedule(tokens_per_step=4096 * 16, a=4.0, warmup_tokens=10**9, warmup_to=warmup_to)
+    assert math.isclose(scheduler.lr_at(10**9 - 1), top, rel_tol=1e-8)
+    assert math.isclose(scheduler.lr_at(25 * 10**7), top / 4, rel_tol=1e-12)
+    assert math.isclose(scheduler.lr_at(10**9), 4 * 16 * 1e9**-0.51, rel_tol=1e-12)
+
+
+# ---------------------------------------------------------------- errors and the warning
+
+
+def says(caught, *parts):
+    """One sentence with every part in it."""
+    message = str(caught.value)
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+    assert message.endswith((".", ").")) and not re.search(r"[.!?]\s+[A-Z]", message), message
+
+
+ERRORS = (  # arguments; what, got, what to do
+    ({"tokens_per_step": None}, "needs tokens_per_step", "found no Trainer", "pass tokens_per_step = sequences"),
+    ({"tokens_per_step": 0}, "tokens_per_step must be a positive whole number", "got 0", "pass the tokens of one"),
+    ({"tokens_per_step": -4}, "tokens_per_step must be a positive", "got -4", "pass"),
+    ({"tokens_per_step": 2.5}, "tokens_per_step must be a positive whole number", "got 2.5", "pass"),
+    ({"tokens_per_step": "4096"}, "tokens_per_step must be a finite number", "got '4096'", "without quotes"),
+    ({"tokens_per_step": True}, "tokens_per_step must be a finite number", "got True", "write it"),
+    ({"a": 0}, "a, the scale of the power law, must be positive", "got 0", "the paper has 4.0"),
+    ({"a": -4}, "a, the scale", "got -4", "4.0"),
+    ({"a": "4"}, "a must be a finite number", "got '4'", "without quotes"),
+    ({"a": math.nan}, "a must be a finite number", "got nan", "e.g. 4.0"),
+    ({"b": 0.51}, "b, the exponent of the power law, must be negative", "got 0.51", "the paper has -0.51"),
+    ({"b": 0}, "b, the exponent", "got 0", "-0.51"),
+    ({"b": -math.inf}, "b must be a finite number", "got -inf", "e.g."),
+    ({"batch_exponent": None}, "batch_exponent must be a finite number", "got None", "write it"),
+    ({"min_lr_ratio": 1.5}, "min_lr_ratio must lie between 0 and 1", "got 1.5", "pass 0"),
+    ({"min_lr_ratio": -0.1}, "min_lr_ratio must lie between 0 and 1", "got -0.1", "pass 0"),
+    ({"warmup_to": "cap"}, "warmup_to must be one of law, max", "got 'cap'"),
+    ({"decay_shape": "sqrt"}, "decay_shape must be one of exponential, linear, 1-sqrt, cosine", "got 'sqrt'"),
+    ({"decay_ratio": 10}, "decay_ratio must lie between 0 and 1", "got 10", "pass 0.1"),
+    ({"decay_ratio": -0.1}, "decay_ratio must lie between 0 and 1", "got -0.1", "pass 0.1"),
+    ({"decay_ratio": 0.1, "decay_tokens": 9}, "the decay is given twice", "decay_ratio=0.1 and decay_tokens=9", "one"),
+    ({"decay_ratio": 0.1, "decay_start_tokens": 9}, "given twice", "decay_start_tokens=9", "pass one of them"),
+    ({"decay_tokens": 100_001}, "a decay of 100,001 tokens", "of 100,000 tokens", "shorten the decay or train longer"),
+    ({"decay_tokens": -5}, "a decay of -5 tokens", "from token 100,005", "does not fit"),
+    ({"decay_start_tokens": 100_001}, "from token 100,001", "of 100,000 tokens", "shorten"),
+    ({"decay_start_tokens": 90_000, "decay_tokens": 10_001}, "a decay of 10,001 tokens from token 90,000", "shorten"),
+    ({"num_warmup_steps": 91}, "warmup of 91,000 tokens", "start of the decay at 90,000 tokens", "shorten the warmup"),
+    ({"warmup_tokens": 90_001}, "warmup of 90,001 tokens", "at 90,000 tokens", "or train longer"),
+    ({"num_warmup_steps": 2, "warmup_tokens": 9}, "warmup is given twice", "num_warmup_steps=2", "pass one of them"),
+    ({"num_training_steps": None, "decay_ratio": 0.1}, "a decay that ends with the run", "pass num_training_steps"),
+    ({"num_training_steps": None, "decay_tokens": 9}, "a decay that ends with the run", "pass num_training_steps"),
+    ({"num_training_steps": None, "decay_start_tokens": 9}, "needs its length", "pass num_training_steps"),
+    # an open run whose tail makes no sense, and lengths that no run can have
+    ({"num_training_steps": None, "decay_start_tokens": -9, "decay_tokens": 9}, "from token -9", "does not fit"),
+    ({"num_training_steps": None, "decay_start_tokens": 9, "decay_tokens": -9}, "a decay of -9 tokens", "does not fit"),
+    ({"warmup_tokens": -1}, "warmup", "-1"),
+    ({"num_warmup_steps": -1}, "warmup", "-1"),
+    ({"tokens_seen": -1}, "tokens_seen", "-1"),
+    ({"decay_ratio": "0.1"}, "decay_ratio", "got '0.1'"),
+    ({"warmup_tokens": "1000"}, "warmup_tokens", "got '1000'"),
+)
+
+
+@CAP_WARNING
+@pytest.mark.parametrize("kwargs, parts", [(row[0], row[1:]) for row in ERRORS], ids=[str(row[0]) for row in ERRORS])
+def test_errors(kwargs, parts):
+    kwargs = {"num_warmup_steps": 0, "num_training_steps": 100, "tokens_per_step": 1000} | kwargs
+    with pytest.raises(ValueError) as caught:
+        get_power_schedule(sgd(), **kwargs)
+    says(caught, *parts)
+
+
+@pytest.mark.parametrize("lr", (0, 0.0, -1e-3, None, math.nan))
+def test_optimizer_without_a_cap_is_refused(lr):
+    optimizer = sgd()
+    optimizer.defaults["lr"] = lr
+    with pytest.raises(ValueError) as caught:
+        get_power_schedule(optimizer, tokens_per_step=1)
+    says(caught, "takes its cap from the optimizer's own lr", f"got {lr}", "build the optimizer with lr=eta_max")
+
+
+def test_cap_that_binds_for_the_whole_run_warns():
+    """Hugging Face's default learning rate, 1,000 steps of beta 16: the law is at 4 * 16 * 5.9e7**-.51 = 0.0068."""
+    with pytest.warns(UserWarning) as caught:
+        schedule(0, 1000, lr=5e-5, tokens_per_step=4096 * 16, a=4.0)
+    (message,) = (str(w.message) for w in caught)
+    law = 4 * 16 * (900 * 4096 * 16) ** -0.51
+    for part in ("learning_rate=5e-05 binds for the whole run", f"{law:.3g}", "58,982,400 tokens", "0.02"):
+        assert part in message
+    
+
+@pytest.mark.parametrize("num_steps, warns", ((840, True), (980, False)))
+def test_cap_warning_looks_at_the_start_of_the_tail(num_steps, warns):
+    """beta 128 leaves the cap at 4.4e8 tokens, step 848: the tail of 840 steps begins at 756, of 980 steps at 882."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule(0, num_steps, a=4.0)
+    assert bool(caught) == warns
+
+
+# ---------------------------------------------------------------- loops
+
+
+def test_plain_pytorch_loop():
+    """SGD without momentum on a constant gradient: the parameter is minus the sum of the learning rates."""
+    parameter = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], lr=0.02)
+    scheduler = PowerLR(optimizer, 10, 1000, tokens_per_step=TOKENS, a=A)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        parameter.backward()
+        optimizer.step()
+        scheduler.step()
+    tail = {"start": 900 * TOKENS, "length": 100 * TOKENS, "warmup": 10 * TOKENS}
+    law = {"tokens_per_step": TOKENS, "max_lr": 0.02, "a": A}
+    total = sum(reference_lr(k * TOKENS, **law, **tail) for k in range(1000))
+    assert math.isclose(-parameter.item(), total, rel_tol=1e-11)
+    assert scheduler.get_last_lr() == [0.0]
+
+
+def test_last_epoch_goes_on_as_in_every_pytorch_scheduler():
+    old = schedule(4, 100)
+    lrs_used(old, 50)
+    new = get_power_schedule(old.optimizer, 4, 100, tokens_per_step=TOKENS, a=A, last_epoch=old.last_epoch - 1)
+    assert (new.last_epoch, new.tokens_seen) == (50, 50 * TOKENS)
+    assert lrs_used(new, 51) == lrs_used(schedule(4, 100), 101)[50:]
+
+
+def test_skipped_steps_of_a_grad_scaler_see_no_tokens():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.02)
+    scheduler = get_power_schedule(optimizer, 2, 10, tokens_per_step=TOKENS, a=A)
+    scaler, used = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    for batch in range(14):
+        optimizer.zero_grad()
+        scaler.scale(parameter * (math.inf if batch % 4 == 1 else 1.0)).backward()
+        scale, lr = scaler.get_scale(), optimizer.param_groups[0]["lr"]
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() >= scale:  # the usual test for a step that was not skipped
+            used.append(lr)
+            scheduler.step()
+    assert len(used) == 10 and scheduler.tokens_seen == 10 * TOKENS
+    assert used == lrs_used(schedule(2, 10), 10)
+
+
+def test_accelerate_on_one_process():
+    """A prepared and accumulating loop: two micro-batches make one step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    scheduler = get_power_schedule(optimizer, 5, 40, tokens_per_step=TOKENS, a=A)
+    model, optimizer, wrapper = accelerator.prepare(model, optimizer, scheduler)
+    used = []
+    for micro_step in range(80):
+        with accelerator.accumulate(model):
+            if micro_step % 2:
+                used.append(optimizer.param_groups[0]["lr"])
+            accelerator.backward(model(torch.ones(1, 1)).sum())
+            optimizer.step()
+            wrapper.step()
+            optimizer.zero_grad()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert isinstance(wrapper, AcceleratedScheduler)
+    assert used == lrs_used(schedule(5, 40), 40) and scheduler.get_last_lr() == [0.0]
+
+
+def prepared_lrs(wrapper, num_steps):
+    optimizer, used = wrapper.scheduler.optimizer, []
+    for _ in range(num_steps):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        wrapper.step()
+    return used
+
+
+@pytest.mark.parametrize("num_processes", (1, 2, 3, 8))
+@pytest.mark.parametrize("tokens", (TOKENS, 1001))  # 1001 does not divide by the number of calls
+@CAP_WARNING
+def test_prepared_scheduler_of_several_processes(num_processes, tokens, processes):
+    processes(num_processes)
+    scheduler = schedule(5 * num_processes, 60 * num_processes, tokens_per_step=tokens)
+    expected = lrs_used(schedule(5, 60, tokens_per_step=tokens), 62)
+    assert prepared_lrs(prepared(scheduler), 62) == expected
+    assert scheduler.tokens_seen == 62 * tokens
+
+
+@pytest.mark.parametrize("kwargs", ({"split_batches": True}, {"step_with_optimizer": False}))
+def test_prepared_scheduler_that_is_called_once_per_step(kwargs, processes):
+    processes(2)
+    assert prepared_lrs(prepared(schedule(5, 60), **kwargs), 62) == lrs_used(schedule(5, 60), 62)
+
+
+def test_prepared_scheduler_holds_while_the_optimizer_is_skipped(processes):
+    processes(2)
+    wrapper = prepared(schedule(10, 120))
+    whole = lrs_used(schedule(5, 60), 8)
+    assert prepared_lrs(wrapper, 8) == whole
+    wrapper.optimizers[0]._is_overflow = True
+    wrapper.step()
+    assert wrapper.scheduler.tokens_seen == 8 * TOKENS
+
+
+@pytest.mark.parametrize("num_steps", (20, 1000))
+def test_prepared_scheduler_whose_lengths_were_not_multiplied_is_refused(num_steps, processes):
+    processes(2)
+    wrapper = prepared(schedule(0, num_steps))
+    with pytest.raises(RuntimeError) as caught:
+        prepared_lrs(wrapper, num_steps)
+    says(caught, f"schedule of {num_steps} steps is over", "steps it 2 times", "multiply num_training_steps and")
+
+
+@pytest.mark.parametrize("stop", (0, 3, 30, 57, 59))
+@pytest.mark.parametrize("before, after", ((2, 2), (4, 4), (2, 1), (1, 2), (4, 2)))
+def test_prepared_scheduler_resumes(stop, before, after, processes):
+    """Also on another number of processes with the same tokens per step: accumulation makes up for it."""
+    whole = lrs_used(schedule(5, 60), 61)
+    processes(before)
+    old = prepared(schedule(5 * before, 60 * before))
+    assert prepared_lrs(old, stop) == whole[:stop]
+    state = old.state_dict()
+    processes(after)
+    new = prepared(schedule(5 * after, 60 * after))
+    new.load_state_dict(state)
+    close(prepared_lrs(new, 61 - stop), whole[stop:])
+
+
+SCRIPT = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from hf_power import get_power_schedule
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+
+def run(multiply):
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    scheduler = get_power_schedule(optimizer, 5 * multiply, 60 * multiply, tokens_per_step=4096 * 128, a=0.2)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    used = []
+    for _ in range(60):
+        used.append(optimizer.param_groups[0]["lr"])
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return used
+
+result = {"multiplied": run(accelerator.num_processes)}
+try:
+    run(1)
+except RuntimeError as error:
+    result["error"] = str(error)
+json.dump(result, open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_prepared_scheduler_on_two_real_processes(tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = str(Path(hf_power.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["multiplied"] == lrs_used(schedule(5, 60), 60)
+        assert "multiply num_training_steps and num_warmup_steps by accelerator.num_processes" in result["error"]
