@@ -157,7 +157,12 @@ def coord_check(
                 groups = param_groups(model, lr=lr, weight_decay=weight_decay)
                 runs.append(_changes(model, tokens, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), steps))
         rows += [
-            {"module": module, "step": step, "width": plain.hidden_size, "change": fmean(run[module, step] for run in runs)}
+            {
+                "module": module,
+                "step": step,
+                "width": plain.hidden_size,
+                "change": fmean(run[module, step] for run in runs),
+            }
             for module, step in runs[0]
         ]
     return CoordCheck(rows)

@@ -77,7 +77,9 @@ def mup_config(
     from transformers import GraniteConfig, GraniteMoeConfig
 
     if getattr(config, "mup", None) is not None:
-        raise ValueError("this config has been through mup_config already: pass the Llama or Mixtral config it came from.")
+        raise ValueError(
+            "this config has been through mup_config already: pass the Llama or Mixtral config it came from."
+        )
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"there is no muP rule for model_type {config.model_type!r}: use one of {', '.join(FAMILIES)} "

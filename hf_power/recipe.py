@@ -71,7 +71,9 @@ class Recipe:
 
             path = Path(hf_hub_download(str(source), FILE_NAME))
         if not path.exists():
-            raise FileNotFoundError(f"there is no recipe at {source}: pass a recipe.json, its folder, or a Hub repository.")
+            raise FileNotFoundError(
+                f"there is no recipe at {source}: pass a recipe.json, its folder, or a Hub repository."
+            )
         return cls.from_json(path.read_text(encoding="utf-8"), str(source))
 
     @classmethod

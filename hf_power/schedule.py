@@ -97,9 +97,7 @@ def power_lr(
     """
 
     def eta(n: float) -> float:
-        return min(
-            max_lr, power_law(n, tokens_per_step=tokens_per_step, a=a, b=b, batch_exponent=batch_exponent)
-        )
+        return min(max_lr, power_law(n, tokens_per_step=tokens_per_step, a=a, b=b, batch_exponent=batch_exponent))
 
     if tokens_seen < warmup_tokens:
         top = max_lr if warmup_to == "max" else eta(warmup_tokens)
@@ -347,9 +345,7 @@ def get_power_schedule(
     )
 
 
-def _tail(
-    total: int | None, ratio: float | None, tokens: int | None, start: int | None
-) -> tuple[int | None, int]:
+def _tail(total: int | None, ratio: float | None, tokens: int | None, start: int | None) -> tuple[int | None, int]:
     """First token and length of the tail; (None, 0) where there is none."""
     if ratio is not None and (tokens is not None or start is not None):
         raise ValueError(

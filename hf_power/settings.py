@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_power.data import DataArguments
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
+from hf_power.text import DataArguments
 
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "hub_token", "recipe"}  # of this machine, or secret
@@ -204,7 +204,9 @@ def parse_tokens(value: str | int | float, name: str) -> int:
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"{what} is unknown" + (f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ...")
+    return f"{what} is unknown" + (
+        f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ..."
+    )
 
 
 def unknown_flag(name: str) -> str:

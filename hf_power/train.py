@@ -1,29 +1,35 @@
 """Recipe + config + data -> a Trainer's run: pretrain, resume, anneal."""
 
-import ctypes
 import dataclasses
 import datetime
 import json
 import math
 import os
-import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, ProgressCallback, Trainer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MixtralConfig,
+    ProgressCallback,
+    Trainer,
+    set_seed,
+)
 
-import hf_power
 from hf_power import data as hf_data
 from hf_power.callbacks import RUN_FILE, RunRecord, TokenProgress
 from hf_power.checkpoint import checkpoints, newest_intact, problems
+from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
+from hf_power.plan import describe_run
 from hf_power.recipe import write_json
 from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens
+from hf_power.text import load_text
 
 SCHEMA = 1
 
@@ -107,7 +113,9 @@ def anneal(
         kwargs["decay_shape"] = decay_shape
     settings.training.lr_scheduler_kwargs = kwargs
     settings.training.tokens = str(start + length)
-    folder = Path(output_dir) if output_dir else source.parent.with_name(f"{source.parent.name}-anneal-{trunk['steps']}")
+    folder = (
+        Path(output_dir) if output_dir else source.parent.with_name(f"{source.parent.name}-anneal-{trunk['steps']}")
+    )
     settings.training.output_dir = str(folder)
     settings.given |= {"lr_scheduler_kwargs", "tokens"}
     _refuse_other_run(folder)
@@ -130,7 +138,7 @@ def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> 
     run["parameters_without_embeddings"] = model.num_parameters(exclude_embeddings=True)
     args.ignore_data_skip = True  # the data begin at the checkpoint's tokens already
     if args.should_save:
-        _print_plan(settings, run, schedule)
+        print(describe_run(run, args.max_steps - run["steps"], _disk(args, run), schedule), flush=True)
     trainer = _trainer(settings, run, folder, model, tokenizer, train, held_out)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     _finish(trainer, run, folder, held_out)
@@ -160,34 +168,6 @@ def build_model(settings: Settings, tokenizer: Any) -> Any:
         config = mup_config(config, **{k: v for k, v in dataclasses.asdict(settings.mup).items() if k != "mup"})
     model = AutoModelForCausalLM.from_config(config)
     return mup_init_(model) if settings.mup.mup else model
-
-
-def tune_cpu(args: Any) -> dict[str, Any]:
-    """Settings that make training on a CPU faster; does nothing on an accelerator.
-
-    glibc hands large tensors back to the system after every step and asks for them anew, page by page; telling it to
-    keep them is worth a quarter of a small model's step (benchmarks/throughput.py measures it). `accelerate launch`
-    sets one thread for a process that was given all cores.
-
-    Returns:
-        What is in force: threads, and whether the allocator keeps its memory.
-    """
-    kept = False
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False
-        if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        kept = keep_freed_memory()
-    return {"cpu_threads": torch.get_num_threads(), "keeps_freed_memory": kept}
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep freed memory (no mmap for large blocks, no trimming); False on other systems."""
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
@@ -229,7 +209,9 @@ def _tail_length(tokens: str, start: int, tokens_per_step: int) -> int:
         except ValueError:
             share = 0.0
         if not 0 < share < 1:
-            raise ValueError(f"--tokens must be a percentage between 0% and 100% or a number of tokens, got {tokens!r}.")
+            raise ValueError(
+                f"--tokens must be a percentage between 0% and 100% or a number of tokens, got {tokens!r}."
+            )
         length = start * share / (1 - share)
     else:
         length = parse_tokens(text, "--tokens")
@@ -271,26 +253,11 @@ def _new_run(
         "train_seconds": before.get("train_seconds", 0.0),
         "seed": settings.training.seed,
         "settings": settings.to_dict(),
-        "versions": _versions(),
-        "hardware": _hardware(settings.training),
+        "versions": versions(),
+        "hardware": hardware(settings.training),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "loss_curve": before.get("loss_curve", []),
     }
-
-
-def _versions() -> dict[str, str]:
-    import accelerate
-    import datasets
-
-    modules = {"hf_power": hf_power, "torch": torch, "transformers": transformers}
-    modules |= {"accelerate": accelerate, "datasets": datasets}
-    return {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}}
-
-
-def _hardware(args: Any) -> dict[str, Any]:
-    device = args.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    return {"device": device, "device_name": name, "processes": args.world_size, "cpu_cores": os.cpu_count()}
 
 
 def _dry_schedule(settings: Settings, run: dict[str, Any]) -> PowerLR | None:
@@ -309,7 +276,7 @@ def _dry_schedule(settings: Settings, run: dict[str, Any]) -> PowerLR | None:
 def _data(settings: Settings, run: dict[str, Any], resume: Path | None) -> tuple[Any, Any, Any]:
     """Training blocks from the run's position on, held-out blocks, tokenizer."""
     args, block = settings.training, settings.data.block_size
-    train_text, held_out_text = hf_data.load_text(settings.data)
+    train_text, held_out_text = load_text(settings.data)
     tokenizer = AutoTokenizer.from_pretrained(resume) if resume else hf_data.load_tokenizer(settings.data, train_text)
     train = hf_data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     held_out = hf_data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
@@ -362,38 +329,11 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, held_out: 
         plots.plot_lr_and_loss(run, folder / "lr_and_loss.png")
 
 
-def _print_plan(settings: Settings, run: dict[str, Any], schedule: PowerLR | None) -> None:
-    args = settings.training
+def _disk(args: Any, run: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that the run will write (fp32: weights and two moments per checkpoint), and bytes free."""
     steps = args.max_steps - run["steps"]
-    tokens = steps * run["tokens_per_step"]
-    flops = 6 * run["parameters_without_embeddings"] * tokens
-    kept = args.save_total_limit or math.ceil(steps / (args.save_steps if args.save_steps >= 1 else steps * args.save_steps))
-    disk = run["parameters"] * (12 * kept + 4)  # fp32: weights and two moments per checkpoint, final weights
-    free = shutil.disk_usage(Path(args.output_dir).resolve().parent if Path(args.output_dir).exists() else ".").free
-    lines = [
-        f"{run['kind']}: {run['name']}" + (f" from {run['parent']}" if run["parent"] else ""),
-        f"  parameters   {run['parameters']:,} ({run['parameters_without_embeddings']:,} without embeddings)",
-        f"  tokens       {tokens:,} in {steps:,} steps" + (f", after {run['tokens_seen']:,}" if run["steps"] else ""),
-        f"  batch        {run['tokens_per_step']:,} tokens per step (beta = {run['tokens_per_step'] / 4096:g})",
-        f"  compute      {flops:.2e} FLOP (6 x parameters x tokens)",
-        f"  disk         {disk / 1e9:.2f} GB for {kept} checkpoints and the model, {free / 1e9:.1f} GB free",
-    ]
-    if schedule is not None:
-        law = schedule.describe()
-        lines.append(
-            f"  schedule     min({law['max_lr']:g}, {law['a']:g} * beta^{law['batch_exponent']:g} * n^{law['b']:g})"
-        )
-        for what, n in _milestones(schedule, run["tokens_seen"]):
-            lines.append(f"    {what:<14} {n:>16,} tokens   lr {schedule.lr_at(n):.3e}")
-    print("\n".join(lines), flush=True)
-
-
-def _milestones(schedule: PowerLR, seen: int) -> list[tuple[str, int]]:
-    law, end = schedule.describe(), schedule.total_tokens or 0
-    beta = law["tokens_per_step"] / 4096
-    cap_ends = int((law["a"] * beta ** law["batch_exponent"] / law["max_lr"]) ** (-1 / law["b"]))
-    points = [("first step", seen), ("end of warmup", law["warmup_tokens"]), ("cap ends", cap_ends)]
-    points += [("half", end // 2), ("end", end)]
-    if law["decay_start_tokens"] is not None:
-        points.append(("decay starts", law["decay_start_tokens"]))
-    return sorted({p for p in points if seen <= p[1] <= end and (p[1] or p[0] == "first step")}, key=lambda p: p[1])
+    every = args.save_steps if args.save_steps >= 1 else args.max_steps * args.save_steps
+    written = math.ceil(steps / every) if args.save_strategy == "steps" else 1
+    kept = min(written, args.save_total_limit or written)
+    parent = next(p for p in [Path(args.output_dir).resolve(), *Path(args.output_dir).resolve().parents] if p.exists())
+    return run["parameters"] * (12 * kept + 4), shutil.disk_usage(parent).free

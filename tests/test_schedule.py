@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import hf_power.schedule
 from hf_power.schedule import DECAY_SHAPES, PowerLR, get_power_schedule, power_law, power_lr
@@ -307,7 +307,8 @@ def processes(monkeypatch):
     Accelerator(cpu=True)
 
     def pretend(num_processes):
-        monkeypatch.setattr(AcceleratorState, "num_processes", num_processes, raising=False)
+        monkeypatch.setitem(PartialState._shared_state, "num_processes", num_processes)
+        assert AcceleratorState().num_processes == num_processes
 
     yield pretend
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,65 @@
+"""The order of the house: imports run down the list, heavy packages are imported where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_power"
+
+# A module may import those before it only; version and the exports of __init__ stand outside the order.
+ORDER = """schedule register mup coord_check recipe machine checkpoint text data plan evaluate plots settings callbacks train cli run""".split()
+HEAVY = {"datasets", "matplotlib", "scipy", "evaluate", "yaml", "pandas"}
+
+
+def imports(path, top_level_only=False):
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_place():
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "version"}
+    assert modules == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_run_down_and_never_back(module):
+    for name in imports(PACKAGE / f"{module}.py"):
+        if name.startswith("hf_power.") and (target := name.split(".")[1]) in ORDER:
+            assert ORDER.index(target) < ORDER.index(module), f"{module} imports {target}"
+        assert not name.startswith("scripts")
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_heavy_packages_are_imported_where_they_are_used(module):
+    assert not {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py", top_level_only=True)} & HEAVY
+
+
+@pytest.mark.parametrize("module", [m for m in ORDER if m != "cli"])
+def test_argparse_stays_in_cli(module):
+    assert "argparse" not in set(imports(PACKAGE / f"{module}.py"))
+
+
+def test_only_register_touches_private_parts_of_transformers():
+    for module in ORDER:
+        if module != "register":
+            names = [n for n in imports(PACKAGE / f"{module}.py") if n.startswith("transformers")]
+            assert not [n for n in names if any(part.startswith("_") for part in n.split("."))], module
+
+
+def test_import_brings_in_nothing_that_the_trainer_does_not():
+    code = "import sys, {0}; print(' '.join(m for m in ('matplotlib','scipy','evaluate','pandas') if m in sys.modules))"
+    for name in ("transformers.trainer", "hf_power"):
+        out = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True)
+        loaded = out.stdout.split()
+        if name == "transformers.trainer":
+            baseline = loaded
+    assert loaded == baseline
