@@ -1,21 +1,18 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import ByT5Tokenizer, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hf_power import data
 from hf_power.data import BlockStream, collate_blocks, fingerprint, load_tokenizer, pack

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from transformers import HfArgumentParser
 
-from hf_power import text
+from hf_power import text as text_module
 from hf_power.data import fingerprint
 from hf_power.text import DataArguments, load_text
 
@@ -40,7 +40,7 @@ def test_python_stdlib_is_split_by_file(cache):
     assert len(train & held_out) <= 2
     assert 0.03 < len(parts[1]) / (len(parts[0]) + len(parts[1])) < 0.07
     assert (STDLIB / "argparse.py").read_bytes().decode() in train | held_out
-    assert not any("site-packages" in path for path, _ in text._python_sources(STDLIB))
+    assert not any("site-packages" in path for path, _ in text_module._python_sources(STDLIB))
 
 
 def test_python_sources_skips_packages_and_broken_encodings(tmp_path):
@@ -49,7 +49,7 @@ def test_python_sources_skips_packages_and_broken_encodings(tmp_path):
         (tmp_path / name).write_bytes(f"# {name}\r\n".encode())
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
     expected = [(name, f"# {name}\r\n") for name in ("a.py", "a/z.py", "b.py")]
-    assert list(text._python_sources(tmp_path)) == expected
+    assert list(text_module._python_sources(tmp_path)) == expected
 
 
 def test_python_stdlib_is_cached(cache, monkeypatch):
@@ -60,7 +60,7 @@ def test_python_stdlib_is_cached(cache, monkeypatch):
     assert [part.cache_files for part in first] == [part.cache_files for part in second]
     assert {file: file.stat().st_mtime_ns for file in Path(cache).rglob("*.arrow")} == written
     assert fingerprint(first[0]) == fingerprint(second[0]) != fingerprint(first[1])
-    monkeypatch.setattr(text, "python_version", lambda: "3.99.0")
+    monkeypatch.setattr(text_module, "python_version", lambda: "3.99.0")
     assert fingerprint(load_text(args)[0]).startswith("python-3.99.0-")
 
 
@@ -84,7 +84,7 @@ def test_python_stdlib_fingerprint_is_the_same_in_another_process(cache, tmp_pat
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet", ".arrow"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_local_files_give_the_same_documents(suffix, streaming, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(text, "STREAM_EVAL_DOCUMENTS", 3)
+    monkeypatch.setattr(text_module, "STREAM_EVAL_DOCUMENTS", 3)
     texts = [f"document {i}\nwith « two » lines" for i in range(12)]
     folder = tmp_path / "in"
     folder.mkdir()
@@ -118,14 +118,14 @@ def test_local_names(tmp_path):
         (tmp_path / name).touch()
 
     def found(name):
-        return [Path(file).relative_to(tmp_path).as_posix() for file in text._local_files(str(tmp_path / name))]
+        return [Path(file).relative_to(tmp_path).as_posix() for file in text_module._local_files(str(tmp_path / name))]
 
     assert found("") == ["a.txt", "a[1].txt", "b.txt", "sub/c.txt"]
     assert found("a.txt") == ["a.txt"]
     assert found("a[1].txt") == ["a[1].txt"]
     assert found("[ab].txt") == ["a.txt", "b.txt"]
     assert found("**/*.txt") == ["a.txt", "a[1].txt", "b.txt", "sub/c.txt"]
-    assert text._local_files("HuggingFaceFW/fineweb") == text._local_files("wikitext") == []
+    assert text_module._local_files("HuggingFaceFW/fineweb") == text_module._local_files("wikitext") == []
 
 
 def test_a_file_name_with_brackets_is_not_a_pattern(tmp_path, cache):
