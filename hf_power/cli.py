@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_power.settings import SECTIONS, Settings, flatten, load_yaml, unknown_flag
+from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, load_yaml, unknown_flag
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,12 +46,14 @@ def parse_settings(argv: list[str]) -> Settings:
             raise ValueError(f"command line: {message}.")
 
     parser = Parser(tuple(SECTIONS.values()), allow_abbrev=False)
-    parser.set_defaults(**values)
-    *parts, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    parser.set_defaults(**TRAINING_DEFAULTS | values)
+    parsed = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    unknown = parsed[-1]
     if unknown:
         raise ValueError(unknown_flag(unknown[0].lstrip("-").split("=")[0]))
     named = {a.lstrip("-").split("=")[0].replace("-", "_") for a in flags if a.startswith("--")}
-    return Settings(*parts, given=frozenset({*values, *named}))
+    model, mup, data, run, training = parsed[:5]
+    return Settings(model, mup, data, run, training, given=frozenset({*values, *named}))
 
 
 def pretrain(argv: list[str]) -> int:
@@ -62,7 +64,7 @@ def pretrain(argv: list[str]) -> int:
     from hf_power import train
 
     run = train.pretrain(parse_settings(argv))
-    _report(run, argv)
+    _report(run)
     return 0
 
 
@@ -76,7 +78,7 @@ def anneal(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from hf_power import train
 
-    _report(train.anneal(**vars(options)), argv)
+    _report(train.anneal(**vars(options)))
     return 0
 
 
@@ -86,11 +88,24 @@ def coord_check(argv: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", help="settings with a model section; default: a small Llama")
     parser.add_argument("--widths", type=int, nargs="+", help="hidden sizes, at least four")
     parser.add_argument("--picture", help="write the picture here (PNG)")
+    parser.add_argument("--base_width", type=int, help="default: the smallest width")
+    parser.add_argument("--steps", type=int, default=4, help="training steps at each width")
     options = parser.parse_args(argv)
-    raise NotImplementedError(options)
+    from hf_power.coord_check import coord_check as check
+    from hf_power.plots import plot_coord_check
+
+    settings = parse_settings([options.recipe] if options.recipe else [])
+    mup = settings.mup.arguments() | {"base_width": options.base_width}
+    chosen = {"widths": options.widths} if options.widths else {}
+    result = check(settings.model.config(vocab_size=512), steps=options.steps, **chosen, **mup)
+    print(result.table())
+    if options.picture:
+        plot_coord_check(result, options.picture)
+        print(f"picture: {options.picture}")
+    return 0 if result.passed else 1
 
 
-def _report(run: dict[str, Any], argv: list[str]) -> None:
+def _report(run: dict[str, Any]) -> None:
     import math
 
     loss = run["held_out_loss"]
@@ -107,8 +122,9 @@ def _help_pretrain() -> None:
     for section, kind in SECTIONS.items():
         print(f"\n{section}:")
         for f in dataclasses.fields(kind):
-            if f.init and (section != "training" or f.name in kind.__annotations__):
-                print(f"  --{f.name:<26} {f.metadata.get('help', '')} (default: {f.default})")
+            if section != "training" or f.name in TRAINING_DEFAULTS:
+                default = TRAINING_DEFAULTS.get(f.name, f.default)
+                print(f"  --{f.name:<26} {f.metadata['help'].splitlines()[0]} (default: {default})")
     print("\nand every other argument of transformers.TrainingArguments.")
 
 

@@ -90,7 +90,7 @@ def mup_config(
     _check_sizes(config, base_width)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     m = config.hidden_size / base_width
-    base = {
+    base: dict[str, Any] = {
         "base_width": base_width,
         "base_intermediate_size": base_intermediate_size or config.intermediate_size / m,
         "base_head_dim": base_head_dim or head_dim,
@@ -302,10 +302,8 @@ class MupAdamW:
 
 def _rule(name: str, tensor: torch.Tensor, config: Any) -> tuple[str, float]:
     """Role of a tensor and its r = fan_in / base fan_in (1 for embeddings and vectors)."""
-    for role, pattern in _ROLES:
-        if pattern.search(name):
-            break
-    else:
+    role = next((role for role, pattern in _ROLES if pattern.search(name)), None)
+    if role is None:
         raise ValueError(
             f"there is no muP rule for the tensor {name} of shape {tuple(tensor.shape)}: freeze it, or leave it out of "
             "the model; rules exist for Llama's and Mixtral's tensors."

@@ -39,8 +39,9 @@ def _milestones(schedule: PowerLR, seen: int) -> list[tuple[str, int]]:
     law, end = schedule.describe(), schedule.total_tokens or 0
     beta = law["tokens_per_step"] / 4096
     cap_ends = int((law["a"] * beta ** law["batch_exponent"] / law["max_lr"]) ** (-1 / law["b"]))  # a beta^c n^b = cap
-    points = [("first step", seen), ("end of warmup", law["warmup_tokens"]), ("cap ends", cap_ends)]
-    points += [("half", end // 2), ("end", end)]
+    points = [("first step", seen), ("end of warmup", law["warmup_tokens"]), ("half", end // 2), ("end", end)]
+    if cap_ends > law["warmup_tokens"]:
+        points.append(("cap ends", cap_ends))
     if law["decay_start_tokens"] is not None:
         points.append(("decay starts", law["decay_start_tokens"]))
     inside = {(what, n) for what, n in points if seen < n <= end or what == "first step"}

@@ -27,7 +27,7 @@ def register_power_scheduler() -> None:
     Raises:
         RuntimeError: if another package has registered "power".
     """
-    values: dict[str, Any] = SchedulerType._value2member_map_  # type: ignore[assignment]
+    values: dict[str, Any] = SchedulerType._value2member_map_
     member = values.get(NAME)
     if member is None:
         member = _add_member()
@@ -38,16 +38,14 @@ def register_power_scheduler() -> None:
             "import either that package or hf_power, not both."
         )
     if not hasattr(hf_trainer.Trainer.create_scheduler, "_finds_tokens_per_step"):
-        hf_trainer.Trainer.create_scheduler = _finding_tokens(  # type: ignore[method-assign]
-            hf_trainer.Trainer.create_scheduler
-        )
+        hf_trainer.Trainer.create_scheduler = _finding_tokens(hf_trainer.Trainer.create_scheduler)
 
 
 def _add_member() -> Any:
     """A real enum member, so that SchedulerType("power"), iteration, `in` and to_dict all work."""
     member = str.__new__(SchedulerType, NAME)
     member._name_, member._value_ = "POWER", NAME
-    member._sort_order_ = len(SchedulerType._member_names_)  # type: ignore[attr-defined]
+    member._sort_order_ = len(SchedulerType._member_names_)
     # A training_args.bin must load where hf_power is not installed: the member is pickled as its plain string.
     member.__dict__["__reduce_ex__"] = lambda protocol: (str, (NAME,))
     type.__setattr__(SchedulerType, "POWER", member)
@@ -90,7 +88,7 @@ def find_tokens_per_step(trainer: Any) -> int:
     Raises:
         ValueError: if the tokens of a sequence cannot be counted; pass tokens_per_step in lr_scheduler_kwargs.
     """
-    sequences = trainer.get_total_train_batch_size(trainer.args)
+    sequences: int = trainer.get_total_train_batch_size(trainer.args)
     if trainer.accelerator.split_batches:  # then the per-device batch is already that of all processes
         sequences = trainer._train_batch_size * trainer.args.gradient_accumulation_steps
     try:

@@ -179,10 +179,11 @@ class PowerLR(LRScheduler):
         if self.num_training_steps is not None:
             self.total_tokens = self._tokens_at + self._tokens(max(0, self.num_training_steps - self._epoch_at))
         start, length = _tail(self.total_tokens, *self._decay)
-        if start is not None and warmup > start:
+        end = self.total_tokens if start is None else start
+        if end is not None and warmup > end and warmup > self._tokens_at:
             raise ValueError(
-                f"warmup of {warmup:,} tokens reaches beyond the start of the decay at {start:,} tokens: "
-                "shorten the warmup or the decay, or train longer."
+                f"a warmup of {warmup:,} tokens does not fit before token {end:,}, where the "
+                f"{'run ends' if start is None else 'decay starts'}: shorten the warmup or the decay, or train longer."
             )
         self._law |= {"warmup_tokens": warmup, "decay_start_tokens": start, "decay_tokens": length}
 

@@ -1,17 +1,19 @@
-"""What a pretraining run is told: one YAML of four sections, checked before anything is started."""
+"""What a pretraining run is told: one YAML of five sections, checked before anything is started."""
 
 import dataclasses
 import difflib
 import enum
 import inspect
+import json
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import LlamaConfig, MixtralConfig, TrainingArguments
 
+from hf_power.mup import mup_config
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
 from hf_power.text import DataArguments
@@ -37,6 +39,30 @@ class ModelArguments:
         default=None, metadata={"help": "Any other argument of LlamaConfig or MixtralConfig, as a mapping."}
     )
 
+    def config(self, **numbers: Any) -> Any:
+        """The plain LlamaConfig or MixtralConfig; `numbers` (vocab_size ...) yield to model_config.
+
+        Raises:
+            ValueError: another model_type, an unknown key of model_config, or sizes that do not divide.
+        """
+        families: dict[str, Any] = {"llama": LlamaConfig, "mixtral": MixtralConfig}
+        if self.model_type not in families:
+            raise ValueError(f"there is no muP rule for model_type {self.model_type!r}: use llama or mixtral.")
+        family, shape = families[self.model_type], dataclasses.asdict(self)
+        shape = {k: v for k, v in shape.items() if k not in ("model_type", "model_config") and v is not None}
+        known = {f.name for f in dataclasses.fields(family)}
+        extra = self.model_config if isinstance(self.model_config, dict) else json.loads(self.model_config or "{}")
+        for name in extra:
+            if name not in known:
+                raise ValueError(_unknown(f"model_config.{name}", name, sorted(known)))
+        if self.hidden_size % self.num_attention_heads and "head_dim" not in extra:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
+                "change one of them."
+            )
+        shape.setdefault("num_key_value_heads", self.num_attention_heads)
+        return family(**numbers | {k: v for k, v in shape.items() if k in known} | extra)
+
 
 @dataclass
 class MupArguments:
@@ -53,42 +79,51 @@ class MupArguments:
     attention_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
     initializer_range: float | None = field(default=None, metadata={"help": "Wins over the preset."})
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `mup_config`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "mup"}
+
 
 @dataclass
-class PretrainArguments(TrainingArguments):
-    """transformers.TrainingArguments with the defaults of pretraining, and the length of the run in tokens."""
+class RunArguments:
+    """Length of the run, and the numbers it is to use."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "The run folder."})
     tokens: str | None = field(default=None, metadata={"help": "Length of the run, e.g. 30M or 2.1B tokens."})
     recipe: str | None = field(default=None, metadata={"help": "recipe.json or Hub repository with tuned numbers."})
     max_eval_tokens: str = field(default="200k", metadata={"help": "Held-out tokens used in an evaluation."})
-    lr_scheduler_type: str = field(default="power", metadata={"help": "Any scheduler type of transformers."})
-    learning_rate: float = field(default=0.02, metadata={"help": "eta_max, the cap of the Power schedule."})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's coefficient at base width."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every N steps."})
-    save_steps: float = field(default=500, metadata={"help": "Checkpoint every N steps."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation keeps the loss only."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show a NaN loss as it is."})
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": "The data come in seeded order."})
 
 
-SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, Any] = {
     "model": ModelArguments,
     "mup": MupArguments,
     "data": DataArguments,
-    "training": PretrainArguments,
+    "run": RunArguments,
+    "training": TrainingArguments,
+}
+# What pretraining takes where transformers.TrainingArguments has the defaults of fine-tuning.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "lr_scheduler_type": "power",
+    "learning_rate": 0.02,  # eta_max of the paper
+    "weight_decay": 0.1,  # with beta2 and clipping as in IBM's code; the paper does not say
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "prediction_loss_only": True,
+    "logging_nan_inf_filter": False,  # a NaN loss is shown as it is
+    "train_sampling_strategy": "sequential",  # the blocks come in a seeded order already
 }
 
 
 @dataclass
 class Settings:
-    """The four sections, and which of their values were given rather than left at their defaults."""
+    """The sections, and which of their values were given rather than left at their defaults."""
 
     model: ModelArguments
     mup: MupArguments
     data: DataArguments
-    training: PretrainArguments
+    run: RunArguments
+    training: TrainingArguments
     given: frozenset[str] = frozenset()
 
     @classmethod
@@ -98,7 +133,8 @@ class Settings:
         parts = {}
         for name, kind in SECTIONS.items():
             names = {f.name for f in dataclasses.fields(kind)}
-            parts[name] = kind(**{k: v for k, v in flat.items() if k in names})
+            values = (TRAINING_DEFAULTS if name == "training" else {}) | flat
+            parts[name] = kind(**{k: v for k, v in values.items() if k in names})
         return cls(**parts, given=frozenset(flat))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -111,14 +147,14 @@ class Settings:
         return sections
 
     def apply_recipe(self) -> None:
-        """Take the tuned numbers from ``training.recipe``.
+        """Take the tuned numbers from ``run.recipe``.
 
         Raises:
             ValueError: if a given value contradicts the recipe; both are named.
         """
-        if self.training.recipe is None:
+        if self.run.recipe is None:
             return
-        recipe = Recipe.load(self.training.recipe)
+        recipe = Recipe.load(self.run.recipe)
         for name, value in recipe.settings().items():
             part = self.mup if hasattr(self.mup, name) else self.training
             _agree(name, value, getattr(part, name) if name in self.given else value)
@@ -138,11 +174,14 @@ class Settings:
         """
         if not self.training.output_dir:
             raise ValueError("output_dir is missing: name the run folder, e.g. --output_dir runs/first.")
-        if self.training.tokens is None:
+        if self.run.tokens is None:
             raise ValueError("tokens is missing: give the length of the run, e.g. --tokens 30M.")
-        if parse_tokens(self.training.tokens, "tokens") < 1:
-            raise ValueError(f"tokens must be positive, got {self.training.tokens!r}.")
-        parse_tokens(self.training.max_eval_tokens, "max_eval_tokens")
+        if parse_tokens(self.run.tokens, "tokens") < 1:
+            raise ValueError(f"tokens must be positive, got {self.run.tokens!r}.")
+        parse_tokens(self.run.max_eval_tokens, "max_eval_tokens")
+        config = self.model.config()
+        if self.mup.mup:
+            mup_config(config, **self.mup.arguments())
         kwargs = self.training.lr_scheduler_kwargs or {}
         if self.training.lr_scheduler_type == "power":
             known = [p for p in inspect.signature(PowerLR).parameters if p not in ("optimizer", "last_epoch")]
@@ -197,7 +236,7 @@ def parse_tokens(value: str | int | float, name: str) -> int:
     text = str(value).strip().replace("_", "").replace(",", "")
     factor = UNITS.get(text[-1:], 1.0)
     try:
-        return int(round(float(text[:-1] if factor > 1 else text) * factor))
+        return round(float(text[:-1] if factor > 1 else text) * factor)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a number of tokens such as 30M or 2.1B, got {value!r}.") from error
 

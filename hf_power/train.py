@@ -1,6 +1,5 @@
 """Recipe + config + data -> a Trainer's run: pretrain, resume, anneal."""
 
-import dataclasses
 import datetime
 import json
 import math
@@ -13,8 +12,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    MixtralConfig,
     ProgressCallback,
     Trainer,
     set_seed,
@@ -112,7 +109,7 @@ def anneal(
     if decay_shape is not None:
         kwargs["decay_shape"] = decay_shape
     settings.training.lr_scheduler_kwargs = kwargs
-    settings.training.tokens = str(start + length)
+    settings.run.tokens = str(start + length)
     folder = (
         Path(output_dir) if output_dir else source.parent.with_name(f"{source.parent.name}-anneal-{trunk['steps']}")
     )
@@ -147,27 +144,15 @@ def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> 
 
 def build_model(settings: Settings, tokenizer: Any) -> Any:
     """The model of the settings, initialized from torch's global random numbers."""
-    shape = dataclasses.asdict(settings.model)
-    kind, extra = shape.pop("model_type"), shape.pop("model_config") or {}
-    families: dict[str, Any] = {"llama": LlamaConfig, "mixtral": MixtralConfig}
-    if kind not in families:
-        raise ValueError(f"there is no muP rule for model_type {kind!r}: use llama or mixtral.")
-    if kind == "llama":
-        shape.pop("num_local_experts"), shape.pop("num_experts_per_tok")
-    known = {f.name for f in dataclasses.fields(families[kind])}
-    for name in extra:
-        if name not in known:
-            raise ValueError(f"model_config.{name} is no argument of {families[kind].__name__}: see its documentation.")
-    if shape["num_key_value_heads"] is None:
-        shape["num_key_value_heads"] = shape["num_attention_heads"]
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = families[kind](
-        **{"vocab_size": len(tokenizer), "max_position_embeddings": settings.data.block_size, **ends, **shape, **extra}
+    config = settings.model.config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=settings.data.block_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    if settings.mup.mup:
-        config = mup_config(config, **{k: v for k, v in dataclasses.asdict(settings.mup).items() if k != "mup"})
-    model = AutoModelForCausalLM.from_config(config)
-    return mup_init_(model) if settings.mup.mup else model
+    if not settings.mup.mup:
+        return AutoModelForCausalLM.from_config(config)
+    return mup_init_(AutoModelForCausalLM.from_config(mup_config(config, **settings.mup.arguments())))
 
 
 def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
@@ -234,7 +219,7 @@ def _new_run(
 ) -> dict[str, Any]:
     """What run.json says before the first step."""
     before = before or {}
-    total = parse_tokens(settings.training.tokens or 0, "tokens")
+    total = parse_tokens(settings.run.tokens or 0, "tokens")
     seen = before.get("tokens_seen", 0)
     if total <= seen:
         raise ValueError(
@@ -255,7 +240,7 @@ def _new_run(
         "settings": settings.to_dict(),
         "versions": versions(),
         "hardware": hardware(settings.training),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "loss_curve": before.get("loss_curve", []),
     }
 
@@ -280,7 +265,7 @@ def _data(settings: Settings, run: dict[str, Any], resume: Path | None) -> tuple
     tokenizer = AutoTokenizer.from_pretrained(resume) if resume else hf_data.load_tokenizer(settings.data, train_text)
     train = hf_data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     held_out = hf_data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
-    wanted = max(1, parse_tokens(args.max_eval_tokens, "max_eval_tokens") // block)
+    wanted = max(1, parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block)
     start = run["tokens_seen"] // block
     run["data"] = {"dataset": settings.data.dataset, "fingerprint": hf_data.fingerprint(train)}
     if settings.data.streaming:
@@ -320,7 +305,7 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, held_out: 
     metrics = trainer.evaluate(held_out)
     run["held_out_loss"] = metrics["eval_loss"]
     run["status"] = "finished" if trainer.state.global_step >= trainer.args.max_steps else "stopped"
-    run["finished"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         write_json(folder / RUN_FILE, run)

@@ -1,8 +1,56 @@
+import json
 import os
+import sysconfig
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it does, and sums keep one order
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A jsonl file of 60 small modules of the standard library: about 130 kB of real text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    small = [p for p in sorted(stdlib.glob("*.py")) if p.stat().st_size < 6000][:60]
+    lines = [json.dumps({"text": p.read_text(encoding="utf-8")}) for p in small]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "corpus.jsonl"
+
+
+@pytest.fixture(scope="session")
+def sections(corpus):
+    """Sections of a run that takes a second: 12 steps of 4 blocks of 32 tokens."""
+
+    def build(folder, tokens=12 * 128, **training):
+        model = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return {
+            "model": model,
+            "mup": {"base_width": 16},
+            "data": {
+                "dataset": str(corpus),
+                "vocab_size": 400,
+                "block_size": 32,
+                "num_proc": 1,
+                "data_cache_dir": str(corpus.parent / "cache"),
+            },
+            "run": {"tokens": tokens, "max_eval_tokens": 640},
+            "training": {
+                "output_dir": str(folder),
+                "per_device_train_batch_size": 4,
+                "logging_steps": 1,
+                "save_steps": 4,
+                "learning_rate": 0.01,
+                "lr_scheduler_kwargs": {"a": 8.0},
+                "warmup_steps": 2,
+                "disable_tqdm": True,
+                **training,
+            },
+        }
+
+    return build

@@ -81,6 +81,7 @@ print(len(list(SchedulerType)) - len(before), wrapped is Trainer.create_schedule
 """
 
 
+@pytest.mark.slow
 def test_import_adds_one_member_and_one_entry(tmp_path):
     lines = python(REGISTRATION, cwd=tmp_path).splitlines()
     assert lines == ["unknown before", "True", "['power'] 1", "True", "1 True True"]
@@ -103,6 +104,7 @@ print(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType("power")] is somebody_elses)
 """
 
 
+@pytest.mark.slow
 def test_foreign_power_is_refused(tmp_path):
     message, kept = python(FOREIGN, cwd=tmp_path).splitlines()
     assert message == (
@@ -124,17 +126,20 @@ def test_foreign_function_is_refused_and_left_alone(monkeypatch):
 
 def test_member_behaves_as_those_of_transformers():
     member, stock = SchedulerType("power"), SchedulerType("cosine")
-    assert member is SchedulerType.POWER is SchedulerType["POWER"] and member in SchedulerType
-    assert list(SchedulerType).count(member) == 1 and list(SchedulerType)[-1] is member
+    assert member is SchedulerType.POWER is SchedulerType["POWER"]
+    assert member in SchedulerType
+    assert list(SchedulerType).count(member) == 1
+    assert list(SchedulerType)[-1] is member
     assert (member.name, member.value, member == "power") == ("POWER", "power", True)
-    assert isinstance(member, SchedulerType) and type(member) is type(stock)
+    assert isinstance(member, SchedulerType)
+    assert type(member) is type(stock)
     assert repr(member) == repr(stock).replace("COSINE", "POWER").replace("cosine", "power")
     assert str(member) == str(stock).replace("COSINE", "POWER").replace("cosine", "power")
     assert f"{member}" == f"{stock}".replace("COSINE", "POWER").replace("cosine", "power")
     assert {member: 1}[SchedulerType("power")] == 1
     assert len({t.value for t in SchedulerType}) == len(SchedulerType) == len(SchedulerType.__members__)
     assert json.dumps({"type": member}) == '{"type": "power"}'
-    with pytest.raises(ValueError, match="please select one of .*'power'"):
+    with pytest.raises(ValueError, match=r"please select one of .*'power'"):
         SchedulerType("powre")
 
 
@@ -197,7 +202,7 @@ def from_own_json(tmp_path):
 
 @pytest.mark.parametrize(
     "make",
-    (
+    [
         from_constructor,
         from_command_line,
         from_dict,
@@ -206,7 +211,7 @@ def from_own_json(tmp_path):
         from_copy,
         from_deepcopy,
         from_own_json,
-    ),
+    ],
 )
 def test_arguments_by_every_way_in_and_out(make, tmp_path):
     args = make(tmp_path)
@@ -223,8 +228,10 @@ def test_arguments_by_every_way_in_and_out(make, tmp_path):
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_member_is_pickled_as_its_string(protocol):
     saved = pickle.dumps(SchedulerType("power"), protocol)
-    assert type(pickle.loads(saved)) is str and pickle.loads(saved) == "power"
-    assert b"hf_power" not in saved and b"SchedulerType" not in saved
+    assert type(pickle.loads(saved)) is str
+    assert pickle.loads(saved) == "power"
+    assert b"hf_power" not in saved
+    assert b"SchedulerType" not in saved
     assert pickle.loads(pickle.dumps(SchedulerType("cosine"), protocol)) is SchedulerType("cosine")
 
 
@@ -337,8 +344,8 @@ def train(args, dataset, *, model=None, trainer_class=Trainer, resume=None, **kw
     return trainer, [rates[0] for rates in log.used]
 
 
-@pytest.mark.parametrize("accumulation", (1, 3))
-@pytest.mark.parametrize("dataset", (packed, Stream, SizedStream, hf_dataset, hf_stream, shuffled_hf_stream))
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("dataset", [packed, Stream, SizedStream, hf_dataset, hf_stream, shuffled_hf_stream])
 def test_tokens_of_packed_blocks(dataset, accumulation, tmp_path):
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation, warmup_steps=2)
     trainer, used = train(args, dataset())
@@ -358,7 +365,7 @@ def pad(examples):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-@pytest.mark.parametrize("count", (1, 30, 64))
+@pytest.mark.parametrize("count", [1, 30, 64])
 def test_tokens_of_padded_examples_are_averaged(count, tmp_path):
     """Lengths 3, 4, ... 11, 3, ...; every example is counted, its padding is not."""
     lengths = [3 + i % 9 for i in range(count)]
@@ -416,7 +423,7 @@ class SharedIterator(OnePass):
         return self.examples
 
 
-@pytest.mark.parametrize("dataset", (OnePass, SharedIterator))
+@pytest.mark.parametrize("dataset", [OnePass, SharedIterator])
 def test_one_pass_dataset_is_refused_before_it_loses_examples(dataset, tmp_path):
     stream = dataset()
     with pytest.raises(ValueError) as caught:
@@ -427,7 +434,7 @@ def test_one_pass_dataset_is_refused_before_it_loses_examples(dataset, tmp_path)
     assert train(args, dataset())[1] == pytest.approx(closed_form(6, 32), rel=1e-12)
 
 
-@pytest.mark.parametrize("dataset, reason", (([], "Error"), ([{"pixels": torch.zeros(3)}], "Error")))
+@pytest.mark.parametrize(("dataset", "reason"), [([], "Error"), ([{"pixels": torch.zeros(3)}], "Error")])
 def test_uncountable_data_is_refused_with_the_remedy(dataset, reason, tmp_path):
     trainer = Trainer(tiny_model(), arguments(tmp_path), train_dataset=dataset)
     with pytest.raises(ValueError) as caught:
@@ -454,7 +461,7 @@ class LossLog(Trainer):
 
 
 @pytest.mark.filterwarnings("ignore:the cap learning_rate")
-@pytest.mark.parametrize("dataset", (DrawingDataset, hf_dataset))
+@pytest.mark.parametrize("dataset", [DrawingDataset, hf_dataset])
 def test_counting_does_not_change_the_training(dataset, tmp_path):
     """Under a cap that binds and without a tail "power" is "constant", loss for loss; dropout and shuffling are on."""
     runs = {}
@@ -468,30 +475,56 @@ def test_counting_does_not_change_the_training(dataset, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(runs["power"][1], runs["constant"][1], strict=True))
 
 
-def test_stream_still_yields_its_first_example_to_the_training(tmp_path):
+def resumed_hf_stream():
+    stream = hf_stream()
+    state = [stream.state_dict() for _ in zip(range(5), stream, strict=False)][-1]
+    resumed = hf_stream()
+    resumed.load_state_dict(state)
+    return resumed
+
+
+@pytest.mark.parametrize(("dataset", "first"), [(Stream, 0), (hf_stream, 0), (resumed_hf_stream, 5)])
+def test_stream_still_yields_its_first_examples_to_the_training(dataset, first, tmp_path):
     seen = []
 
     def collate(examples):
         seen.append([int(e["input_ids"][0]) for e in examples])
         return {k: torch.stack([e[k] for e in examples]) for k in ("input_ids", "labels")}
 
-    train(arguments(tmp_path), Stream(), data_collator=collate)
-    assert seen[1:4] == [[0, 1], [2, 3], [4, 5]]  # seen[0] is the sample
+    train(arguments(tmp_path), dataset(), data_collator=collate)
+    assert seen[0][:2] == [first, first + 1]  # the sample
+    assert seen[1:4] == [[first + 2 * k, first + 2 * k + 1] for k in range(3)]
+
+
+class SmallMemory(Trainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_tokens_follow_the_batch_that_auto_find_batch_size_settles_on(tmp_path):
+    args = arguments(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True)
+    trainer, used = train(args, packed(), trainer_class=SmallMemory)
+    batch = trainer.state.train_batch_size
+    assert batch < 4
+    assert trainer.lr_scheduler.tokens_per_step == batch * LENGTH
+    assert used[-6:] == pytest.approx(closed_form(6, batch * LENGTH), rel=1e-12)
 
 
 # ---------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize(
-    "today, tokens, lr, a",
-    (
+    ("today", "tokens", "lr", "a"),
+    [
         ({}, 32, 0.02, A),
         ({"learning_rate": 2e-4}, 32, 2e-4, A),
         ({"per_device_train_batch_size": 4}, 64, 0.02, A),
         ({"gradient_accumulation_steps": 3, "learning_rate": 0.005}, 96, 0.005, A),
         ({"lr_scheduler_kwargs": {"a": 0.03}}, 32, 0.02, 0.03),
         ({"max_steps": 12}, 32, 0.02, A),
-    ),
+    ],
 )
 def test_resume_uses_the_values_of_today_from_the_first_step(today, tokens, lr, a, tmp_path):
     first = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=8)
@@ -524,7 +557,7 @@ class Replacing(Trainer):
         return self.lr_scheduler
 
 
-@pytest.mark.parametrize("trainer_class", (Callers, Replacing))
+@pytest.mark.parametrize("trainer_class", [Callers, Replacing])
 def test_trainer_subclasses(trainer_class, tmp_path):
     _, used = train(arguments(tmp_path), packed(), trainer_class=trainer_class)
     assert used == pytest.approx(closed_form(6, 32), rel=1e-12)
@@ -532,7 +565,7 @@ def test_trainer_subclasses(trainer_class, tmp_path):
 
 def test_tokens_found_for_one_trainer_do_not_leak(tmp_path):
     train(arguments(tmp_path), packed())
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="could not count"):
         Trainer(tiny_model(), arguments(tmp_path), train_dataset=OnePass()).create_optimizer_and_scheduler(6)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     with pytest.raises(ValueError, match="found no Trainer"):
@@ -544,7 +577,8 @@ def test_scheduler_that_the_user_passes_is_kept(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=100)
     trainer, used = train(arguments(tmp_path), OnePass(), model=model, optimizers=(optimizer, constant))
-    assert trainer.lr_scheduler is constant and used == [0.01] * 6
+    assert trainer.lr_scheduler is constant
+    assert used == [0.01] * 6
 
 
 def test_split_batches_divide_the_batch_over_the_processes(tmp_path, monkeypatch):

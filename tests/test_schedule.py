@@ -98,7 +98,7 @@ TABLE = {  # beta: eta at 1e9 .. 1e13 tokens; a = 4, b = -0.51, cap 0.02
 
 
 @pytest.mark.parametrize(
-    "beta, n, printed", [(beta, 10**k, x) for beta, row in TABLE.items() for k, x in enumerate(row, 9)]
+    ("beta", "n", "printed"), [(beta, 10**k, x) for beta, row in TABLE.items() for k, x in enumerate(row, 9)]
 )
 def test_table_of_learning_rates(beta, n, printed):
     assert to_printed_digits(power_lr(n, tokens_per_step=4096 * beta), printed)
@@ -106,7 +106,7 @@ def test_table_of_learning_rates(beta, n, printed):
 
 
 @pytest.mark.parametrize(
-    "beta, printed", [(1024, "2.6e10"), (512, "6.7e9"), (128, "4.4e8"), (32, "2.9e7"), (16, "7.5e6")]
+    ("beta", "printed"), [(1024, "2.6e10"), (512, "6.7e9"), (128, "4.4e8"), (32, "2.9e7"), (16, "7.5e6")]
 )
 def test_cap_stops_binding_at_n_star(beta, printed):
     n_star = (4 * beta / 0.02) ** (1 / 0.51)
@@ -121,7 +121,9 @@ def test_example_of_the_paper_and_sequence_free_form():
     assert math.isclose(lr, 4.6 / 4096 * 4_194_304 * 10e12**-0.51, rel_tol=1e-14)
 
 
-@pytest.mark.parametrize("x, printed", [(0, "1.000"), (0.25, "0.650"), (0.5, "0.378"), (0.75, "0.165"), (1, "0.000")])
+@pytest.mark.parametrize(
+    ("x", "printed"), [(0, "1.000"), (0.25, "0.650"), (0.5, "0.378"), (0.75, "0.165"), (1, "0.000")]
+)
 def test_exponential_decay_of_ibm(x, printed):
     assert to_printed_digits(DECAY_SHAPES["exponential"](x), printed)
 
@@ -129,13 +131,15 @@ def test_exponential_decay_of_ibm(x, printed):
 @pytest.mark.parametrize("shape", sorted(DECAY_SHAPES))
 def test_decay_shapes_fall_from_one_to_zero(shape):
     values = [DECAY_SHAPES[shape](k / 100) for k in range(101)]
-    assert values[0] == 1 and abs(values[-1]) < 1e-15
+    assert values[0] == 1
+    assert abs(values[-1]) < 1e-15
     assert all(x > y for x, y in itertools.pairwise(values))
 
 
 def test_docstrings_examples():
     failed, attempted = doctest.testmod(hf_power.schedule)
-    assert attempted >= 4 and failed == 0
+    assert attempted >= 4
+    assert failed == 0
 
 
 # ---------------------------------------------------------------- the slow twin
@@ -210,7 +214,7 @@ def test_value_at_no_tokens():
     assert power_law(0, tokens_per_step=1) == math.inf
 
 
-@pytest.mark.parametrize("floor", (0.0, 0.1, 1.0))
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("shape", sorted(DECAY_SHAPES))
 def test_value_past_the_end_stays_at_the_floor(shape, floor):
     scheduler = schedule(0, 5000, decay_shape=shape, min_lr_ratio=floor)
@@ -264,7 +268,7 @@ def test_cap_is_the_optimizers_lr_not_that_of_a_group():
     close([g["lr"] for g in scheduler.optimizer.param_groups], [0.002 * expected, 0.5 * expected])
 
 
-@pytest.mark.parametrize("kind", ({"foreach": False}, {"fused": True}))
+@pytest.mark.parametrize("kind", [{"foreach": False}, {"fused": True}])
 def test_learning_rate_as_tensor(kind):
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     lrs = torch.tensor(0.02), torch.tensor(0.005)
@@ -328,7 +332,7 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("per_device, accumulation, num_processes", SPLITS)
+@pytest.mark.parametrize(("per_device", "accumulation", "num_processes"), SPLITS)
 def test_same_tokens_same_rate_for_every_split_of_the_batch(per_device, accumulation, num_processes, processes):
     """The loop counts its own tokens, micro-batch by micro-batch and process by process."""
     processes(num_processes)
@@ -374,10 +378,11 @@ TODAY = {  # another argument today: what get_power_schedule gets, what the twin
 }
 
 
+@CAP_WARNING
 @pytest.mark.parametrize("today", TODAY)
-@pytest.mark.parametrize("lr", (0.02, 0.005))
-@pytest.mark.parametrize("times", (1, 0.5, 2))
-@pytest.mark.parametrize("stop", (3, 40, 95))  # in the warmup, on the law, in the tail
+@pytest.mark.parametrize("lr", [0.02, 0.005])
+@pytest.mark.parametrize("times", [1, 0.5, 2])
+@pytest.mark.parametrize("stop", [3, 40, 95])  # in the warmup, on the law, in the tail
 def test_resume_with_another_batch_and_other_arguments(stop, times, lr, today):
     old = get_power_schedule(sgd(0.02, (0.02, 0.01)), 8, 100, tokens_per_step=TOKENS, tokens_seen=10**6, a=A)
     lrs_used(old, stop)
@@ -400,12 +405,13 @@ def test_resume_with_another_batch_and_other_arguments(stop, times, lr, today):
     assert new.get_last_lr() == [g["lr"] for g in new.optimizer.param_groups]
     assert new.optimizer.param_groups[1]["lr"] == new.optimizer.param_groups[0]["lr"] / 2
     close(lrs_used(new, num_steps - stop + 2), expected)
-    assert new.tokens_seen == total + 2 * tokens and new.total_tokens == total
+    assert new.tokens_seen == total + 2 * tokens
+    assert new.total_tokens == total
     assert expected[-1] == expected[-2] < expected[-3]  # the tail ends with the last step, not before
 
 
-@pytest.mark.parametrize("stop", (0, 1, 7, 8, 50, 89, 90, 91, 99, 100))
-@pytest.mark.parametrize("kwargs", ({}, {"decay_tokens": 20 * TOKENS, "decay_shape": "cosine"}, {"tokens_seen": 7**11}))
+@pytest.mark.parametrize("stop", [0, 1, 7, 8, 50, 89, 90, 91, 99, 100])
+@pytest.mark.parametrize("kwargs", [{}, {"decay_tokens": 20 * TOKENS, "decay_shape": "cosine"}, {"tokens_seen": 7**11}])
 def test_stop_and_resume_equals_uninterrupted(stop, kwargs):
     whole = lrs_used(schedule(8, 100, **kwargs), 103)
     old, new = schedule(8, 100, **kwargs), schedule(8, 100, **kwargs)
@@ -426,6 +432,7 @@ def test_resume_twice_and_anneal_from_every_checkpoint_while_the_trunk_goes_on()
     assert trunk.tokens_seen == 200 * TOKENS
 
 
+@CAP_WARNING
 def test_tail_as_a_ratio_of_a_run_that_begins_from_other_weights():
     """tokens_seen are those 'before this run', and decay_ratio is 'a ratio of the run': it may not begin before it."""
     seen = 10**11
@@ -436,12 +443,12 @@ def test_tail_as_a_ratio_of_a_run_that_begins_from_other_weights():
 
 @pytest.mark.parametrize(
     "state",
-    (
+    [
         lambda: torch.optim.lr_scheduler.LambdaLR(sgd(), lambda step: 1.0).state_dict(),
         lambda: torch.optim.lr_scheduler.CosineAnnealingLR(sgd(), 10).state_dict(),
         lambda: {"last_epoch": 3},
         lambda: {},
-    ),
+    ],
 )
 def test_foreign_state_is_refused(state):
     scheduler = schedule(2, 100)
@@ -455,8 +462,8 @@ def test_foreign_state_is_refused(state):
 
 
 @pytest.mark.parametrize(
-    "kwargs, start, length",
-    (
+    ("kwargs", "start", "length"),
+    [
         ({}, 90, 10),
         ({"decay_ratio": 0.25}, 75, 25),
         ({"decay_ratio": 1}, 0, 100),
@@ -466,7 +473,7 @@ def test_foreign_state_is_refused(state):
         ({"decay_start_tokens": 30_000}, 30, 70),
         ({"decay_start_tokens": 30_000, "decay_tokens": 20_000}, 30, 20),
         ({"decay_start_tokens": 100_000}, None, 0),
-    ),
+    ],
 )
 @CAP_WARNING
 def test_where_the_tail_begins_and_how_long_it_is(kwargs, start, length):
@@ -488,7 +495,7 @@ def test_warmup_in_steps_equals_warmup_in_tokens():
     assert lrs_used(in_steps, 101) == lrs_used(in_tokens, 101)
 
 
-@pytest.mark.parametrize("warmup_to, top", (("law", 4 * 16 * 1e9**-0.51), ("max", 0.02)))
+@pytest.mark.parametrize(("warmup_to", "top"), [("law", 4 * 16 * 1e9**-0.51), ("max", 0.02)])
 def test_warmup_to_the_law_or_to_the_cap(warmup_to, top):
     """beta 16 is far below the cap at 1e9 tokens: the two differ, and "max" jumps down to the law."""
     scheduler = schedule(tokens_per_step=4096 * 16, a=4.0, warmup_tokens=10**9, warmup_to=warmup_to)
@@ -505,7 +512,8 @@ def says(caught, *parts):
     message = str(caught.value)
     for part in parts:
         assert part in message, f"{part!r} is not in {message!r}"
-    assert message.endswith((".", ").")) and not re.search(r"[.!?]\s+[A-Z]", message), message
+    assert message.endswith(".")
+    assert not re.search(r"[.!?]\s+[A-Z]", message), message
 
 
 ERRORS = (  # arguments; what, got, what to do
@@ -535,8 +543,9 @@ ERRORS = (  # arguments; what, got, what to do
     ({"decay_tokens": -5}, "a decay of -5 tokens", "from token 100,005", "does not fit"),
     ({"decay_start_tokens": 100_001}, "from token 100,001", "of 100,000 tokens", "shorten"),
     ({"decay_start_tokens": 90_000, "decay_tokens": 10_001}, "a decay of 10,001 tokens from token 90,000", "shorten"),
-    ({"num_warmup_steps": 91}, "warmup of 91,000 tokens", "start of the decay at 90,000 tokens", "shorten the warmup"),
-    ({"warmup_tokens": 90_001}, "warmup of 90,001 tokens", "at 90,000 tokens", "or train longer"),
+    ({"num_warmup_steps": 91}, "a warmup of 91,000 tokens", "before token 90,000, where the decay starts", "shorten"),
+    ({"warmup_tokens": 90_001}, "a warmup of 90,001 tokens", "where the decay starts", "or train longer"),
+    ({"decay_ratio": 0, "warmup_tokens": 100_001}, "before token 100,000", "where the run ends", "or train longer"),
     ({"num_warmup_steps": 2, "warmup_tokens": 9}, "warmup is given twice", "num_warmup_steps=2", "pass one of them"),
     ({"num_training_steps": None, "decay_ratio": 0.1}, "a decay that ends with the run", "pass num_training_steps"),
     ({"num_training_steps": None, "decay_tokens": 9}, "a decay that ends with the run", "pass num_training_steps"),
@@ -553,7 +562,9 @@ ERRORS = (  # arguments; what, got, what to do
 
 
 @CAP_WARNING
-@pytest.mark.parametrize("kwargs, parts", [(row[0], row[1:]) for row in ERRORS], ids=[str(row[0]) for row in ERRORS])
+@pytest.mark.parametrize(
+    ("kwargs", "parts"), [(row[0], row[1:]) for row in ERRORS], ids=[str(row[0]) for row in ERRORS]
+)
 def test_errors(kwargs, parts):
     kwargs = {"num_warmup_steps": 0, "num_training_steps": 100, "tokens_per_step": 1000} | kwargs
     with pytest.raises(ValueError) as caught:
@@ -561,7 +572,7 @@ def test_errors(kwargs, parts):
     says(caught, *parts)
 
 
-@pytest.mark.parametrize("lr", (0, 0.0, -1e-3, None, math.nan))
+@pytest.mark.parametrize("lr", [0, -1e-3, None, math.nan])
 def test_optimizer_without_a_cap_is_refused(lr):
     optimizer = sgd()
     optimizer.defaults["lr"] = lr
@@ -572,15 +583,15 @@ def test_optimizer_without_a_cap_is_refused(lr):
 
 def test_cap_that_binds_for_the_whole_run_warns():
     """Hugging Face's default learning rate, 1,000 steps of beta 16: the law is at 4 * 16 * 5.9e7**-.51 = 0.0068."""
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="binds for the whole run") as caught:
         schedule(0, 1000, lr=5e-5, tokens_per_step=4096 * 16, a=4.0)
     (message,) = (str(w.message) for w in caught)
     law = 4 * 16 * (900 * 4096 * 16) ** -0.51
     for part in ("learning_rate=5e-05 binds for the whole run", f"{law:.3g}", "58,982,400 tokens", "0.02"):
         assert part in message
-    
 
-@pytest.mark.parametrize("num_steps, warns", ((840, True), (980, False)))
+
+@pytest.mark.parametrize(("num_steps", "warns"), [(840, True), (980, False)])
 def test_cap_warning_looks_at_the_start_of_the_tail(num_steps, warns):
     """beta 128 leaves the cap at 4.4e8 tokens, step 848: the tail of 840 steps begins at 756, of 980 steps at 882."""
     with warnings.catch_warnings(record=True) as caught:
@@ -631,7 +642,8 @@ def test_skipped_steps_of_a_grad_scaler_see_no_tokens():
         if scaler.get_scale() >= scale:  # the usual test for a step that was not skipped
             used.append(lr)
             scheduler.step()
-    assert len(used) == 10 and scheduler.tokens_seen == 10 * TOKENS
+    assert len(used) == 10
+    assert scheduler.tokens_seen == 10 * TOKENS
     assert used == lrs_used(schedule(2, 10), 10)
 
 
@@ -656,7 +668,8 @@ def test_accelerate_on_one_process():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     assert isinstance(wrapper, AcceleratedScheduler)
-    assert used == lrs_used(schedule(5, 40), 40) and scheduler.get_last_lr() == [0.0]
+    assert used == lrs_used(schedule(5, 40), 40)
+    assert scheduler.get_last_lr() == [0.0]
 
 
 def prepared_lrs(wrapper, num_steps):
@@ -668,8 +681,8 @@ def prepared_lrs(wrapper, num_steps):
     return used
 
 
-@pytest.mark.parametrize("num_processes", (1, 2, 3, 8))
-@pytest.mark.parametrize("tokens", (TOKENS, 1001))  # 1001 does not divide by the number of calls
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("tokens", [TOKENS, 1001])  # 1001 does not divide by the number of calls
 @CAP_WARNING
 def test_prepared_scheduler_of_several_processes(num_processes, tokens, processes):
     processes(num_processes)
@@ -679,7 +692,7 @@ def test_prepared_scheduler_of_several_processes(num_processes, tokens, processe
     assert scheduler.tokens_seen == 62 * tokens
 
 
-@pytest.mark.parametrize("kwargs", ({"split_batches": True}, {"step_with_optimizer": False}))
+@pytest.mark.parametrize("kwargs", [{"split_batches": True}, {"step_with_optimizer": False}])
 def test_prepared_scheduler_that_is_called_once_per_step(kwargs, processes):
     processes(2)
     assert prepared_lrs(prepared(schedule(5, 60), **kwargs), 62) == lrs_used(schedule(5, 60), 62)
@@ -695,7 +708,7 @@ def test_prepared_scheduler_holds_while_the_optimizer_is_skipped(processes):
     assert wrapper.scheduler.tokens_seen == 8 * TOKENS
 
 
-@pytest.mark.parametrize("num_steps", (20, 1000))
+@pytest.mark.parametrize("num_steps", [20, 1000])
 def test_prepared_scheduler_whose_lengths_were_not_multiplied_is_refused(num_steps, processes):
     processes(2)
     wrapper = prepared(schedule(0, num_steps))
@@ -704,8 +717,8 @@ def test_prepared_scheduler_whose_lengths_were_not_multiplied_is_refused(num_ste
     says(caught, f"schedule of {num_steps} steps is over", "steps it 2 times", "multiply num_training_steps and")
 
 
-@pytest.mark.parametrize("stop", (0, 3, 30, 57, 59))
-@pytest.mark.parametrize("before, after", ((2, 2), (4, 4), (2, 1), (1, 2), (4, 2)))
+@pytest.mark.parametrize("stop", [0, 3, 30, 57, 59])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (4, 4), (2, 1), (1, 2), (4, 2)])
 def test_prepared_scheduler_resumes(stop, before, after, processes):
     """Also on another number of processes with the same tokens per step: accumulation makes up for it."""
     whole = lrs_used(schedule(5, 60), 61)

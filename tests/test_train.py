@@ -1,0 +1,261 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_power import power_lr, train
+from hf_power.data import pack
+from hf_power.settings import Settings
+from hf_power.text import load_text
+
+PER_STEP = 128  # 4 blocks of 32 tokens
+
+
+def losses(run, first=0):
+    return {p["step"]: p["loss"] for p in run["loss_curve"] if "loss" in p and p["step"] > first}
+
+
+def rates(run, first=0):
+    return {p["step"]: p["learning_rate"] for p in run["loss_curve"] if "loss" in p and p["step"] > first}
+
+
+@pytest.fixture(scope="module")
+def trunk(sections, tmp_path_factory):
+    """An open-ended trunk of 12 steps with checkpoints at 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("runs") / "trunk"
+    kwargs = {"a": 8.0, "decay_ratio": 0.0}
+    return folder, train.pretrain(Settings.from_dict(sections(folder, lr_scheduler_kwargs=kwargs)))
+
+
+def test_run_folder_is_a_model_repository(trunk):
+    folder, run = trunk
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "run.json",
+        "lr_and_loss.png",
+        "checkpoint-4",
+        "checkpoint-8",
+        "checkpoint-12",
+    }
+    assert json.loads((folder / "run.json").read_text()) == run
+    assert (run["status"], run["tokens_seen"], run["tokens_per_step"], run["steps"]) == ("finished", 1536, PER_STEP, 12)
+    assert run["parameters"] == sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    assert set(run["versions"]) == {"hf_power", "python", "torch", "transformers", "accelerate", "datasets"}
+    assert [g["name"] for g in run["groups"]] == ["embedding", "hidden", "vector"]
+    assert [g["base_lr"] for g in run["groups"]] == [0.01, 0.005, 0.01]
+    assert losses(run)[12] < losses(run)[1] - 0.2
+
+
+def test_run_json_gives_every_learning_rate(trunk):
+    """The record alone, through the pure function, gives what was logged; the rate of step k is eta((k - 1) * batch)."""
+    _, run = trunk
+    assert len(rates(run)) == 12
+    for step, rate in rates(run).items():
+        assert rate == pytest.approx(power_lr((step - 1) * PER_STEP, **run["schedule"]), rel=1e-12)
+        law = min(0.01, 8 * (PER_STEP / 4096) * ((step - 1) * PER_STEP) ** -0.51) if step > 3 else None
+        assert law is None or rate == pytest.approx(law, rel=1e-12)
+
+
+def test_held_out_loss_is_that_of_the_saved_model(trunk, sections):
+    """A plain PyTorch loop over the same blocks."""
+    folder, run = trunk
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    data = Settings.from_dict(sections(folder)).data
+    blocks = torch.tensor(np.array(pack(load_text(data)[1], tokenizer, block_size=32)[:20]["input_ids"])).long()
+    with torch.no_grad():
+        logits = model(blocks).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
+    assert run["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_model_loads_without_hf_power(trunk, tmp_path):
+    folder, _ = trunk
+    code = f"""
+import sys
+sys.modules["hf_power"] = None  # import hf_power fails from here on
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained({str(folder)!r}), AutoTokenizer.from_pretrained({str(folder)!r})
+torch.load({str(folder / "training_args.bin")!r}, weights_only=False).to_dict()
+torch.save(model(**tokenizer("def f(x):", return_tensors="pt", return_token_type_ids=False)).logits, sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "logits.pt")], check=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    here = model(**tokenizer("def f(x):", return_tensors="pt", return_token_type_ids=False)).logits
+    assert torch.equal(here, torch.load(tmp_path / "logits.pt"))
+
+
+@pytest.mark.parametrize("checkpoint", [4, 8])
+def test_stop_and_resume_is_bit_equal(trunk, sections, tmp_path, checkpoint):
+    folder, whole = trunk
+    kwargs = {"a": 8.0, "decay_ratio": 0.0}
+    again = sections(tmp_path / "again", lr_scheduler_kwargs=kwargs)
+    again["training"]["resume_from_checkpoint"] = str(folder / f"checkpoint-{checkpoint}")
+    resumed = train.pretrain(Settings.from_dict(again))
+    assert losses(resumed, checkpoint) == losses(whole, checkpoint)
+    assert rates(resumed, checkpoint) == rates(whole, checkpoint)
+    a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_resume_with_another_batch_goes_on_from_the_tokens(trunk, sections, tmp_path, batch):
+    """Half and twice the batch: closed-form rate at every step, the first included, and the next unseen blocks."""
+    folder, _ = trunk
+    sec = sections(tmp_path / "run", lr_scheduler_kwargs={"a": 8.0, "decay_ratio": 0.0})
+    sec["training"] |= {"per_device_train_batch_size": batch, "resume_from_checkpoint": str(folder / "checkpoint-8")}
+    run = train.pretrain(Settings.from_dict(sec))
+    per_step = batch * 32
+    assert run["tokens_seen"] == 1536
+    assert run["steps"] == 8 + 512 // per_step
+    for step, rate in rates(run, 8).items():
+        n = 1024 + (step - 9) * per_step
+        assert rate == pytest.approx(min(0.01, 8 * per_step / 4096 * n**-0.51), rel=1e-12)
+
+
+def test_accumulation_is_a_larger_batch(sections, tmp_path):
+    """Batch 1 x accumulation 8 = batch 8 x accumulation 1, but for the order of a sum."""
+    runs = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        sec = sections(tmp_path / f"b{batch}", per_device_train_batch_size=batch, tokens=8 * 256)
+        sec["training"]["gradient_accumulation_steps"] = accumulation
+        runs.append(train.pretrain(Settings.from_dict(sec)))
+    assert rates(runs[0]) == rates(runs[1])
+    assert list(losses(runs[0]).values()) == pytest.approx(list(losses(runs[1]).values()), abs=2e-5)
+
+
+def test_anneal_finishes_a_model_and_the_trunk_goes_on(trunk, sections, tmp_path):
+    folder, whole = trunk
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    done = train.anneal(folder / "checkpoint-8", "20%", output_dir=str(tmp_path / "done"))
+    assert (done["kind"], done["parent"]) == ("anneal", "trunk/checkpoint-8")
+    assert (done["tokens_seen"], done["steps"]) == (1024 + 256, 10)  # 20 % of 1280
+    start = min(0.01, 8 * PER_STEP / 4096 * 1024**-0.51)
+    tail = [start * (math.exp(1 - x) - 1) / (math.e - 1) for x in (0.0, 0.5)]
+    assert list(rates(done, 8).values()) == pytest.approx(tail, rel=1e-12)
+    assert losses(done, 8)[9] == losses(whole, 8)[9]  # same weights, same next blocks
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+    linear = train.anneal(folder / "checkpoint-8", "256", str(tmp_path / "linear"), decay_shape="linear")
+    assert list(rates(linear, 8).values()) == pytest.approx([start, start / 2], rel=1e-12)
+
+
+def test_every_group_is_logged(sections, tmp_path, monkeypatch):
+    """A tracker, which is a callback, gets tokens and the learning rate of each group at each log."""
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            seen.append([g["lr"] for g in optimizer.param_groups])
+
+    make = train._trainer
+    monkeypatch.setattr(train, "_trainer", lambda *a: (t := make(*a), t.add_callback(Tracker))[0])
+    train.pretrain(Settings.from_dict(sections(tmp_path / "run", tokens=6 * 128)))
+    steps = [entry for entry in seen if isinstance(entry, list)]
+    logs = [entry for entry in seen if isinstance(entry, dict) and "loss" in entry]
+    assert len(steps) == len(logs) == 6
+    for i, (used, log) in enumerate(zip(steps, logs, strict=True)):
+        assert [log[f"lr/{name}"] for name in ("embedding", "hidden", "vector")] == pytest.approx(used, rel=1e-12)
+        assert log["tokens"] == (i + 1) * PER_STEP
+        assert log["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 16}},
+        {"data": {"streaming": True}},
+        {"mup": {"mup": False}},
+        {"training": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": None}},
+    ],
+    ids=["moe", "streaming", "without muP", "cosine"],
+)
+def test_other_kinds_of_runs_learn(change, sections, tmp_path):
+    sec = sections(tmp_path / "run", tokens=24 * 128)
+    for section, values in change.items():
+        sec[section] |= values
+    if change.get("data"):
+        import hf_power.text
+
+        sec["data"]["num_proc"] = None
+        hf_power.text.STREAM_EVAL_DOCUMENTS, before = 10, hf_power.text.STREAM_EVAL_DOCUMENTS
+    try:
+        run = train.pretrain(Settings.from_dict(sec))
+    finally:
+        if change.get("data"):
+            hf_power.text.STREAM_EVAL_DOCUMENTS = before
+    assert run["tokens_seen"] == 24 * 128
+    assert losses(run)[max(losses(run))] < losses(run)[1]
+
+
+def test_plan_is_printed_before_the_first_step(sections, tmp_path, capsys):
+    train.pretrain(Settings.from_dict(sections(tmp_path / "run")))
+    plan = capsys.readouterr().out
+    for words in ("parameters ", "1,536 in 12 steps", "128 tokens per step (beta = 0.03125)", "GB are free"):
+        assert words in plan
+    assert "first step                    0 tokens   lr 0.000e+00" in plan
+    assert "end of warmup               256 tokens   lr 1.000e-02" in plan
+    assert "end                       1,536 tokens" in plan
+
+
+def test_refusals_come_before_anything_is_written(trunk, sections, tmp_path):
+    folder, _ = trunk
+
+    def start(match, kind=ValueError, **training):
+        with pytest.raises(kind, match=match):
+            train.pretrain(Settings.from_dict(sections(tmp_path / "new", **training)))
+        assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
+
+    start("holds a run already: pass --resume_from_checkpoint true", output_dir=str(folder))
+    start("there is nothing to resume from", FileNotFoundError, resume_from_checkpoint="true")
+    start("there is no checkpoint at nowhere: pass", FileNotFoundError, resume_from_checkpoint="nowhere")
+    start(
+        "has seen 1,536 tokens, the run is to have 1,536: raise", resume_from_checkpoint=str(folder / "checkpoint-12")
+    )
+    start("tokens must be positive", tokens=0)
+    start("tokens is missing", tokens=None)
+    start("a warmup of 12,800 tokens does not fit before token 1,382, where the decay starts", warmup_steps=100)
+    start("a, the scale of the power law, must be positive, got -1", lr_scheduler_kwargs={"a": -1})
+    with pytest.raises(ValueError, match="must be a percentage between 0% and 100% or a number"):
+        train.anneal(folder / "checkpoint-8", "120%", str(tmp_path / "new"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.anneal(folder / "checkpoint-8", "10%", str(folder))
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(sections, tmp_path, capsys):
+    folder = tmp_path / "run"
+    sec = sections(folder)
+    whole = train.pretrain(Settings.from_dict(sec))
+    weights = folder / "checkpoint-12" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"checkpoint-12 cannot be used: model.safetensors has \d+ bytes instead of"):
+        train.anneal(folder / "checkpoint-12", "10%", str(tmp_path / "a"))
+    sec["training"]["resume_from_checkpoint"] = "true"
+    again = train.pretrain(Settings.from_dict(sec))
+    assert "checkpoint-12 is not used: model.safetensors has" in capsys.readouterr().out
+    assert losses(again) == losses(whole)
+
+
+def test_nothing_of_the_machine_is_recorded(trunk):
+    import getpass
+    import socket
+
+    text = (Path(trunk[0]) / "run.json").read_text()
+    assert socket.gethostname() not in text
+    assert str(trunk[0].parent) not in text
+    assert f"/home/{getpass.getuser()}" not in text
