@@ -172,7 +172,7 @@ class Settings:
         Raises:
             ValueError: a missing or impossible value, in one sentence.
         """
-        if not self.training.output_dir:
+        if "output_dir" not in self.given or not self.training.output_dir:
             raise ValueError("output_dir is missing: name the run folder, e.g. --output_dir runs/first.")
         if self.run.tokens is None:
             raise ValueError("tokens is missing: give the length of the run, e.g. --tokens 30M.")

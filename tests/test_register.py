@@ -608,6 +608,8 @@ assert torch.distributed.get_backend() == "gloo" and trainer.args.world_size == 
 scheduler = trainer.lr_scheduler
 result = {"tokens_per_step": scheduler.tokens_per_step, "tokens_seen": scheduler.tokens_seen, "used": used}
 Path(sys.argv[2], f"{trainer.args.process_index}.json").write_text(json.dumps(result))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # gloo's threads abort an interpreter that ends without it, now and then
 """
 
 
