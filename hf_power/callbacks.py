@@ -104,4 +104,4 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         steps = state.global_step - self._steps_at_start
         self.run["steps"] = state.global_step
         self.run["tokens_seen"] = self._tokens_at_start + steps * self.run["tokens_per_step"]
-        self.run["train_seconds"] = round(self._seconds_before + time.monotonic() - self._started, 1)
+        self.run["train_seconds"] = round(self._seconds_before + time.monotonic() - self._started, 3)

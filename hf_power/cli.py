@@ -52,8 +52,9 @@ def parse_settings(argv: list[str]) -> Settings:
     if unknown:
         raise ValueError(unknown_flag(unknown[0].lstrip("-").split("=")[0]))
     named = {a.lstrip("-").split("=")[0].replace("-", "_") for a in flags if a.startswith("--")}
+    named |= {name for name, value in values.items() if value is not None}
     model, mup, data, run, training = parsed[:5]
-    return Settings(model, mup, data, run, training, given=frozenset({*values, *named}))
+    return Settings(model, mup, data, run, training, given=frozenset(named))
 
 
 def pretrain(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ The idea is Yang et al.'s (arXiv:2203.03466, appendix D.1), on changes of output
 out at initialization hides a learning rate that is wrong, what training adds to it does not.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -96,12 +97,13 @@ def coord_check(
     *,
     widths: Sequence[int] = (64, 128, 256, 512),
     base_width: int | None = None,
+    vocab_size: int = 16,
     steps: int = 4,
     lr: float = 0.01,
     weight_decay: float = 0.0,
     seeds: Sequence[int] = (0, 1, 2),
-    batch_size: int = 4,
-    seq_len: int = 64,
+    batch_size: int = 1,
+    seq_len: int = 16,
     init: Callable[[nn.Module], Any] = mup_init_,
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
@@ -114,19 +116,24 @@ def coord_check(
 
         change_t = sqrt(mean((output_t - output_0)**2))
 
-    The caller's random numbers are left alone. A check sees init, learning rates and multipliers. It cannot see an
-    error in weight decay, which needs hundreds of steps to show.
+    muP is a limit: all that is not width has to be small beside the smallest width. The defaults (base width,
+    vocabulary and tokens of the batch) are a quarter of width 64. With 256 of each, overlaps between tokens, which die
+    out as width**-0.5, bend correct slopes to -0.25 (logits) and -0.4 (router); a wider ladder helps only slowly.
+
+    The check sees init, learning rates and multipliers. It cannot see an error in weight decay, which needs hundreds
+    of steps to show. The caller's random numbers are left alone.
 
     Args:
-        config: LlamaConfig or MixtralConfig at any width; small depth and vocabulary are enough (2 layers, 256 tokens).
+        config: LlamaConfig or MixtralConfig at any width; 2 layers are enough.
         widths: values of hidden_size, at least MIN_WIDTHS different ones.
-        base_width: as in `mup_config`; None for the smallest width.
+        base_width: as in `mup_config`; None for a quarter of the smallest width.
+        vocab_size: replaces the config's own, >= 2.
         steps: optimizer steps, from 1 to MAX_STEPS.
-        lr: base learning rate, > 0; large enough to move the outputs, small enough that the model still learns.
+        lr: base learning rate, > 0.
         weight_decay: AdamW's coefficient at base width, >= 0.
         seeds: the changes are averaged over these seeds of weights and batch.
         batch_size, seq_len: shape of the batch, in sequences and tokens.
-        init: initializes a model in place.
+        init: initializes a model in place, as `mup_init_`.
         param_groups: called with the model, lr and weight_decay, as `mup_param_groups`.
         **mup_kwargs: more arguments of `mup_config` (preset and so on).
 
@@ -134,7 +141,7 @@ def coord_check(
         The measurements, their slopes and the verdict.
 
     Raises:
-        ValueError: too few widths, steps out of range, no seeds, or a model that `scale_width` or `mup_config` refuses.
+        ValueError: too few widths, steps or vocab_size out of range, no seeds, or a model that `scale_width` or `mup_config` refuses.
     """
     widths = sorted(set(widths))
     if len(widths) < MIN_WIDTHS:
@@ -143,28 +150,26 @@ def coord_check(
         raise ValueError(f"steps must be from 1 to {MAX_STEPS}, got {steps}: choose a number in that range.")
     if not seeds:
         raise ValueError("seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2).")
-    scaled = [scale_width(config, width) for width in widths]
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size must be at least 2, got {vocab_size}: the default is 16.")
+    small = copy.deepcopy(config)
+    small.vocab_size, small.pad_token_id = vocab_size, None
+    scaled = [scale_width(small, width) for width in widths]
     warn_if_ladder_changes_gqa(scaled)
     rows = []
     for plain in scaled:
-        ready = mup_config(plain, base_width=base_width or widths[0], **mup_kwargs)
+        ready = mup_config(plain, base_width=base_width or max(1, widths[0] // 4), **mup_kwargs)
         runs = []
         for seed in seeds:
             with torch.random.fork_rng(devices=[]):  # only the CPU's generator is seeded here
                 torch.random.default_generator.manual_seed(seed)
-                tokens = torch.randint(config.vocab_size, (batch_size, seq_len))
+                tokens = torch.randint(vocab_size, (batch_size, seq_len))
                 model = _build(ready, init)
                 groups = param_groups(model, lr=lr, weight_decay=weight_decay)
                 runs.append(_changes(model, tokens, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), steps))
-        rows += [
-            {
-                "module": module,
-                "step": step,
-                "width": plain.hidden_size,
-                "change": fmean(run[module, step] for run in runs),
-            }
-            for module, step in runs[0]
-        ]
+        for module, step in runs[0]:
+            change = fmean(run[module, step] for run in runs)
+            rows.append({"module": module, "step": step, "width": plain.hidden_size, "change": change})
     return CoordCheck(rows)
 
 

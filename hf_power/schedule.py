@@ -156,7 +156,8 @@ class PowerLR(LRScheduler):
         self.num_warmup_steps, self.num_training_steps = num_warmup_steps or 0, num_training_steps
         self._warmup_tokens = warmup_tokens
         self._decay = decay_ratio, decay_tokens, decay_start_tokens
-        self._law: dict[str, Any] = {"a": a, "b": b, "batch_exponent": batch_exponent}
+        self._law: dict[str, Any] = {"tokens_per_step": self.tokens_per_step, "max_lr": self.max_lr}
+        self._law |= {"a": a, "b": b, "batch_exponent": batch_exponent}
         self._law |= {"warmup_to": warmup_to, "decay_shape": decay_shape, "min_lr_ratio": min_lr_ratio}
         self._calls = 1  # calls of step() per optimizer step, see step()
         self._tokens_at, self._epoch_at = int(tokens_seen), 0  # tokens_seen counts on from here
@@ -192,9 +193,7 @@ class PowerLR(LRScheduler):
             return
         start = self._law["decay_start_tokens"]
         end = self.total_tokens if start is None else start
-        law = power_law(
-            end, tokens_per_step=self.tokens_per_step, **{k: self._law[k] for k in ("a", "b", "batch_exponent")}
-        )
+        law = power_law(end, **{k: self._law[k] for k in ("tokens_per_step", "a", "b", "batch_exponent")})
         if law >= self.max_lr:
             warnings.warn(
                 f"the cap learning_rate={self.max_lr:g} binds for the whole run: the law only falls to {law:.3g} by "
@@ -205,11 +204,11 @@ class PowerLR(LRScheduler):
 
     def describe(self) -> dict[str, Any]:
         """The schedule's numbers, lengths in tokens: the record from which `power_lr` gives every learning rate."""
-        return {"tokens_per_step": self.tokens_per_step, "max_lr": self.max_lr, **self._law}
+        return dict(self._law)
 
     def lr_at(self, tokens_seen: float) -> float:
         """eta(tokens_seen) of this schedule, for a group whose base is eta_max."""
-        return power_lr(tokens_seen, **self.describe())
+        return power_lr(tokens_seen, **self._law)
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Learning rate of each group at the present number of tokens."""
@@ -265,7 +264,9 @@ class PowerLR(LRScheduler):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [
+            lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in (g["lr"] for g in self.optimizer.param_groups)
+        ]
 
 
 def get_power_schedule(

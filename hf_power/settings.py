@@ -135,7 +135,7 @@ class Settings:
             names = {f.name for f in dataclasses.fields(kind)}
             values = (TRAINING_DEFAULTS if name == "training" else {}) | flat
             parts[name] = kind(**{k: v for k, v in values.items() if k in names})
-        return cls(**parts, given=frozenset(flat))
+        return cls(**parts, given=frozenset(name for name, value in flat.items() if value is not None))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The sections with the values that were given, without output paths and tokens; `from_dict` reads it back."""

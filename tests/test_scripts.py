@@ -1,0 +1,125 @@
+"""The scripts under the real launchers, and a stranger's script that knows nothing of hf_power."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_power.data import load_tokenizer
+from hf_power.text import DataArguments, load_text
+
+ROOT = Path(__file__).parent.parent
+
+# Arguments by HfArgumentParser, text by `datasets`, blocks by map, stock Trainer: a causal LM script as people have it.
+CLM_SCRIPT = """
+from dataclasses import dataclass
+from itertools import chain
+from datasets import load_dataset
+from transformers import (AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments,
+    default_data_collator)
+
+@dataclass
+class DataArguments:
+    train_file: str
+    tokenizer_name: str
+    block_size: int = 32
+
+def main():
+    data_args, args = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
+    tokenizer = AutoTokenizer.from_pretrained(data_args.tokenizer_name)
+    raw = load_dataset("json", data_files=data_args.train_file, split="train", cache_dir=args.output_dir + "/cache")
+    tokens = raw.map(lambda rows: tokenizer(rows["text"], return_token_type_ids=False, return_attention_mask=False),
+        batched=True, remove_columns=raw.column_names)
+
+    def group(rows):
+        ids = list(chain(*rows["input_ids"]))
+        size = data_args.block_size
+        blocks = [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
+        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=1, num_attention_heads=2))
+    trainer = Trainer(model=model, args=args, train_dataset=tokens.map(group, batched=True), processing_class=tokenizer,
+        data_collator=default_data_collator)
+    trainer.train()
+    trainer.save_state()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def launch(*command, **env):
+    out = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+    )
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+    return out.stdout
+
+
+def curve(folder):
+    run = json.loads((folder / "run.json").read_text())
+    return [(p["step"], p["learning_rate"], p["loss"]) for p in run["loss_curve"] if "loss" in p]
+
+
+@pytest.fixture(scope="module")
+def recipe(sections, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    sec = sections(folder / "one")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(sec))
+    return folder
+
+
+@pytest.mark.slow
+def test_accelerate_launch_pretrain_and_anneal(recipe):
+    out = launch(sys.executable, "-m", "accelerate.commands.launch", "scripts/pretrain.py", recipe / "tiny.yaml")
+    assert "12 steps" in out
+    assert "held-out loss" in out
+    command = ["scripts/anneal.py", "--from", recipe / "one" / "checkpoint-8", "--tokens", "256"]
+    launch(sys.executable, "-m", "accelerate.commands.launch", *command)
+    assert (recipe / "one-anneal-8" / "model.safetensors").exists()
+
+    # the same global batch on two processes: same blocks, same learning rates, same losses but for the order of sums
+    flags = ["--output_dir", recipe / "two", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    launch(*torchrun, "scripts/pretrain.py", recipe / "tiny.yaml", *flags, "--use_cpu", "True")
+    one, two = curve(recipe / "one"), curve(recipe / "two")
+    assert len(one) == 12
+    for (step, lr, loss), (step2, lr2, loss2) in zip(one, two, strict=True):
+        assert (step, lr) == (step2, lr2)
+        assert loss == pytest.approx(loss2, abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["one import", "hf_power.run", "accelerate launch -m hf_power.run"])
+def test_a_stranger_s_causal_lm_script(corpus, tmp_path, how):
+    """Only the command line says power; the learning rate of every step is the closed form."""
+    script = tmp_path / "clm.py"
+    script.write_text(("import hf_power\n" if how == "one import" else "") + CLM_SCRIPT)
+    args = DataArguments(dataset=str(corpus), vocab_size=400, data_cache_dir=str(tmp_path / "cache"))
+    tokenizer = tmp_path / "tokenizer"
+    load_tokenizer(args, load_text(args)[0]).save_pretrained(tokenizer)
+    flags = f"--train_file {corpus} --tokenizer_name {tokenizer} --output_dir {tmp_path / 'out'} --use_cpu True"
+    flags += " --lr_scheduler_type power --learning_rate 0.02 --max_steps 10 --logging_steps 1 --disable_tqdm True"
+    flags += " --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --save_strategy no --report_to none"
+    before = {
+        "one import": [script],
+        "hf_power.run": ["-m", "hf_power.run", script],
+        "accelerate launch -m hf_power.run": ["-m", "accelerate.commands.launch", "-m", "hf_power.run", script],
+    }[how]
+    launch(sys.executable, *before, *flags.split())
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "loss" in entry}
+    per_step = 2 * 3 * 32
+    law = [min(0.02, 4.0 * per_step / 4096 * (k * per_step) ** -0.51) if k else 0.02 for k in range(9)]
+    assert [rates[k + 1] for k in range(9)] == pytest.approx(law, rel=1e-12)  # the tenth step is the tail's only one
+    assert rates[10] == pytest.approx(4.0 * per_step / 4096 * (9 * per_step) ** -0.51, rel=1e-12)
