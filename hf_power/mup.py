@@ -110,6 +110,8 @@ def mup_config(
     fields = {k: v for k, v in copy.deepcopy(config.to_dict()).items() if k not in _NOT_CARRIED}
     if head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = head_dim  # Granite's code reads it, its config class has no field for it
+    if config._attn_implementation is not None:
+        fields["attn_implementation"] = config._attn_implementation
     return family(
         **fields
         | numbers
@@ -159,10 +161,9 @@ def scale_width(config: Any, hidden_size: int) -> Any:
         ValueError: if heads, KV heads or the MLP width would not be whole numbers.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    ratio = hidden_size / config.hidden_size
-    sizes = {"num_attention_heads": config.num_attention_heads * ratio}
-    sizes["num_key_value_heads"] = config.num_key_value_heads * ratio
-    sizes["intermediate_size"] = config.intermediate_size * ratio
+    sizes = {"num_attention_heads": config.num_attention_heads * hidden_size / config.hidden_size}
+    sizes["num_key_value_heads"] = config.num_key_value_heads * hidden_size / config.hidden_size
+    sizes["intermediate_size"] = config.intermediate_size * hidden_size / config.hidden_size
     for name, value in sizes.items():
         if value < 1 or value != int(value):
             raise ValueError(
@@ -194,6 +195,8 @@ def mup_init_(model: nn.Module) -> nn.Module:
     config = _mup_model_config(model)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
+            if not tensor.requires_grad and not any(pattern.search(name) for _, pattern in _ROLES):
+                continue
             role, r = _rule(name, tensor, config)
             if role == "vector":
                 nn.init.constant_(tensor, 0.0 if name.endswith("bias") else 1.0)
@@ -262,6 +265,8 @@ def mup_param_groups(
             groups[key] = {"name": role, "params": [], "lr": lr / r, "weight_decay": decay, "eps": group_eps}
         groups[key]["params"].append(tensor)
     ordered = [groups[key] for key in sorted(groups)]
+    if (0, 1.0) not in groups:  # embeddings are frozen: the vectors have the base rate
+        ordered.sort(key=lambda group: group["name"] != "vector")
     names = [group["name"] for group in ordered]
     for key, group in groups.items():
         if names.count(group["name"]) > 1:
@@ -313,7 +318,8 @@ def _rule(name: str, tensor: torch.Tensor, config: Any) -> tuple[str, float]:
     fan_in = tensor.shape[-1]  # nn.Linear is (out, in), fused experts are (experts, out, in)
     width = config.hidden_size / config.mup["base_width"]
     if re.search(r"down_proj(\.weight)?$", name):
-        return role, fan_in / config.mup["base_intermediate_size"]
+        r = fan_in / config.mup["base_intermediate_size"]
+        return role, width if math.isclose(r, width) else r  # rounding must not make a group of its own
     return role, width
 
 

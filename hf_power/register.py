@@ -117,11 +117,12 @@ def _tokens_per_sequence(trainer: Any) -> float:
 
 
 def _some_examples(dataset: Any) -> list[Any]:
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    streams = isinstance(dataset, torch.utils.data.IterableDataset)  # inherits a __getitem__ that only raises
+    if not streams and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         count = min(len(dataset), SAMPLED_EXAMPLES)
         return [dataset[i * len(dataset) // count] for i in range(count)]
     iterator = iter(dataset)
-    if iterator is dataset:
+    if iterator is dataset or iterator is iter(dataset):
         raise TypeError("the dataset is a one-pass iterator, and counting would use up its first examples")
     return [example for _, example in zip(range(SAMPLED_EXAMPLES), iterator, strict=False)]
 

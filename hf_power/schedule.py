@@ -144,6 +144,18 @@ class PowerLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         _check_law(a, b, batch_exponent, tokens_per_step, min_lr_ratio)
+        for name, value in (
+            ("num_warmup_steps", num_warmup_steps),
+            ("warmup_tokens", warmup_tokens),
+            ("tokens_seen", tokens_seen),
+            ("decay_ratio", decay_ratio),
+            ("decay_tokens", decay_tokens),
+            ("decay_start_tokens", decay_start_tokens),
+        ):
+            if value is not None:
+                _check_number(name, value)
+                if value < 0 and name != "decay_ratio":  # which has a range of its own
+                    raise ValueError(f"{name} must not be negative, got {value}: pass 0 for none.")
         _check_choice("warmup_to", warmup_to, ("law", "max"))
         _check_choice("decay_shape", decay_shape, tuple(DECAY_SHAPES))
         if warmup_tokens is not None and num_warmup_steps:
@@ -161,6 +173,7 @@ class PowerLR(LRScheduler):
         self._law |= {"warmup_to": warmup_to, "decay_shape": decay_shape, "min_lr_ratio": min_lr_ratio}
         self._calls = 1  # calls of step() per optimizer step, see step()
         self._tokens_at, self._epoch_at = int(tokens_seen), 0  # tokens_seen counts on from here
+        self._tokens_before = int(tokens_seen)
         self._plan()
         self._warn_if_cap_binds()
         super().__init__(optimizer, last_epoch)
@@ -179,7 +192,7 @@ class PowerLR(LRScheduler):
         self.total_tokens: int | None = None
         if self.num_training_steps is not None:
             self.total_tokens = self._tokens_at + self._tokens(max(0, self.num_training_steps - self._epoch_at))
-        start, length = _tail(self.total_tokens, *self._decay)
+        start, length = _tail(self.total_tokens, self._tokens_before, *self._decay)
         end = self.total_tokens if start is None else start
         if end is not None and warmup > end and warmup > self._tokens_at:
             raise ValueError(
@@ -227,6 +240,7 @@ class PowerLR(LRScheduler):
         """
         calls = _calls_per_optimizer_step(sys._getframe(1).f_locals.get("self"))
         if calls != self._calls and not self._is_initial:
+            self.last_epoch, self._epoch_at = (x * calls // self._calls for x in (self.last_epoch, self._epoch_at))
             self._calls = calls
             self._plan()
         last = self.num_training_steps
@@ -240,7 +254,7 @@ class PowerLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The counters only: a restored argument must never win over today's."""
-        return {"tokens_seen": self.tokens_seen, "last_epoch": self.last_epoch}
+        return {"tokens_seen": self.tokens_seen, "last_epoch": self.last_epoch // self._calls}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the tokens of a checkpoint, with the arguments of today, from the very next step.
@@ -253,7 +267,8 @@ class PowerLR(LRScheduler):
                 f"the scheduler state of the checkpoint is not that of a power schedule (got {sorted(state_dict)}): "
                 "resume with the scheduler that wrote it, or start from its weights with tokens_seen=<tokens so far>."
             )
-        self.last_epoch = self._epoch_at = int(state_dict["last_epoch"])
+        self._calls = _calls_per_optimizer_step(sys._getframe(1).f_locals.get("self"))
+        self.last_epoch = self._epoch_at = int(state_dict["last_epoch"]) * self._calls
         self._step_count = self.last_epoch + 1
         self._tokens_at = int(state_dict["tokens_seen"])
         self._plan()
@@ -347,7 +362,9 @@ def get_power_schedule(
     )
 
 
-def _tail(total: int | None, ratio: float | None, tokens: int | None, start: int | None) -> tuple[int | None, int]:
+def _tail(
+    total: int | None, before: int, ratio: float | None, tokens: int | None, start: int | None
+) -> tuple[int | None, int]:
     """First token and length of the tail; (None, 0) where there is none."""
     if ratio is not None and (tokens is not None or start is not None):
         raise ValueError(
@@ -361,13 +378,13 @@ def _tail(total: int | None, ratio: float | None, tokens: int | None, start: int
     if start is None:
         if total is None:
             return None, 0
-        length = tokens if tokens is not None else round(total * (0.1 if ratio is None else ratio))
+        length = tokens if tokens is not None else round((total - before) * (0.1 if ratio is None else ratio))
         start = total - length
     else:
         length = tokens if tokens is not None else (total or 0) - start
     if start < 0 or length < 0 or (total is not None and start + length > total):
         raise ValueError(
-            f"a decay of {length:,} tokens from token {start:,} does not fit into a run of {total:,} tokens: "
+            f"a decay of {length:,} tokens from token {start:,} does not fit into a run of {total or 0:,} tokens: "
             "shorten the decay or train longer."
         )
     return (start, length) if length else (None, 0)
@@ -402,8 +419,7 @@ def _check_law(a: float, b: float, batch_exponent: float, tokens_per_step: int, 
         ("tokens_per_step", tokens_per_step),
         ("min_lr_ratio", min_lr_ratio),
     ):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}: write it without quotes, e.g. 4.0.")
+        _check_number(name, value)
     if a <= 0:
         raise ValueError(f"a, the scale of the power law, must be positive, got {a}: the paper has 4.0.")
     if b >= 0:
@@ -415,6 +431,11 @@ def _check_law(a: float, b: float, batch_exponent: float, tokens_per_step: int, 
         )
     if not 0 <= min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}: pass 0 to decay to zero.")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}: write it without quotes, e.g. 4.0.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -540,7 +540,7 @@ ERRORS = (  # arguments; what, got, what to do
     ({"decay_ratio": 0.1, "decay_tokens": 9}, "the decay is given twice", "decay_ratio=0.1 and decay_tokens=9", "one"),
     ({"decay_ratio": 0.1, "decay_start_tokens": 9}, "given twice", "decay_start_tokens=9", "pass one of them"),
     ({"decay_tokens": 100_001}, "a decay of 100,001 tokens", "of 100,000 tokens", "shorten the decay or train longer"),
-    ({"decay_tokens": -5}, "a decay of -5 tokens", "from token 100,005", "does not fit"),
+    ({"decay_tokens": -5}, "decay_tokens must not be negative, got -5", "pass 0 for none"),
     ({"decay_start_tokens": 100_001}, "from token 100,001", "of 100,000 tokens", "shorten"),
     ({"decay_start_tokens": 90_000, "decay_tokens": 10_001}, "a decay of 10,001 tokens from token 90,000", "shorten"),
     ({"num_warmup_steps": 91}, "a warmup of 91,000 tokens", "before token 90,000, where the decay starts", "shorten"),
@@ -551,8 +551,14 @@ ERRORS = (  # arguments; what, got, what to do
     ({"num_training_steps": None, "decay_tokens": 9}, "a decay that ends with the run", "pass num_training_steps"),
     ({"num_training_steps": None, "decay_start_tokens": 9}, "needs its length", "pass num_training_steps"),
     # an open run whose tail makes no sense, and lengths that no run can have
-    ({"num_training_steps": None, "decay_start_tokens": -9, "decay_tokens": 9}, "from token -9", "does not fit"),
-    ({"num_training_steps": None, "decay_start_tokens": 9, "decay_tokens": -9}, "a decay of -9 tokens", "does not fit"),
+    (
+        {"num_training_steps": None, "decay_start_tokens": -9, "decay_tokens": 9},
+        "decay_start_tokens must not be negative, got -9",
+    ),
+    (
+        {"num_training_steps": None, "decay_start_tokens": 9, "decay_tokens": -9},
+        "decay_tokens must not be negative, got -9",
+    ),
     ({"warmup_tokens": -1}, "warmup", "-1"),
     ({"num_warmup_steps": -1}, "warmup", "-1"),
     ({"tokens_seen": -1}, "tokens_seen", "-1"),
