@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from hf_power import data as hf_data
+from hf_power import plots
 from hf_power.callbacks import RUN_FILE, RunRecord, TokenProgress
 from hf_power.checkpoint import checkpoints, newest_intact, problems
 from hf_power.machine import hardware, tune_cpu, versions
@@ -120,6 +122,7 @@ def anneal(
 
 
 def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> dict[str, Any]:
+    plots.require_matplotlib()
     args = settings.training
     before = _read_checkpoint(resume) if resume else None
     per_step = _tokens_per_step(settings)
@@ -252,7 +255,9 @@ def _dry_schedule(settings: Settings, run: dict[str, Any]) -> PowerLR | None:
         return None
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     kwargs = {"tokens_per_step": run["tokens_per_step"], **(args.lr_scheduler_kwargs or {})}
-    schedule = PowerLR(optimizer, args.get_warmup_steps(args.max_steps), args.max_steps, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run's own schedule will warn
+        schedule = PowerLR(optimizer, args.get_warmup_steps(args.max_steps), args.max_steps, **kwargs)
     if run["tokens_seen"]:
         schedule.load_state_dict({"tokens_seen": run["tokens_seen"], "last_epoch": run["steps"]})
     return schedule
@@ -309,8 +314,6 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, held_out: 
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         write_json(folder / RUN_FILE, run)
-        from hf_power import plots
-
         plots.plot_lr_and_loss(run, folder / "lr_and_loss.png")
 
 
