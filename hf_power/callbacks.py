@@ -33,6 +33,7 @@ class TokenProgress(ProgressCallback):  # type: ignore[misc]  # transformers is 
                 unit_scale=True,
                 dynamic_ncols=True,
                 desc="Training",
+                mininterval=0.5,
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -18,10 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     return run_verb(argv[0], argv[1:])
 
 
-def run_verb(verb: str, argv: list[str] | None = None) -> int:
-    """Run a verb; a user's mistake becomes one sentence on stderr and exit code 2, a bug keeps its traceback."""
+def run_verb(verb: str, argv: list[str] | None = None, function: Callable[[list[str]], int] | None = None) -> int:
+    """Run a verb, or a function under its name: a user's mistake becomes one sentence on stderr and exit code 2.
+
+    An error that was not raised by hf_power itself is a bug, or a library's, and keeps its traceback.
+    """
     try:
-        return VERBS[verb](sys.argv[1:] if argv is None else argv)
+        return (function or VERBS[verb])(sys.argv[1:] if argv is None else argv)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if not _raised_by_us(error):
             raise
@@ -96,9 +99,10 @@ def coord_check(argv: list[str]) -> int:
     from hf_power.plots import plot_coord_check
 
     settings = parse_settings([options.recipe] if options.recipe else [])
-    mup = settings.mup.arguments() | {"base_width": options.base_width}
-    chosen = {"widths": options.widths} if options.widths else {}
-    result = check(settings.model.config(vocab_size=512), steps=options.steps, **chosen, **mup)
+    given = settings.mup.arguments() | {"widths": options.widths, "base_width": options.base_width}
+    given["initializer_range"] = None  # the check has its own, see its documentation
+    given = {name: value for name, value in given.items() if value is not None}
+    result = check(settings.model.config(), steps=options.steps, **given)
     print(result.table())
     if options.picture:
         plot_coord_check(result, options.picture)

@@ -8,7 +8,6 @@ checkpoint loads everywhere without custom code. Rules: Shen et al. (arXiv:2408.
 import copy
 import math
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -331,13 +330,3 @@ def _mup_model_config(model: nn.Module) -> Any:
             "AutoModelForCausalLM.from_config(mup_config(LlamaConfig(...)))."
         )
     return config
-
-
-def warn_if_ladder_changes_gqa(configs: list[Any]) -> None:
-    """Warn when heads per KV head differ along a ladder of widths: muP keeps that ratio constant."""
-    ratios = {config.num_attention_heads / config.num_key_value_heads for config in configs}
-    if len(ratios) > 1:
-        warnings.warn(
-            f"heads per KV head differ along the ladder ({sorted(ratios)}): keep them equal, muP transfers only then.",
-            stacklevel=2,
-        )

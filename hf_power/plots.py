@@ -1,7 +1,6 @@
 """Pictures of results, drawn from plain data and written atomically."""
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ _DPI = 150
 def plot_coord_check(check: CoordCheck, path: str | os.PathLike[str], *, steps: tuple[int, ...] | None = None) -> Path:
     """Change of each module's output over width: both axes logarithmic, a panel per step, slopes in the legend.
 
-    Flat lines mean that muP holds. A module whose slope is outside the limit at any step shown is drawn in bold with
-    its name in the legend marked; a change that is 0 or not finite is a gap in the line.
+    Flat lines mean that muP holds. A line whose slope is outside the limit is solid, bold and marked in the legend; a
+    change that is 0 or not finite is a gap.
 
     Args:
         check: result of `hf_power.coord_check.coord_check`.
@@ -56,7 +55,7 @@ def plot_coord_check(check: CoordCheck, path: str | os.PathLike[str], *, steps: 
         panel.grid(alpha=0.3)
         panel.set_title(f"step {step}", fontsize=10)
         panel.set_xlabel("width (hidden_size)")
-        panel.legend(title=f"slope ((!): |slope| >= {MAX_SLOPE:g})", fontsize=8, title_fontsize=8, ncols=2, **_BELOW)
+        panel.legend(title=f"slopes, (!) beyond {MAX_SLOPE:g}", fontsize=8, title_fontsize=8, ncols=2, **_BELOW)
     panels[0].set_ylabel("RMS change of the output")
     figure.suptitle(f"Coordinate check {check.verdict}", fontsize=11, color="darkgreen" if check.passed else "darkred")
     return _save(figure, path)
@@ -156,13 +155,10 @@ def _si_formatter() -> Any:
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write to a temporary name in the same folder, then rename: a reader sees the old file or the whole new one."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         figure.savefig(temporary, dpi=_DPI)
-        os.chmod(temporary, 0o644)  # mkstemp's own mode would keep other users out
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

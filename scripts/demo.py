@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_power import data, train
-from hf_power.cli import parse_settings
+from hf_power.checkpoint import checkpoints
+from hf_power.cli import parse_settings, run_verb
 from hf_power.evaluate import ngram_losses
 from hf_power.settings import parse_tokens
 from hf_power.text import load_text
@@ -18,15 +19,16 @@ RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 PROMPT = "def __init__(self, "
 
 
-def main() -> None:
-    """Pretrain, anneal, compare, sample; extra arguments override the recipe."""
-    settings = parse_settings([str(RECIPE), *sys.argv[1:]])
-    folder = Path(settings.training.output_dir or "")
+def main(argv: list[str]) -> int:
+    """Pretrain, anneal, compare, sample; arguments override the recipe."""
+    settings = parse_settings([str(RECIPE), *argv])
+    folder = free_folder(Path(settings.training.output_dir or ""))
+    settings.training.output_dir = str(folder)
     trunk = train.pretrain(settings)
-    checkpoint = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[-2]
-    annealed = train.anneal(
-        checkpoint, str(trunk["tokens_seen"] - int(checkpoint.name.split("-")[1]) * trunk["tokens_per_step"])
-    )
+    steps, per_step = trunk["steps"], trunk["tokens_per_step"]
+    checkpoint = checkpoints(folder)[1]  # the last but one: its tail ends at the tokens where the trunk ended
+    tail = (steps - int(checkpoint.name.split("-")[1])) * per_step
+    annealed = train.anneal(checkpoint, str(tail))
     annealed_folder = folder.with_name(annealed["name"])
 
     tokenizer = AutoTokenizer.from_pretrained(annealed_folder)
@@ -51,13 +53,20 @@ def main() -> None:
     for name, loss in rows:
         print(f"  {name:<34} {loss:>10.4f} {math.exp(loss):>11.1f}")
     print(f"\nWhat the annealed model writes after {PROMPT!r}:\n{sample(annealed_folder, tokenizer)}\n")
-    print(f"trunk     {folder}/ ({len(list(folder.glob('checkpoint-*')))} checkpoints, run.json, lr_and_loss.png)")
+    print(f"trunk     {folder}/ ({len(checkpoints(folder))} checkpoints, run.json, lr_and_loss.png)")
     print(f"finished  {annealed_folder}/ (loads with AutoModelForCausalLM.from_pretrained, no hf_power needed)")
     print(
         "\nNext:  is muP right for the shape?  .venv/bin/hf-power coord-check scripts/recipes/demo.yaml\n"
         f"       another tail from any trunk checkpoint:  .venv/bin/hf-power anneal --from {checkpoint} --tokens 5%\n"
         "       your own text:  .venv/bin/hf-power pretrain scripts/recipes/demo.yaml --dataset my.jsonl --output_dir runs/mine"
     )
+    return 0
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder, or with -2, -3 ... where an earlier demo lies."""
+    names = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))]
+    return next(name for name in names if not name.exists())
 
 
 def sample(folder: Path, tokenizer: object) -> str:
@@ -72,4 +81,4 @@ def sample(folder: Path, tokenizer: object) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_verb("demo", function=main))

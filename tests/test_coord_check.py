@@ -36,7 +36,11 @@ def power_law(exponents: dict[str, float], widths: tuple[int, ...] = (64, 128, 2
 class StandardParametrization:
     """One learning rate, one init std, none of the multipliers."""
 
-    multipliers = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 16**-0.5}
+    multipliers: dict[str, Any] = {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 16**-0.5,
+    }
 
     @staticmethod
     def init(model: Any) -> None:
@@ -69,7 +73,7 @@ def groups_with_head_twice(model: Any, *, lr: float, weight_decay: float) -> lis
 
 
 def slope(check: CoordCheck, module: str, step: int = 1) -> float:
-    return next(s["slope"] for s in check.slopes if s["module"] == module and s["step"] == step)
+    return next(float(s["slope"]) for s in check.slopes if s["module"] == module and s["step"] == step)
 
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.0, 0.2, 1.6])
@@ -170,7 +174,7 @@ def test_hidden_init_without_width_fails() -> None:
 def test_global_random_state_is_left_alone_and_results_repeat() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    few = {"widths": (64, 80, 96, 112), "steps": 1, "seeds": (0,)}
+    few: dict[str, Any] = {"widths": (64, 80, 96, 112), "steps": 1, "seeds": (0,)}
     first, second = coord_check(llama(), **few), coord_check(llama(), **few)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.rows == second.rows

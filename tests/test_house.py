@@ -10,7 +10,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_power"
 
 # A module may import those before it only; version and the exports of __init__ stand outside the order.
-ORDER = """schedule register mup coord_check recipe machine checkpoint text data plan evaluate plots settings callbacks train cli run""".split()
+ORDER = [
+    "schedule",
+    "register",
+    "mup",
+    "coord_check",
+    "recipe",
+    "machine",
+    "checkpoint",
+    "text",
+    "data",
+    "plan",
+    "evaluate",
+    "plots",
+    "settings",
+    "callbacks",
+    "train",
+    "cli",
+    "run",
+]
 HEAVY = {"datasets", "matplotlib", "scipy", "evaluate", "yaml", "pandas"}
 
 
@@ -55,6 +73,7 @@ def test_only_register_touches_private_parts_of_transformers():
             assert not [n for n in names if any(part.startswith("_") for part in n.split("."))], module
 
 
+@pytest.mark.slow
 def test_import_brings_in_nothing_that_the_trainer_does_not():
     code = "import sys, {0}; print(' '.join(m for m in ('matplotlib','scipy','evaluate','pandas') if m in sys.modules))"
     for name in ("transformers.trainer", "hf_power"):

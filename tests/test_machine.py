@@ -21,6 +21,7 @@ print(after - before > 50_000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize(
     ("env", "threads"),

@@ -28,7 +28,6 @@ from hf_power.mup import (
     mup_init_,
     mup_param_groups,
     scale_width,
-    warn_if_ladder_changes_gqa,
 )
 
 BASE = 16  # base width; head size 4 throughout
@@ -578,14 +577,6 @@ def test_scale_width_refuses_what_does_not_divide(plain, to, parts):
     with pytest.raises(ValueError) as caught:
         scale_width(plain, to)
     says(caught, *parts)
-
-
-def test_ladder_that_changes_grouped_query_attention_warns(recwarn):
-    ladder = [gqa(16), gqa(32), gqa(64)]
-    warn_if_ladder_changes_gqa(ladder)
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"differ along the ladder \(\[1.0, 2.0\]\): keep them equal"):
-        warn_if_ladder_changes_gqa([*ladder, llama(32)])
 
 
 # ---------------------------------------------------------------- errors

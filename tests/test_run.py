@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a process each
+
 SCRIPT = """
 import sys
 from helper import name
