@@ -275,6 +275,17 @@ def stream_blocks(blocks: Any, *, seed: int, start: int) -> Any:
     return blocks.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BLOCKS).repeat(None).skip(start)
 
 
+def spread_blocks(blocks: Any, num_blocks: int) -> Any:
+    """num_blocks blocks at even distances, so that every part of the data is in an evaluation; all if there are fewer.
+
+    A stream gives its first num_blocks, as a list.
+    """
+    if not hasattr(blocks, "__len__"):
+        return list(blocks.take(num_blocks))
+    num_blocks = min(num_blocks, len(blocks))
+    return blocks.select([i * len(blocks) // num_blocks for i in range(num_blocks)])
+
+
 def collate_blocks(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Stack blocks to {"input_ids", "labels"}, two equal int64 tensors of shape (batch, block_size).
 

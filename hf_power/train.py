@@ -273,11 +273,11 @@ def _data(settings: Settings, run: dict[str, Any], resume: Path | None) -> tuple
     wanted = max(1, parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block)
     start = run["tokens_seen"] // block
     run["data"] = {"dataset": settings.data.dataset, "fingerprint": hf_data.fingerprint(train)}
+    held_out = hf_data.spread_blocks(held_out, wanted)
+    run["data"]["held_out_tokens"] = len(held_out) * block
     if settings.data.streaming:
-        stream = hf_data.stream_blocks(train, seed=args.seed, start=start)
-        return stream, list(held_out.take(wanted)), tokenizer
-    held_out = held_out.select(range(min(wanted, len(held_out))))
-    run["data"] |= {"train_tokens": len(train) * block, "held_out_tokens": len(held_out) * block}
+        return hf_data.stream_blocks(train, seed=args.seed, start=start), held_out, tokenizer
+    run["data"]["train_tokens"] = len(train) * block
     steps = args.max_steps - run["steps"]
     stop = start + steps * run["tokens_per_step"] // block
     return hf_data.BlockStream(train, seed=args.seed, start=start, stop=stop), held_out, tokenizer

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     blocks = data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     held_out = data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     seen = data.BlockStream(blocks, seed=settings.training.seed, start=0, stop=trunk["tokens_seen"] // block)
-    scored = held_out[: parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block]["input_ids"]
+    num_scored = parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block
+    scored = data.spread_blocks(held_out, num_scored)[:]["input_ids"]
     baselines = ngram_losses(
         np.stack([row["input_ids"] for row in seen.__getitems__(list(range(len(seen))))]), scored, len(tokenizer)
     )

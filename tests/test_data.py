@@ -335,6 +335,13 @@ def test_stream_blocks_is_endless_and_resumes(monkeypatch):
         assert as_rows(resumed.take(35 - start)) == whole[start:]
 
 
+def test_spread_blocks():
+    blocks = make_blocks(num_blocks=10)
+    assert as_rows(data.spread_blocks(blocks, 4)) == [as_rows(blocks)[i] for i in (0, 2, 5, 7)]
+    assert as_rows(data.spread_blocks(blocks, 99)) == as_rows(blocks)
+    assert as_rows(data.spread_blocks(blocks.to_iterable_dataset(), 3)) == as_rows(blocks)[:3]
+
+
 def test_collate_blocks():
     batch = collate_blocks([{"input_ids": np.array([1, 2, 3], dtype=np.int32)}, {"input_ids": np.array([4, 5, 6])}])
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64

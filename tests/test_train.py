@@ -72,7 +72,9 @@ def test_held_out_loss_is_that_of_the_saved_model(trunk, sections):
     folder, run = trunk
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     data = Settings.from_dict(sections(folder)).data
-    blocks = torch.tensor(np.array(pack(load_text(data)[1], tokenizer, block_size=32)[:20]["input_ids"])).long()
+    blocks = pack(load_text(data)[1], tokenizer, block_size=32)
+    rows = [i * len(blocks) // 20 for i in range(20)]  # 640 tokens at even distances
+    blocks = torch.tensor(np.array([blocks[i]["input_ids"] for i in rows])).long()
     with torch.no_grad():
         logits = model(blocks).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
