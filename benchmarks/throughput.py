@@ -1,4 +1,4 @@
-"""What hf_power costs: python benchmarks/throughput.py [--pairs 7] [--steps 40]; rows go to benchmarks/results/.
+"""What hf_power costs: python benchmarks/throughput.py [--pairs 7] [--steps 80]; rows go to benchmarks/results/.
 
 1. tokens/s of `hf_power.train.pretrain` and of a hand-written PyTorch loop with the same model, blocks, optimizer and
    schedule, in turn in one process; both end at the same loss, or the comparison stops.
@@ -33,7 +33,7 @@ from hf_power.settings import Settings
 from hf_power.text import load_text
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, BLOCK = 8, 256
+BATCH, BLOCK = 8, 128  # as in the demo
 
 
 def settings(folder, steps):
@@ -80,7 +80,7 @@ def by_hand(steps):
 
 
 def throughput(pairs, steps):
-    ours(5), by_hand(5)  # warm caches
+    ours(10), by_hand(10)  # warm caches
     rows = []
     for pair in range(pairs):
         legs = {"ours": ours, "by_hand": by_hand}
@@ -154,7 +154,7 @@ def import_time(pairs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=80)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args = settings(folder, 1).training
