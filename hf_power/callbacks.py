@@ -68,9 +68,9 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.run["groups"] = [
             {
                 "name": group.get("name", f"group{i}"),
-                "base_lr": float(group["initial_lr"]),
+                "base_lr": float(group.get("initial_lr", group["lr"])),
                 "weight_decay": group["weight_decay"],
-                "eps": group["eps"],
+                "eps": group.get("eps"),
                 "parameters": sum(p.numel() for p in group["params"]),
             }
             for i, group in enumerate(optimizer.param_groups)

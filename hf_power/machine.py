@@ -14,9 +14,9 @@ from hf_power.version import __version__
 def tune_cpu(args: Any) -> dict[str, Any]:
     """Settings that make training on a CPU faster; does nothing on an accelerator.
 
-    glibc hands large tensors back to the system after every step and asks for them anew, page by page; telling it to
-    keep them is worth a quarter of a small model's step (benchmarks/throughput.py measures it). `accelerate launch`
-    sets one thread for a process that was given all cores.
+    glibc hands large tensors back to the system after every step and asks for them anew, page by page; told to keep
+    them, it saves several percent of a small model's step (benchmarks/throughput.py). `accelerate launch` sets one
+    thread for a process that was given all cores.
 
     Returns:
         What is in force: threads, and whether the allocator keeps its memory.

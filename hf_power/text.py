@@ -57,6 +57,16 @@ class DataArguments:
     data_cache_dir: str | None = field(default=None, metadata={"help": "None: the cache of datasets."})
 
 
+def require_datasets() -> None:
+    """Raise an ImportError that names the extra if datasets is missing; a run asks before anything else."""
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'datasets is needed to read data and is not installed: run pip install "hf_power[train]".'
+        ) from error
+
+
 def load_text(args: DataArguments) -> tuple[Any, Any]:
     """Training and held-out documents, one "text" column each.
 
@@ -74,10 +84,7 @@ def load_text(args: DataArguments) -> tuple[Any, Any]:
         ValueError: if eval_fraction is outside (0, 1), file types are mixed or unknown, a JSON line is broken (a stream
             meets it only when it reads it), the text column is missing or not text, or a part has no documents.
     """
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise ImportError('reading data needs the package datasets: pip install "hf_power[train]".') from error
+    require_datasets()
     if not 0 < args.eval_fraction < 1:
         raise ValueError(f"eval_fraction must lie between 0 and 1, got {args.eval_fraction}: pass, for example, 0.05.")
     if args.dataset == PYTHON_STDLIB:

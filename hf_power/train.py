@@ -28,7 +28,7 @@ from hf_power.plan import describe_run
 from hf_power.recipe import write_json
 from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens
-from hf_power.text import load_text
+from hf_power.text import load_text, require_datasets
 
 SCHEMA = 1
 
@@ -40,7 +40,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens and group learning rates, so that every tracker in report_to gets them."""
-        if "learning_rate" in logs and self.lr_scheduler is not None:
+        if "learning_rate" in logs and "initial_lr" in self.optimizer.param_groups[0]:
             logs["tokens"] = self.run["tokens_seen"] + (
                 (self.state.global_step - self.run["steps"]) * self.run["tokens_per_step"]
             )
@@ -48,7 +48,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 seconds = max(1e-9, datetime.datetime.now().timestamp() - start_time)
                 steps = self.state.global_step - self._initial_global_step
                 logs["tokens_per_second"] = round(steps * self.run["tokens_per_step"] / seconds, 1)
-            base_lrs = self.lr_scheduler.base_lrs
+            base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
             for i, group in enumerate(self.optimizer.param_groups):
                 name = group.get("name", f"group{i}")
                 logs[f"lr/{name}"] = logs["learning_rate"] * float(base_lrs[i]) / float(base_lrs[0])
@@ -102,6 +102,16 @@ def anneal(
     source = Path(checkpoint)
     trunk = _read_checkpoint(source)
     start = trunk["tokens_seen"]
+    schedule = trunk.get("schedule")
+    if schedule is None:
+        raise ValueError(
+            f"{source} was not trained under the power schedule: anneal takes checkpoints of one that was."
+        )
+    if schedule["decay_start_tokens"] is not None and start > schedule["decay_start_tokens"]:
+        raise ValueError(
+            f"{source} lies in its run's own decay, which began at token {schedule['decay_start_tokens']:,}: take a "
+            "checkpoint before it, or train the trunk with decay_ratio 0."
+        )
     length = _tail_length(tokens, start, trunk["tokens_per_step"])
     settings = Settings.from_dict(trunk["settings"])
     kwargs = dict(settings.training.lr_scheduler_kwargs or {})
@@ -122,6 +132,7 @@ def anneal(
 
 
 def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> dict[str, Any]:
+    require_datasets()
     plots.require_matplotlib()
     args = settings.training
     before = _read_checkpoint(resume) if resume else None
@@ -164,7 +175,10 @@ def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
         _refuse_other_run(folder)
         return None
     if str(wanted).lower() != "true":
-        return Path(str(wanted))
+        checkpoint = Path(str(wanted))
+        if checkpoint.resolve().parent != folder.resolve():
+            _refuse_other_run(folder)
+        return checkpoint
     found, broken = newest_intact(folder)
     for name, what in broken.items():
         print(f"{name} is not used: {', '.join(what)}")
@@ -311,6 +325,7 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, held_out: 
     run["held_out_loss"] = metrics["eval_loss"]
     run["status"] = "finished" if trainer.state.global_step >= trainer.args.max_steps else "stopped"
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    trainer.model.config.use_cache = True  # the Trainer turned it off for training; the saved model is for use
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         write_json(folder / RUN_FILE, run)

@@ -225,6 +225,7 @@ def test_refusals_come_before_anything_is_written(trunk, sections, tmp_path):
 
     start("holds a run already: pass --resume_from_checkpoint true", output_dir=str(folder))
     start("there is nothing to resume from", FileNotFoundError, resume_from_checkpoint="true")
+    start("holds a run already", output_dir=str(folder.parent / "trunk"), resume_from_checkpoint="other/checkpoint-4")
     start("there is no checkpoint at nowhere: pass", FileNotFoundError, resume_from_checkpoint="nowhere")
     start(
         "has seen 1,536 tokens, the run is to have 1,536: raise", resume_from_checkpoint=str(folder / "checkpoint-12")
@@ -237,6 +238,24 @@ def test_refusals_come_before_anything_is_written(trunk, sections, tmp_path):
         train.anneal(folder / "checkpoint-8", "120%", str(tmp_path / "new"))
     with pytest.raises(ValueError, match="holds a run already"):
         train.anneal(folder / "checkpoint-8", "10%", str(folder))
+
+
+def test_anneal_refuses_what_is_no_trunk(sections, tmp_path):
+    train.pretrain(Settings.from_dict(sections(tmp_path / "done")))
+    with pytest.raises(ValueError, match="checkpoint-12 lies in its run's own decay, which began at token 1,382: take"):
+        train.anneal(tmp_path / "done" / "checkpoint-12", "10%", str(tmp_path / "a"))
+    sec = sections(tmp_path / "cosine", lr_scheduler_type="cosine", lr_scheduler_kwargs=None)
+    train.pretrain(Settings.from_dict(sec))
+    with pytest.raises(ValueError, match="checkpoint-4 was not trained under the power schedule: anneal takes"):
+        train.anneal(tmp_path / "cosine" / "checkpoint-4", "10%", str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(("package", "extra"), [("datasets", "train"), ("matplotlib", "plots")])
+def test_a_missing_package_is_named_with_its_extra(package, extra, sections, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'{package} is needed .* run pip install "hf_power\[{extra}\]"'):
+        train.pretrain(Settings.from_dict(sections(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(sections, tmp_path, capsys):
