@@ -115,12 +115,37 @@ class PowerLR(LRScheduler):
     Each parameter group gets ``base_lr * eta(n) / eta_max`` with ``eta_max = optimizer.defaults["lr"]``, so ratios
     between groups (muP) are kept. The number of tokens seen is the only state that a checkpoint holds: a run resumed
     with another batch goes on from its tokens under today's arguments, and the end of the schedule moves to today's
-    last step. See `get_power_schedule` for the arguments and errors, `power_lr` for the formula.
+    last step. `power_lr` has the formula.
+
+    Args:
+        optimizer: its ``defaults["lr"]`` is eta_max, the cap (0.02 in the paper).
+        num_warmup_steps: linear warmup, in steps.
+        num_training_steps: length of the run, in steps; None for a trunk without an end.
+        tokens_per_step: tokens of one optimizer step: sequences x sequence length, over all data-parallel processes,
+            accumulation included.
+        a: scale of the law, > 0.
+        b: exponent of the tokens, < 0.
+        batch_exponent: c, exponent of the batch; 1 in the paper.
+        warmup_tokens: linear warmup, in tokens, instead of num_warmup_steps.
+        warmup_to: "law": up to the law at the end of the warmup (eq. 8); "max": up to eta_max (Granite 3.0).
+        decay_ratio: length of the tail as a ratio of the run, in [0, 1]; 0.1 by default, 0 for a trunk without a tail.
+        decay_tokens: length of the tail, in tokens, instead of decay_ratio.
+        decay_start_tokens: first token of the tail, if it is not to end with the run; alone, it decays to the end.
+        decay_shape: "exponential", "linear", "1-sqrt" or "cosine".
+        min_lr_ratio: floor as a ratio of the rate at the start of the tail, in [0, 1].
+        tokens_seen: tokens that the model had seen before this run.
+        last_epoch: as in every PyTorch scheduler.
 
     Attributes:
         tokens_seen: tokens seen so far.
         tokens_per_step: tokens of one optimizer step.
         total_tokens: where the schedule ends, or None.
+
+    Raises:
+        ValueError: a value outside its range, a length given twice, or warmup and tail longer than the run.
+
+    Warns:
+        UserWarning: the cap binds for the whole run, as with TrainingArguments' default of 5e-5.
     """
 
     def __init__(
@@ -290,18 +315,7 @@ def get_power_schedule(
     num_training_steps: int | None = None,
     *,
     tokens_per_step: int | None = None,
-    a: float = 4.0,
-    b: float = -0.51,
-    batch_exponent: float = 1.0,
-    warmup_tokens: int | None = None,
-    warmup_to: str = "law",
-    decay_ratio: float | None = None,
-    decay_tokens: int | None = None,
-    decay_start_tokens: int | None = None,
-    decay_shape: str = "exponential",
-    min_lr_ratio: float = 0.0,
-    tokens_seen: int = 0,
-    last_epoch: int = -1,
+    **kwargs: Any,
 ) -> PowerLR:
     """The Power schedule, ``eta(n) = min(eta_max, a * beta**c * n**b)`` with warmup and tail (eq. 7 and 8).
 
@@ -309,30 +323,15 @@ def get_power_schedule(
         optimizer: its ``defaults["lr"]`` is eta_max, the cap (0.02 in the paper).
         num_warmup_steps: linear warmup, in steps.
         num_training_steps: length of the run, in steps; None for a trunk without an end.
-        tokens_per_step: tokens of one optimizer step: sequences x sequence length, over all data-parallel processes,
-            accumulation included. A Trainer finds it by itself when it is None.
-        a: scale of the law, > 0.
-        b: exponent of the tokens, < 0.
-        batch_exponent: c, exponent of the batch; 1 in the paper.
-        warmup_tokens: linear warmup, in tokens, instead of num_warmup_steps.
-        warmup_to: "law": up to the law at the end of the warmup (eq. 8); "max": up to eta_max (Granite 3.0).
-        decay_ratio: length of the tail as a ratio of the run, in [0, 1]; 0.1 by default, 0 for a trunk without a tail.
-        decay_tokens: length of the tail, in tokens, instead of decay_ratio.
-        decay_start_tokens: first token of the tail, if it is not to end with the run; alone, it decays to the end.
-        decay_shape: "exponential", "linear", "1-sqrt" or "cosine".
-        min_lr_ratio: floor as a ratio of the rate at the start of the tail, in [0, 1].
-        tokens_seen: tokens that the model had seen before this run.
-        last_epoch: as in every PyTorch scheduler.
+        tokens_per_step: tokens of one optimizer step over all processes; None inside a Trainer, which finds it.
+        **kwargs: a, b, batch_exponent, warmup_tokens, warmup_to, decay_ratio, decay_tokens, decay_start_tokens,
+            decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
 
     Returns:
         The scheduler; call step() once after each optimizer.step().
 
     Raises:
-        ValueError: a value outside its range, a length given twice, warmup and tail longer than the run, or an
-            unknown tokens_per_step.
-
-    Warns:
-        UserWarning: the cap binds for the whole run, as with TrainingArguments' default of 5e-5.
+        ValueError: tokens_per_step is unknown, or what `PowerLR` refuses.
     """
     if tokens_per_step is None:
         tokens_per_step = found_tokens_per_step.get()
@@ -342,24 +341,7 @@ def get_power_schedule(
             "sequences per device x sequence length x accumulation steps x data-parallel processes (with get_scheduler, "
             'in scheduler_specific_kwargs={"tokens_per_step": ...}).'
         )
-    return PowerLR(
-        optimizer,
-        num_warmup_steps,
-        num_training_steps,
-        tokens_per_step=tokens_per_step,
-        a=a,
-        b=b,
-        batch_exponent=batch_exponent,
-        warmup_tokens=warmup_tokens,
-        warmup_to=warmup_to,
-        decay_ratio=decay_ratio,
-        decay_tokens=decay_tokens,
-        decay_start_tokens=decay_start_tokens,
-        decay_shape=decay_shape,
-        min_lr_ratio=min_lr_ratio,
-        tokens_seen=tokens_seen,
-        last_epoch=last_epoch,
-    )
+    return PowerLR(optimizer, num_warmup_steps, num_training_steps, tokens_per_step=tokens_per_step, **kwargs)
 
 
 def _tail(
