@@ -5,7 +5,9 @@
 2. the hand-written loop with glibc's default allocator settings and with those of `keep_freed_memory`, in turn, a
    process each (the setting cannot be taken back).
 3. a scheduler step against transformers' cosine, three parameter groups, in turn in one process.
-4. `import hf_power` over `from transformers import Trainer`, in turn, a process each.
+4. the hand-written loop with OpenMP's default spinning and with GOMP_SPINCOUNT=30000 (what the Makefile sets), alone
+   and beside a process that keeps one core busy, in turn, a process each.
+5. `import hf_power` over `from transformers import Trainer`, in turn, a process each.
 
 Ratios are taken pair by pair; the median is the figure, the range says how noisy the machine was.
 """
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -92,25 +95,39 @@ def throughput(pairs, steps):
     return rows
 
 
-def in_a_process(code):
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+def in_a_process(code, **env):
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | env
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     return json.loads(out.stdout.splitlines()[-1])
 
 
+BY_HAND = (
+    "import json, sys; sys.path.insert(0, 'benchmarks'); import throughput as t; from hf_power.machine import "
+    "keep_freed_memory; {0}; print(json.dumps(t.by_hand({1})))"
+)
+
+
 def allocator(pairs, steps):
-    code = "import json, sys; sys.path.insert(0, 'benchmarks'); import throughput as t; {0}; print(json.dumps(t.by_hand({1})))"
     rows = []
     for pair in range(pairs):
-        legs = {"default": "pass", "kept": "from hf_power.machine import keep_freed_memory; assert keep_freed_memory()"}
+        legs = {"default": "pass", "kept": "assert keep_freed_memory()"}
         order = list(legs) if pair % 2 else list(legs)[::-1]
-        row = {name: in_a_process(code.format(legs[name], steps))["seconds"] / steps * 1000 for name in order}
-        rows.append(
-            {
-                "default_ms_per_step": row["default"],
-                "kept_ms_per_step": row["kept"],
-                "ratio": row["kept"] / row["default"],
-            }
-        )
+        row = {f"{name}_s": in_a_process(BY_HAND.format(legs[name], steps))["seconds"] for name in order}
+        rows.append(row | {"ratio": row["kept_s"] / row["default_s"]})
+    return rows
+
+
+def spinning(pairs, steps, busy):
+    neighbour = "import time\nend = time.time() + 900\nwhile time.time() < end: pass"
+    rows = []
+    for pair in range(pairs):
+        legs = {"default": {}, "short": {"GOMP_SPINCOUNT": "30000"}}
+        other = subprocess.Popen([sys.executable, "-c", neighbour if busy else "pass"])
+        order = list(legs) if pair % 2 else list(legs)[::-1]
+        row = {f"{name}_s": in_a_process(BY_HAND.format("pass", steps), **legs[name])["seconds"] for name in order}
+        other.kill()
+        other.wait()
+        rows.append(row | {"ratio": row["short_s"] / row["default_s"]})
     return rows
 
 
@@ -162,6 +179,8 @@ def main():
         "import, with hf_power / Trainer alone (seconds)": import_time(options.pairs),
         "scheduler step, power / cosine (seconds)": scheduler_step(options.pairs),
         "allocator, kept / default (seconds)": allocator(options.pairs, options.steps),
+        "OpenMP, short spin / default, alone (seconds)": spinning(3, options.steps // 4, busy=False),
+        "OpenMP, short spin / default, beside a busy process (seconds)": spinning(3, options.steps // 4, busy=True),
     }
     cpu = tune_cpu(args)
     parts["throughput, ours / by hand (tokens per second)"] = throughput(options.pairs, options.steps)
