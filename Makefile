@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
-# OpenMP's threads give up waiting sooner: as fast on a free machine, 2.8 times as fast beside another busy process.
+# OpenMP's threads give up waiting sooner, which costs nothing alone and saves most of the time beside another busy
+# process (benchmarks/throughput.py).
 export GOMP_SPINCOUNT ?= 30000
 
 .PHONY: demo test slow fast check style
