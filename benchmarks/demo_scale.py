@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from hf_power import train
+from hf_power.files import write_json
 from hf_power.machine import versions
-from hf_power.recipe import write_json
 from hf_power.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,8 +30,8 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from hf_power import MupAdamW, PowerLR, train
 from hf_power.data import BlockStream, collate_blocks, load_tokenizer, pack
+from hf_power.files import write_json
 from hf_power.machine import hardware, tune_cpu, versions
-from hf_power.recipe import write_json
 from hf_power.settings import Settings
 from hf_power.text import load_text
 

@@ -8,7 +8,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.logging import tqdm
 
 from hf_power.checkpoint import seal
-from hf_power.recipe import write_json
+from hf_power.files import write_json
 from hf_power.schedule import PowerLR
 
 RUN_FILE = "run.json"

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from hf_power.recipe import write_json
+from hf_power.files import write_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Export to plain Llama/Mixtral is bit-exact in bf16 (when m is a power of two as well).
     "power_of_two": {"embedding_multiplier": 8.0, "residual_multiplier": 0.25, "initializer_range": 0.1},
 }
-FAMILIES = {"llama": "granite", "mixtral": "granitemoe"}
+FAMILIES = {"llama": "GraniteConfig", "mixtral": "GraniteMoeConfig"}
 
 # Role of a tensor by the end of its name; what matches none of these is an error, never a guess.
 _ROLES = (
@@ -73,7 +73,7 @@ def mup_config(
     Raises:
         ValueError: an architecture without a rule, a feature that Granite lacks, or sizes that do not divide.
     """
-    from transformers import GraniteConfig, GraniteMoeConfig
+    import transformers
 
     if getattr(config, "mup", None) is not None:
         raise ValueError(
@@ -105,7 +105,7 @@ def mup_config(
     if base_num_layers is not None:
         numbers["residual_multiplier"] *= base_num_layers / config.num_hidden_layers
 
-    family = GraniteConfig if config.model_type == "llama" else GraniteMoeConfig
+    family = getattr(transformers, FAMILIES[config.model_type])
     fields = {k: v for k, v in copy.deepcopy(config.to_dict()).items() if k not in _NOT_CARRIED}
     if head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = head_dim  # Granite's code reads it, its config class has no field for it

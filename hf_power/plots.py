@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_power.coord_check import MAX_SLOPE, CoordCheck
+from hf_power.files import replaced
 
 _DPI = 150
 
@@ -153,12 +154,7 @@ def _si_formatter() -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """Write to a temporary name in the same folder, then rename: a reader sees the old file or the whole new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=_DPI)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, format=path.suffix.lstrip("."))
     return path

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_power.files import write_json
+
 SCHEMA = 1
 FILE_NAME = "recipe.json"
 
@@ -110,15 +112,3 @@ class Recipe:
 
 
 NUMBERS = tuple(f.name for f in fields(Recipe) if f.name not in ("preset", "provenance"))
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -169,18 +169,14 @@ class PowerLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         _check_law(a, b, batch_exponent, tokens_per_step, min_lr_ratio)
-        for name, value in (
-            ("num_warmup_steps", num_warmup_steps),
-            ("warmup_tokens", warmup_tokens),
-            ("tokens_seen", tokens_seen),
-            ("decay_ratio", decay_ratio),
-            ("decay_tokens", decay_tokens),
-            ("decay_start_tokens", decay_start_tokens),
-        ):
-            if value is not None:
-                _check_number(name, value)
-                if value < 0 and name != "decay_ratio":  # which has a range of its own
-                    raise ValueError(f"{name} must not be negative, got {value}: pass 0 for none.")
+        _check_lengths(
+            num_warmup_steps=num_warmup_steps,
+            warmup_tokens=warmup_tokens,
+            tokens_seen=tokens_seen,
+            decay_ratio=decay_ratio,
+            decay_tokens=decay_tokens,
+            decay_start_tokens=decay_start_tokens,
+        )
         _check_choice("warmup_to", warmup_to, ("law", "max"))
         _check_choice("decay_shape", decay_shape, tuple(DECAY_SHAPES))
         if warmup_tokens is not None and num_warmup_steps:
@@ -413,6 +409,14 @@ def _check_law(a: float, b: float, batch_exponent: float, tokens_per_step: int, 
         )
     if not 0 <= min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}: pass 0 to decay to zero.")
+
+
+def _check_lengths(**lengths: float | None) -> None:
+    for name, value in lengths.items():
+        if value is not None:
+            _check_number(name, value)
+            if value < 0 and name != "decay_ratio":  # which has a range of its own
+                raise ValueError(f"{name} must not be negative, got {value}: pass 0 for none.")
 
 
 def _check_number(name: str, value: float) -> None:

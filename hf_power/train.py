@@ -22,10 +22,10 @@ from hf_power import data as hf_data
 from hf_power import plots
 from hf_power.callbacks import RUN_FILE, RunRecord, TokenProgress
 from hf_power.checkpoint import checkpoints, newest_intact, problems
+from hf_power.files import write_json
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
 from hf_power.plan import describe_run
-from hf_power.recipe import write_json
 from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens
 from hf_power.text import load_text, require_datasets
@@ -74,7 +74,7 @@ def pretrain(settings: Settings) -> dict[str, Any]:
     settings.check()
     folder = Path(settings.training.output_dir or "")
     resume = _checkpoint_to_resume(settings, folder)
-    return _train(settings, folder, resume, kind="pretrain")
+    return _train(settings, folder, "pretrain", resume, _read_run(resume) if resume else {})
 
 
 def anneal(
@@ -100,7 +100,8 @@ def anneal(
         ValueError, FileNotFoundError: no intact checkpoint there, or an impossible length.
     """
     source = Path(checkpoint)
-    trunk = _read_checkpoint(source)
+    _verify(source)
+    trunk = _read_run(source)
     start = trunk["tokens_seen"]
     schedule = trunk.get("schedule")
     if schedule is None:
@@ -128,14 +129,14 @@ def anneal(
     settings.training.output_dir = str(folder)
     settings.given |= {"lr_scheduler_kwargs", "tokens"}
     _refuse_other_run(folder)
-    return _train(settings, folder, source, kind="anneal")
+    return _train(settings, folder, "anneal", source, trunk)
 
 
-def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> dict[str, Any]:
+def _train(settings: Settings, folder: Path, kind: str, resume: Path | None, before: dict[str, Any]) -> dict[str, Any]:
+    """Train to the end of the settings, from a verified checkpoint and its record or (None, {}) from nothing."""
     require_datasets()
     plots.require_matplotlib()
     args = settings.training
-    before = _read_checkpoint(resume) if resume else None
     per_step = _tokens_per_step(settings)
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
@@ -152,7 +153,7 @@ def _train(settings: Settings, folder: Path, resume: Path | None, kind: str) -> 
         print(describe_run(run, args.max_steps - run["steps"], _disk(args, run), schedule), flush=True)
     trainer = _trainer(settings, run, folder, model, tokenizer, train, held_out)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    _finish(trainer, run, folder, held_out)
+    _finish(trainer, run, folder)
     return run
 
 
@@ -170,6 +171,7 @@ def build_model(settings: Settings, tokenizer: Any) -> Any:
 
 
 def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
+    """The verified checkpoint that the settings ask for, or None for a new run in a folder that holds none."""
     wanted = settings.training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         _refuse_other_run(folder)
@@ -178,6 +180,7 @@ def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
         checkpoint = Path(str(wanted))
         if checkpoint.resolve().parent != folder.resolve():
             _refuse_other_run(folder)
+        _verify(checkpoint)
         return checkpoint
     found, broken = newest_intact(folder)
     for name, what in broken.items():
@@ -193,12 +196,14 @@ def _refuse_other_run(folder: Path) -> None:
         )
 
 
-def _read_checkpoint(folder: Path) -> dict[str, Any]:
-    """run.json of a checkpoint that verifies."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint at {folder}: pass a checkpoint-N folder of a run.")
-    if found := problems(folder):
-        raise ValueError(f"the checkpoint {folder} cannot be used: {', '.join(found)}; take an earlier one.")
+def _verify(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint at {checkpoint}: pass a checkpoint-N folder of a run.")
+    if found := problems(checkpoint):
+        raise ValueError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
     run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     return run
 
@@ -232,10 +237,9 @@ def _tokens_per_step(settings: Settings) -> int:
 
 
 def _new_run(
-    settings: Settings, folder: Path, kind: str, per_step: int, before: dict[str, Any] | None, resume: Path | None
+    settings: Settings, folder: Path, kind: str, per_step: int, before: dict[str, Any], resume: Path | None
 ) -> dict[str, Any]:
     """What run.json says before the first step."""
-    before = before or {}
     total = parse_tokens(settings.run.tokens or 0, "tokens")
     seen = before.get("tokens_seen", 0)
     if total <= seen:
@@ -319,9 +323,9 @@ def _trainer(
     return trainer
 
 
-def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, held_out: Any) -> None:
+def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path) -> None:
     """Held-out loss, then the model, the record and the picture into the run folder."""
-    metrics = trainer.evaluate(held_out)
+    metrics = trainer.evaluate()
     run["held_out_loss"] = metrics["eval_loss"]
     run["status"] = "finished" if trainer.state.global_step >= trainer.args.max_steps else "stopped"
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_power"
 
 # A module may import those before it only; version and the exports of __init__ stand outside the order.
 ORDER = [
+    "files",
     "schedule",
     "register",
     "mup",

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from sentences import says
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -580,15 +581,6 @@ def test_scale_width_refuses_what_does_not_divide(plain, to, parts):
 
 
 # ---------------------------------------------------------------- errors
-
-
-def says(caught, *parts):
-    """One sentence with every part in it."""
-    message = str(caught.value)
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
-    assert message.endswith(".")
-    assert not re.search(r"[.!?]\s+[A-Z]", message), message
 
 
 def changed(config, **kwargs):

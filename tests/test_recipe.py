@@ -4,7 +4,6 @@ from dataclasses import asdict
 import pytest
 
 from hf_power import Recipe
-from hf_power.recipe import write_json
 
 
 def test_defaults_are_the_paper_s():
@@ -46,10 +45,3 @@ def test_bad_files(tmp_path):
         (tmp_path / "recipe.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             Recipe.load(tmp_path)
-
-
-def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
-    write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"new": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}

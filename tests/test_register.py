@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from sentences import says
 from transformers import (
     DataCollatorWithFlattening,
     HfArgumentParser,
@@ -53,12 +54,6 @@ def python(code, *args, cwd, launcher=()):
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def says(caught, *parts):
-    for part in parts:
-        assert part in str(caught.value), f"{part!r} is not in {caught.value}"
-    assert str(caught.value).endswith(".")
 
 
 # ---------------------------------------------------------------- registration

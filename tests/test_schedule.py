@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import warnings
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from sentences import says
 
 import hf_power.schedule
 from hf_power.schedule import DECAY_SHAPES, PowerLR, get_power_schedule, power_law, power_lr
@@ -505,15 +505,6 @@ def test_warmup_to_the_law_or_to_the_cap(warmup_to, top):
 
 
 # ---------------------------------------------------------------- errors and the warning
-
-
-def says(caught, *parts):
-    """One sentence with every part in it."""
-    message = str(caught.value)
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
-    assert message.endswith(".")
-    assert not re.search(r"[.!?]\s+[A-Z]", message), message
 
 
 ERRORS = (  # arguments; what, got, what to do
