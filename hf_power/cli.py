@@ -110,6 +110,108 @@ def coord_check(argv: list[str]) -> int:
     return 0 if result.passed else 1
 
 
+def sweep(argv: list[str]) -> int:
+    """Train a grid of small models: sweep GRID.yaml --output_dir runs/sweep [--dry-run]."""
+    parser = argparse.ArgumentParser(prog="hf-power sweep", description=sweep.__doc__)
+    parser.add_argument("grid", help="a YAML with the section sweep beside those of pretrain")
+    parser.add_argument("--output_dir", required=True, help="folder of the rows; a killed sweep goes on in it")
+    parser.add_argument("--dry-run", action="store_true", help="say what it will cost, after a short measurement")
+    parser.add_argument("--workers", type=int, help="processes on a CPU; default: one per core")
+    options = parser.parse_args(argv)
+    from hf_power.grid import load_grid
+    from hf_power.sweep import ROWS_FILE, estimate, estimate_text, rows_text, run_sweep
+
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}.")
+    grid = load_grid(options.grid)
+    if options.dry_run:
+        print(estimate_text(estimate(grid, options.output_dir, options.workers)))
+        return 0
+    rows = run_sweep(grid, options.output_dir, workers=options.workers)
+    print(rows_text(rows))
+    print(f"rows: {options.output_dir}/{ROWS_FILE}\nnext: hf-power fit {options.output_dir}")
+    return 0
+
+
+def fit(argv: list[str]) -> int:
+    """Fit the law to a sweep: fit runs/sweep; or to another tool's: fit runs.csv --columns learning_rate=lr ..."""
+    parser = argparse.ArgumentParser(prog="hf-power fit", description=fit.__doc__)
+    parser.add_argument("sweep", help="folder of a sweep, its sweep.jsonl, or a CSV")
+    parser.add_argument("--output_dir", help="of fit.json, recipe.json and the pictures; default: beside the rows")
+    parser.add_argument("--schedule", default="warmup_stable_decay", help="whose optima make the law")
+    parser.add_argument("--batch_exponent", default="free", help="free, or a number such as 1 to hold it at")
+    parser.add_argument("--critical_batch", action="store_true", help="look for a batch above which the rate stays")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="columns of a CSV, see README")
+    parser.add_argument("--block_size", type=int, help="tokens per sequence, for a CSV with batch in sequences")
+    options = parser.parse_args(argv)
+    from pathlib import Path
+
+    from hf_power.report import fit_sweep
+
+    exponent = None
+    if options.batch_exponent != "free":
+        try:
+            exponent = float(options.batch_exponent)
+        except ValueError as error:
+            raise ValueError(f"--batch_exponent must be free or a number, got {options.batch_exponent!r}.") from error
+    columns = {}
+    for pair in options.columns:
+        ours, equals, theirs = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--columns takes pairs such as learning_rate=lr, got {pair!r}.")
+        columns[ours] = theirs
+    made = fit_sweep(
+        Path(options.sweep),
+        Path(options.output_dir) if options.output_dir else None,
+        schedule=options.schedule,
+        batch_exponent=exponent,
+        critical_batch=options.critical_batch,
+        columns=columns,
+        block_size=options.block_size,
+    )
+    print(made)
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    """What the big run will do: plan RECIPE.json --tokens 1T --tokens_per_step 4M --parameters 3.5B."""
+    parser = argparse.ArgumentParser(prog="hf-power plan", description=plan.__doc__)
+    parser.add_argument("recipe", help="recipe.json, its folder, or a Hub repository")
+    parser.add_argument("--target", help="settings of the run (YAML): their model section gives the parameters")
+    parser.add_argument("--parameters", help="instead of --target, e.g. 3.5B")
+    parser.add_argument("--tokens", required=True, help="length of the run, e.g. 1T")
+    parser.add_argument("--tokens_per_step", required=True, help="global batch, e.g. 4M")
+    parser.add_argument("--block_size", type=int, help="tokens per sequence; default: the target's, or 4096")
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--flops_per_device", type=float, default=989e12, help="peak; default: bf16 of an H100")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that the run reaches")
+    parser.add_argument("--output_dir", help="of plan.json and plan.png; default: nothing is written")
+    options = vars(parser.parse_args(argv))
+    from hf_power.report import plan_run
+
+    print(plan_run(**options))
+    return 0
+
+
+def verify(argv: list[str]) -> int:
+    """Before a big run: verify SETTINGS.yaml --recipe recipe.json --tokens 8M --output_dir runs/verify."""
+    parser = argparse.ArgumentParser(prog="hf-power verify", description=verify.__doc__, add_help=False)
+    parser.add_argument("--seeds", type=int, default=2, help="runs at each of the three learning rates")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="nats per token that the law may lose")
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(f"{verify.__doc__}\n\nThe settings are those of pretrain; besides:\n{parser.format_help()}")
+        return 0 if argv else 2
+    options, rest = parser.parse_known_args(argv)
+    from hf_power.verify import page_text
+    from hf_power.verify import verify as check
+
+    settings = parse_settings(rest)
+    page = check(settings, seeds=options.seeds, tolerance=options.tolerance)
+    print(page_text(page))
+    print(f"page: {settings.training.output_dir}/verify.md")
+    return 0 if page["verdict"] == "passed" else 1
+
+
 def _report(run: dict[str, Any]) -> None:
     import math
 
@@ -144,6 +246,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "anneal": anneal,
     "coord-check": coord_check,
+    "sweep": sweep,
+    "fit": fit,
+    "plan": plan,
+    "verify": verify,
 }
 
 

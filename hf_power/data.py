@@ -137,11 +137,7 @@ def pack(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, block_size: int, n
 
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1 token, got {block_size}: pass the sequence length.")
-    # datasets caches by a hash of the arguments, and a tokenizer's hash changes once it has padded or truncated.
-    raw: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    raw.no_truncation()
-    raw.no_padding()
-    encoder = {"tokenizer_json": raw.to_str(), "eos_id": tokenizer.eos_token_id}
+    encoder = {"tokenizer_json": _tokenizer_json(tokenizer), "eos_id": tokenizer.eos_token_id}
     options: dict[str, Any] = {
         "batched": True,
         "batch_size": DOCUMENTS_PER_BATCH,
@@ -160,6 +156,22 @@ def pack(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, block_size: int, n
             f"{DOCUMENTS_PER_BATCH} documents: pass more text or a smaller block_size."
         )
     return blocks.with_format("numpy")
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short id of how a fast tokenizer cuts text: 16 hexadecimal digits of the SHA-256 of its tokenizer.json.
+
+    It does not change with padding, truncation, the folder it was loaded from, or a save and load.
+    """
+    return hashlib.sha256(_tokenizer_json(tokenizer).encode()).hexdigest()[:16]
+
+
+def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    # datasets caches by a hash of the arguments, and a tokenizer's hash changes once it has padded or truncated.
+    raw: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.no_truncation()
+    raw.no_padding()
+    return str(raw.to_str())
 
 
 def _map_in_parallel(dataset: Any, function: Any, options: dict[str, Any], num_proc: int) -> Any:

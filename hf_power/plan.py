@@ -1,8 +1,365 @@
-"""What a run will do, said before its first step."""
+"""What a run will do and cost, said before its first step."""
 
+import math
+import warnings
 from typing import Any
 
-from hf_power.schedule import PowerLR
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_power.recipe import Recipe
+from hf_power.schedule import LAW, TOKENS_PER_BETA, PowerLR, power_law
+
+SCHEMA = 1
+DIRECT_SWEEP_RUNS = 8  # learning rates of a sweep at the target; the paper's grid has as many (Table 2)
+FEW_STEPS = 500  # assumption, not measured: below, warmup and noise of the steps weigh more than the law
+SHARES = (0.01, 0.1, 0.25, 0.5, 0.75)
+CURVE_POINTS = 200
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    tokens: int,
+    tokens_per_step: int,
+    config: Any = None,
+    parameters: int | None = None,
+    block_size: int = 4096,
+    devices: int = 8,
+    flops_per_device: float = 989e12,
+    utilisation: float = 0.4,
+    weight_decay: float | None = None,
+    proxies: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """The recipe at a target: learning rates with their intervals, cost, and what to beware of.
+
+    Args:
+        recipe: the tuned numbers.
+        tokens: length of the run, rounded up to whole steps.
+        tokens_per_step: tokens of one optimizer step over all processes.
+        config: of the target, a Llama, Mixtral, Granite or GraniteMoe config; or
+        parameters: its size alone, those that a token passes (active ones), without embeddings but with the head.
+        block_size: tokens per sequence.
+        devices: accelerators of the run.
+        flops_per_device: peak of one of them, in FLOP/s; the default is an H100's in bf16 without sparsity.
+        utilisation: share of the peak that a run reaches, in (0, 1]; 0.4 is an assumption, not measured.
+        weight_decay: of the run, if it is to be another one than the recipe's.
+        proxies: {"flops", "tokens"} that the sweep took, to be compared with a sweep at the target.
+
+    Returns:
+        The content of plan.json. "timescales" are AdamW's, in shares of the run: its weights are an average of the last
+        ``1 / (eta * weight_decay)`` steps (Wang & Aitchison, arXiv:2405.13698), so
+
+            tokens_per_step / (eta * weight_decay * tokens)
+
+        "proxies" compares with DIRECT_SWEEP_RUNS runs of full length at the target, which is what a sweep without
+        transfer would take at the least.
+
+    Raises:
+        ValueError: neither or both of config and parameters, a number out of range, or a warmup longer than the run.
+    """
+    if (config is None) == (parameters is None):
+        raise ValueError("the target needs a config or its number of parameters: pass one of them.")
+    machine = {"devices": devices, "flops_per_device": flops_per_device, "utilisation": utilisation}
+    sizes = {"tokens": tokens, "tokens_per_step": tokens_per_step, "block_size": block_size, "parameters": parameters}
+    _check_numbers({name: value for name, value in (sizes | machine).items() if value is not None})
+    steps = math.ceil(tokens / tokens_per_step)
+    schedule, total = _recipe_schedule(recipe, steps, tokens_per_step), steps * tokens_per_step
+    law = schedule.describe()
+    target = _target(config, parameters)
+    per_token = flops_per_token(config, block_size) if config is not None else 6.0 * target["parameters"]
+    decay = recipe.weight_decay if weight_decay is None else weight_decay
+    plan: dict[str, Any] = {
+        "schema": SCHEMA,
+        "target": {**target, "tokens": total, "steps": steps, "block_size": block_size},
+        "tokens_per_step": tokens_per_step,
+        "beta": tokens_per_step / TOKENS_PER_BETA,
+        "law": {**recipe.schedule_kwargs(), "max_lr": recipe.max_lr},
+        "intervals": recipe.intervals,
+        "warmup_tokens": law["warmup_tokens"],
+        "decay_start_tokens": law["decay_start_tokens"],
+        "decay_shape": law["decay_shape"],
+        "cap_ends_tokens": cap_ends(schedule),
+        "milestones": [{"what": what, **_point(recipe, schedule, n)} for what, n in _plan_points(schedule)],
+        "peak_lrs": {name: recipe.peak_lr(total, tokens_per_step, name) for name in recipe.laws},
+        "weight_decay": decay,
+        "timescales": _timescales(schedule, total, decay),
+        "compute": _compute(per_token, total, machine),
+        "proxies": _compare(proxies, per_token * total),
+        "curve": [_point(recipe, schedule, n) for n in _curve_tokens(schedule)],
+    }
+    width = None if config is None else config.hidden_size
+    plan["warnings"] = _plan_warnings(plan, schedule) + warnings_for(
+        recipe, tokens=total, tokens_per_step=tokens_per_step, width=width, weight_decay=decay
+    )
+    return plan
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan as text for people."""
+    target, compute, law = plan["target"], plan["compute"], plan["law"]
+    size = f"  parameters   {target['parameters']:,}"
+    if "active_parameters" in target:
+        size += (
+            f" ({target['parameters_without_embeddings']:,} without embeddings; active {target['active_parameters']:,})"
+        )
+    lines = [
+        size,
+        f"  tokens       {target['tokens']:,} in {target['steps']:,} steps",
+        f"  batch        {plan['tokens_per_step']:,} tokens per step (beta = {plan['beta']:g})",
+        f"  compute      {compute['flops']:.3g} FLOP ({compute['flops_per_token']:.3g} per token)",
+        f"  time         {compute['days']:.3g} days on {compute['devices']} devices of {compute['flops_per_device']:.3g} "
+        f"FLOP/s at {compute['utilisation']:.0%}",
+    ]
+    if plan["proxies"]:
+        lines.append(
+            f"  proxies      {plan['proxies']['flops']:.3g} FLOP, {plan['proxies']['share_of_direct_sweep']:.2%} of "
+            f"{DIRECT_SWEEP_RUNS} runs of full length at the target"
+        )
+    lines.append(f"  schedule     {_formula(law)}")
+    lines += [
+        f"    {p['what']:<14} {p['tokens']:>20,} tokens   lr {p['lr']:.3e}{_between(p)}" for p in plan["milestones"]
+    ]
+    if plan["cap_ends_tokens"] is not None:
+        lines.append(f"    the cap of {law['max_lr']:g} ends at {plan['cap_ends_tokens']:,} tokens")
+    lines += [f"  peak         {name}: lr {lr:.3e}" for name, lr in plan["peak_lrs"].items()]
+    lines += [
+        f"  timescale    {t['share_of_run']:.3g} of the run ({t['what']}), AdamW's with weight decay {plan['weight_decay']:g}"
+        for t in plan["timescales"]
+    ]
+    return "\n".join(lines + [f"  WARNING      {warning}" for warning in plan["warnings"]])
+
+
+def warnings_for(
+    recipe: Recipe, *, tokens: int, tokens_per_step: int, width: int | None = None, weight_decay: float | None = None
+) -> list[str]:
+    """Sentences on where a run lies outside of what the recipe's fit has seen, with the factors.
+
+    Args:
+        recipe: its validity may be empty, which says nothing.
+        tokens: length of the run.
+        tokens_per_step: its batch.
+        width: hidden_size, None if unknown.
+        weight_decay: None for the recipe's.
+    """
+    found = []
+    for name, value, what in (("tokens", tokens, "tokens"), ("tokens_per_step", tokens_per_step, "tokens per step")):
+        if off := _outside(value, recipe.validity.get(name, [])):
+            found.append(f"{value:,} {what} are {off} of the sweep{_reach(recipe, name, value)}.")
+    widths = [x for x in recipe.validity.get("widths", []) if x]  # 0: a sweep from elsewhere that does not tell
+    if width is not None and (off := _outside(width, widths)):
+        found.append(f"the width {width:,} is {off} of the sweep: muP alone carries the rate there.")
+    critical = recipe.critical_batch_tokens
+    if critical is not None and tokens_per_step > critical:
+        found.append(
+            f"{tokens_per_step:,} tokens per step are {tokens_per_step / critical:.3g} times the critical batch, "
+            f"{critical:,.0f}: the rate no longer rises with the batch, a smaller one learns as much per token."
+        )
+    if weight_decay is not None and weight_decay != recipe.weight_decay:
+        found.append(
+            f"weight decay is {weight_decay:g}, the sweep had {recipe.weight_decay:g}: the law only holds for its own."
+        )
+    return found
+
+
+def _outside(value: float, seen: list[float]) -> str:
+    """How far a value lies outside of those seen, as a factor; empty if it does not."""
+    if not seen or min(seen) <= value <= max(seen):
+        return ""
+    if value > max(seen):
+        return f"{value / max(seen):.3g} times the largest, {max(seen):,},"
+    return f"{min(seen) / value:.3g} times below the smallest, {min(seen):,},"
+
+
+def _reach(recipe: Recipe, name: str, value: float) -> str:
+    reach = recipe.validity.get("extrapolates_to", {})
+    if name not in reach or value < recipe.validity[name][0]:
+        return ""
+    side = "within" if value <= reach[name] else "beyond"
+    return f", {side} the {reach[name]:,} up to which its fit is sure of the rate"
+
+
+def cap_ends(schedule: PowerLR) -> int | None:
+    """Tokens at which ``a * beta**c * n**b = max_lr``; None unless that lies between warmup and decay, or the end."""
+    law = schedule.describe()
+    at_one = power_law(1, tokens_per_step=schedule.tokens_per_step, **{name: law[name] for name in LAW})
+    log_tokens = math.log(at_one / law["max_lr"]) / -law["b"]
+    end = _end_of_law(schedule)
+    inside = math.log(max(1, law["warmup_tokens"])) < log_tokens <= math.log(max(1, end))
+    return int(math.exp(log_tokens)) if inside else None
+
+
+def _check_numbers(numbers: dict[str, float]) -> None:
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value!r}: correct it.")
+    if numbers["utilisation"] > 1:
+        raise ValueError(f"utilisation must be at most 1, got {numbers['utilisation']}: pass 0.4 for 40 %.")
+
+
+def _timescales(schedule: PowerLR, total: int, weight_decay: float) -> list[dict[str, Any]]:
+    points = [("half", total // 2), ("decay starts", _end_of_law(schedule))]
+    steps = total / schedule.tokens_per_step
+    return [
+        {"what": what, "tokens": n, "share_of_run": 1 / (schedule.lr_at(n) * weight_decay * steps)}
+        for what, n in points
+        if weight_decay
+    ]
+
+
+def _end_of_law(schedule: PowerLR) -> int:
+    start, total = schedule.describe()["decay_start_tokens"], schedule.total_tokens or 0
+    return total if start is None else int(start)
+
+
+def _compute(per_token: float, tokens: int, machine: dict[str, float]) -> dict[str, float]:
+    flops = per_token * tokens
+    days = flops / (math.prod(machine.values()) * 86_400)
+    return {"flops_per_token": per_token, "flops": flops, **machine, "days": days}
+
+
+def _recipe_schedule(recipe: Recipe, steps: int, tokens_per_step: int) -> PowerLR:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.max_lr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plan has a warning of its own
+        kwargs: dict[str, Any] = {**recipe.schedule_kwargs(), **recipe.lengths()}
+        return PowerLR(optimizer, 0, steps, tokens_per_step=tokens_per_step, **kwargs)
+
+
+def _target(config: Any, parameters: int | None) -> dict[str, Any]:
+    if config is None:
+        return {"parameters": parameters}
+    return {"model_type": config.model_type, "hidden_size": config.hidden_size, **count_parameters(config)}
+
+
+def _plan_points(schedule: PowerLR) -> list[tuple[str, int]]:
+    law, total = schedule.describe(), schedule.total_tokens or 0
+    points = [(f"{share:.0%}", round(share * total)) for share in SHARES] + [("end", total)]
+    if law["warmup_tokens"]:
+        points.append(("end of warmup", law["warmup_tokens"]))
+    if law["decay_start_tokens"] is not None:
+        points.append(("decay starts", law["decay_start_tokens"]))
+    return sorted(points, key=lambda point: point[1])
+
+
+def _curve_tokens(schedule: PowerLR) -> list[int]:
+    """Evenly in log tokens from the first step on, and evenly in tokens over the tail, with every corner."""
+    total, start = schedule.total_tokens or 0, schedule.describe()["decay_start_tokens"]
+    points = set(np.geomspace(schedule.tokens_per_step, total, CURVE_POINTS).round().astype(int).tolist())
+    points |= {n for _, n in _plan_points(schedule)} | {cap_ends(schedule) or total}
+    if start is not None:
+        points |= set(np.linspace(start, total, CURVE_POINTS // 8).round().astype(int).tolist())
+    return sorted(n for n in points if n <= total)
+
+
+def _point(recipe: Recipe, schedule: PowerLR, tokens: int) -> dict[str, Any]:
+    """The rate and its 95 % interval; in warmup and tail, which are ratios of it, that of the rate at their end or start."""
+    law = schedule.describe()
+    anchor = max(tokens, law["warmup_tokens"])
+    if law["decay_start_tokens"] is not None:
+        anchor = min(anchor, law["decay_start_tokens"])
+    low, high = (min(law["max_lr"], rate) for rate in recipe.lr_interval(anchor, schedule.tokens_per_step))
+    lr, top = schedule.lr_at(tokens), schedule.lr_at(anchor)
+    return {"tokens": tokens, "lr": lr, "low": low * lr / top, "high": high * lr / top}
+
+
+def _compare(proxies: dict[str, float] | None, flops: float) -> dict[str, float] | None:
+    if not proxies or not proxies["flops"]:
+        return None
+    direct = DIRECT_SWEEP_RUNS * flops
+    return {**proxies, "direct_sweep_flops": direct, "share_of_direct_sweep": proxies["flops"] / direct}
+
+
+def _plan_warnings(plan: dict[str, Any], schedule: PowerLR) -> list[str]:
+    found, law, steps = [], schedule.describe(), plan["target"]["steps"]
+    end = _end_of_law(schedule)
+    if schedule.lr_at(end) >= law["max_lr"]:
+        found.append(
+            f"the cap of {law['max_lr']:g} binds for the whole run: the rate is constant until {end:,} tokens, and the law "
+            "has no part in it."
+        )
+    if steps < FEW_STEPS:
+        found.append(f"the run has {steps:,} steps, fewer than {FEW_STEPS}: take a smaller batch or more tokens.")
+    for scale in plan["timescales"]:
+        if scale["share_of_run"] > 1:
+            found.append(
+                f"AdamW's timescale is {scale['share_of_run']:.3g} times the run ({scale['what']}): weight decay hardly "
+                "acts, and the weights remember their initialization."
+            )
+    return found
+
+
+def _formula(law: dict[str, Any]) -> str:
+    critical = law.get("critical_batch_tokens")
+    beta = "beta" if critical is None else f"min(beta, {critical / TOKENS_PER_BETA:g})"
+    return f"min({law['max_lr']:g}, {law['a']:g} * {beta}^{law['batch_exponent']:g} * n^{law['b']:g})"
+
+
+def _between(point: dict[str, Any]) -> str:
+    return f"  ({point['low']:.2e} to {point['high']:.2e})" if point["low"] < point["high"] else ""
+
+
+def flops_per_token(config: Any, block_size: int) -> float:
+    """Training FLOPs per token of a model, forward and backward, of its matrix products alone.
+
+    A product with a matrix of P entries costs 2 P forward and 4 P backward (the gradients of its input and of its
+    weights). Attention's two products, scores and values, cost 2 * heads * head_dim for each earlier position, of which
+    a causal token has block_size / 2 on average, so 2 * heads * head_dim * block_size forward, and twice that backward::
+
+        6 * P + 6 * layers * heads * head_dim * block_size
+
+    P is the number of entries of the matrices that a token passes: attention, MLP or its experts_per_token of the
+    experts, router, and the head (vocab_size * hidden_size, tied or not). The embedding is a look-up; norms, softmax and
+    recomputation (gradient checkpointing) are left out.
+
+    Args:
+        config: of a Llama, Mixtral, Granite or GraniteMoe model.
+        block_size: tokens per sequence, >= 1.
+
+    Returns:
+        FLOPs per token.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim * block_size
+    return float(6 * (_active_matrices(config) + attention))
+
+
+def count_parameters(config: Any) -> dict[str, int]:
+    """Parameters of a model that is never given any memory.
+
+    Returns:
+        "parameters"; "parameters_without_embeddings", as transformers' num_parameters counts them; and
+        "active_parameters", those without the experts that a token does not pass.
+    """
+    model = _without_memory(config)
+    total = model.num_parameters()
+    idle = sum(p.numel() * (1 - _share(config, p)) for p in model.parameters())
+    return {
+        "parameters": total,
+        "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
+        "active_parameters": round(total - idle),
+    }
+
+
+def _active_matrices(config: Any) -> int:
+    """Entries of the matrices that a token is multiplied with, the head once, the embedding not."""
+    matrices = [(name, p) for name, p in _without_memory(config).named_parameters() if p.ndim > 1]
+    inner = sum(p.numel() * _share(config, p) for name, p in matrices if not name.endswith(_EMBEDDINGS))
+    return round(inner) + int(config.vocab_size * config.hidden_size)
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+
+
+def _share(config: Any, parameter: torch.Tensor) -> float:
+    """The part of a tensor that a token passes; experts are the tensors of three dimensions."""
+    return float(config.num_experts_per_tok / config.num_local_experts) if parameter.ndim == 3 else 1.0
+
+
+def _without_memory(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def describe_run(run: dict[str, Any], steps: int, disk: tuple[int, int], schedule: PowerLR | None) -> str:
@@ -15,21 +372,18 @@ def describe_run(run: dict[str, Any], steps: int, disk: tuple[int, int], schedul
         schedule: the Power schedule, or None for another one.
     """
     per_step, tokens = run["tokens_per_step"], steps * run["tokens_per_step"]
-    flops = 6 * run["parameters_without_embeddings"] * tokens
     lines = [
         f"{run['kind']}: {run['name']}" + (f" from {run['parent']}" if run["parent"] else ""),
         f"  parameters   {run['parameters']:,} ({run['parameters_without_embeddings']:,} without embeddings)",
         f"  tokens       {tokens:,} in {steps:,} steps" + (f", after {run['tokens_seen']:,}" if run["steps"] else ""),
         f"  batch        {per_step:,} tokens per step (beta = {per_step / 4096:g})",
-        f"  compute      {flops:.2e} FLOP (6 x parameters without embeddings x tokens)",
+        f"  compute      {run['flops_per_token'] * tokens:.2e} FLOP ({run['flops_per_token']:.3g} per token)",
         f"  disk         {disk[0] / 1e9:.2f} GB will be written, {disk[1] / 1e9:.1f} GB are free",
     ]
     if disk[0] > disk[1]:
         lines.append("  WARNING      the disk is too small: set save_total_limit, or free some space")
     if schedule is not None:
-        law = schedule.describe()
-        formula = f"{law['a']:g} * beta^{law['batch_exponent']:g} * n^{law['b']:g}"
-        lines.append(f"  schedule     min({law['max_lr']:g}, {formula})")
+        lines.append(f"  schedule     {_formula(schedule.describe())}")
         for what, n in _milestones(schedule, run["tokens_seen"]):
             lines.append(f"    {what:<14} {n:>16,} tokens   lr {schedule.lr_at(n):.3e}")
     return "\n".join(lines)
@@ -37,11 +391,9 @@ def describe_run(run: dict[str, Any], steps: int, disk: tuple[int, int], schedul
 
 def _milestones(schedule: PowerLR, seen: int) -> list[tuple[str, int]]:
     law, end = schedule.describe(), schedule.total_tokens or 0
-    beta = law["tokens_per_step"] / 4096
-    cap_ends = int((law["a"] * beta ** law["batch_exponent"] / law["max_lr"]) ** (-1 / law["b"]))  # a beta^c n^b = cap
     points = [("first step", seen), ("end of warmup", law["warmup_tokens"]), ("half", end // 2), ("end", end)]
-    if cap_ends > law["warmup_tokens"]:
-        points.append(("cap ends", cap_ends))
+    if (capped := cap_ends(schedule)) is not None:
+        points.append(("cap ends", capped))
     if law["decay_start_tokens"] is not None:
         points.append(("decay starts", law["decay_start_tokens"]))
     inside = {(what, n) for what, n in points if seen < n <= end or what == "first step"}

@@ -15,6 +15,8 @@ TOKENS_PER_BETA = 4096  # beta counts the batch in sequences of 4096 tokens (sec
 # Set by register.py while a Trainer builds its scheduler; an explicit tokens_per_step wins over it.
 found_tokens_per_step: ContextVar[int | None] = ContextVar("found_tokens_per_step", default=None)
 
+LAW = ("a", "b", "batch_exponent", "critical_batch_tokens")  # arguments that make the law of a batch
+
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     # IBM's code; the paper names the shape (eq. 8) but never writes it
     "exponential": lambda x: (math.exp(1.0 - x) - 1.0) / (math.e - 1.0),
@@ -25,9 +27,17 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def power_law(
-    tokens_seen: float, *, tokens_per_step: float, a: float = 4.0, b: float = -0.51, batch_exponent: float = 1.0
+    tokens_seen: float,
+    *,
+    tokens_per_step: float,
+    a: float = 4.0,
+    b: float = -0.51,
+    batch_exponent: float = 1.0,
+    critical_batch_tokens: float | None = None,
 ) -> float:
     """The uncapped law ``a * beta**c * n**b`` (eq. 6 and 7), with ``beta = tokens_per_step / 4096``.
+
+    With a critical batch, ``beta = min(tokens_per_step, critical_batch_tokens) / 4096``; the paper has none.
 
     Args:
         tokens_seen: n, tokens seen so far; at n <= 0 the law is infinite.
@@ -35,6 +45,8 @@ def power_law(
         a: scale, > 0. 4.0 is the paper's scheduler constant (4.6 belongs to its fit of WSD optima).
         b: exponent of the tokens, < 0.
         batch_exponent: c, exponent of the batch; 1 in the paper.
+        critical_batch_tokens: batch, in tokens per step, above which a larger one no longer raises the rate; > 0, or
+            None for none.
 
     Returns:
         The learning rate that the law asks for.
@@ -44,7 +56,8 @@ def power_law(
     """
     if tokens_seen <= 0:
         return math.inf
-    return float(a * (tokens_per_step / TOKENS_PER_BETA) ** batch_exponent * float(tokens_seen) ** b)
+    batch = tokens_per_step if critical_batch_tokens is None else min(tokens_per_step, critical_batch_tokens)
+    return float(a * (batch / TOKENS_PER_BETA) ** batch_exponent * float(tokens_seen) ** b)
 
 
 def power_lr(
@@ -55,6 +68,7 @@ def power_lr(
     a: float = 4.0,
     b: float = -0.51,
     batch_exponent: float = 1.0,
+    critical_batch_tokens: float | None = None,
     warmup_tokens: float = 0,
     warmup_to: str = "law",
     decay_start_tokens: float | None = None,
@@ -80,7 +94,7 @@ def power_lr(
         tokens_seen: tokens seen before the step, >= 0.
         tokens_per_step: tokens of one optimizer step over all processes.
         max_lr: eta_max, the cap.
-        a, b, batch_exponent: see `power_law`.
+        a, b, batch_exponent, critical_batch_tokens: see `power_law`.
         warmup_tokens: length of the linear warmup.
         warmup_to: "law" or "max".
         decay_start_tokens: where the tail begins; None for no tail.
@@ -96,8 +110,11 @@ def power_lr(
     0.00658
     """
 
+    law: dict[str, Any] = {"tokens_per_step": tokens_per_step, "a": a, "b": b, "batch_exponent": batch_exponent}
+    law["critical_batch_tokens"] = critical_batch_tokens
+
     def eta(n: float) -> float:
-        return min(max_lr, power_law(n, tokens_per_step=tokens_per_step, a=a, b=b, batch_exponent=batch_exponent))
+        return min(max_lr, power_law(n, **law))
 
     if tokens_seen < warmup_tokens:
         top = max_lr if warmup_to == "max" else eta(warmup_tokens)
@@ -126,6 +143,8 @@ class PowerLR(LRScheduler):
         a: scale of the law, > 0.
         b: exponent of the tokens, < 0.
         batch_exponent: c, exponent of the batch; 1 in the paper.
+        critical_batch_tokens: batch, in tokens per step, above which a larger one no longer raises the rate, > 0; None
+            for none.
         warmup_tokens: linear warmup, in tokens, instead of num_warmup_steps.
         warmup_to: "law": up to the law at the end of the warmup (eq. 8); "max": up to eta_max (Granite 3.0).
         decay_ratio: length of the tail as a ratio of the run, in [0, 1]; 0.1 by default, 0 for a trunk without a tail.
@@ -158,6 +177,7 @@ class PowerLR(LRScheduler):
         a: float = 4.0,
         b: float = -0.51,
         batch_exponent: float = 1.0,
+        critical_batch_tokens: float | None = None,
         warmup_tokens: int | None = None,
         warmup_to: str = "law",
         decay_ratio: float | None = None,
@@ -168,7 +188,7 @@ class PowerLR(LRScheduler):
         tokens_seen: int = 0,
         last_epoch: int = -1,
     ) -> None:
-        _check_law(a, b, batch_exponent, tokens_per_step, min_lr_ratio)
+        _check_law(a, b, batch_exponent, tokens_per_step, min_lr_ratio, critical_batch_tokens)
         _check_lengths(
             num_warmup_steps=num_warmup_steps,
             warmup_tokens=warmup_tokens,
@@ -191,6 +211,7 @@ class PowerLR(LRScheduler):
         self._decay = decay_ratio, decay_tokens, decay_start_tokens
         self._law: dict[str, Any] = {"tokens_per_step": self.tokens_per_step, "max_lr": self.max_lr}
         self._law |= {"a": a, "b": b, "batch_exponent": batch_exponent}
+        self._law["critical_batch_tokens"] = critical_batch_tokens
         self._law |= {"warmup_to": warmup_to, "decay_shape": decay_shape, "min_lr_ratio": min_lr_ratio}
         self._calls = 1  # calls of step() per optimizer step, see step()
         self._tokens_at, self._epoch_at = int(tokens_seen), 0  # tokens_seen counts on from here
@@ -227,7 +248,7 @@ class PowerLR(LRScheduler):
             return
         start = self._law["decay_start_tokens"]
         end = self.total_tokens if start is None else start
-        law = power_law(end, **{k: self._law[k] for k in ("tokens_per_step", "a", "b", "batch_exponent")})
+        law = power_law(end, tokens_per_step=self.tokens_per_step, **{name: self._law[name] for name in LAW})
         if law >= self.max_lr:
             warnings.warn(
                 f"the cap learning_rate={self.max_lr:g} binds for the whole run: the law only falls to {law:.3g} by "
@@ -320,8 +341,8 @@ def get_power_schedule(
         num_warmup_steps: linear warmup, in steps.
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step over all processes; None inside a Trainer, which finds it.
-        **kwargs: a, b, batch_exponent, warmup_tokens, warmup_to, decay_ratio, decay_tokens, decay_start_tokens,
-            decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
+        **kwargs: a, b, batch_exponent, critical_batch_tokens, warmup_tokens, warmup_to, decay_ratio, decay_tokens,
+            decay_start_tokens, decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
 
     Returns:
         The scheduler; call step() once after each optimizer.step().
@@ -389,13 +410,21 @@ def _max_lr(optimizer: torch.optim.Optimizer) -> float:
     return float(lr)
 
 
-def _check_law(a: float, b: float, batch_exponent: float, tokens_per_step: int, min_lr_ratio: float) -> None:
+def _check_law(
+    a: float,
+    b: float,
+    batch_exponent: float,
+    tokens_per_step: int,
+    min_lr_ratio: float,
+    critical_batch_tokens: float | None,
+) -> None:
     for name, value in (
         ("a", a),
         ("b", b),
         ("batch_exponent", batch_exponent),
         ("tokens_per_step", tokens_per_step),
         ("min_lr_ratio", min_lr_ratio),
+        ("critical_batch_tokens", 1 if critical_batch_tokens is None else critical_batch_tokens),
     ):
         _check_number(name, value)
     if a <= 0:
@@ -406,6 +435,10 @@ def _check_law(a: float, b: float, batch_exponent: float, tokens_per_step: int, 
         raise ValueError(
             f"tokens_per_step must be a positive whole number, got {tokens_per_step}: pass the tokens of one optimizer "
             "step over all processes."
+        )
+    if critical_batch_tokens is not None and critical_batch_tokens <= 0:
+        raise ValueError(
+            f"critical_batch_tokens must be positive, got {critical_batch_tokens}: pass tokens per step, or None for none."
         )
     if not 0 <= min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}: pass 0 to decay to zero.")

@@ -54,7 +54,7 @@ class ModelArguments:
         extra = self.model_config if isinstance(self.model_config, dict) else json.loads(self.model_config or "{}")
         for name in extra:
             if name not in known:
-                raise ValueError(_unknown(f"model_config.{name}", name, sorted(known)))
+                raise ValueError(unknown_key(f"model_config.{name}", name, sorted(known)))
         if self.hidden_size % self.num_attention_heads and "head_dim" not in extra:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
@@ -146,25 +146,46 @@ class Settings:
             sections[section] = {k: v.value if isinstance(v, enum.Enum) else v for k, v in values.items()}
         return sections
 
-    def apply_recipe(self) -> None:
-        """Take the tuned numbers from ``run.recipe``.
+    def apply_recipe(self) -> Recipe | None:
+        """Take the tuned numbers from ``run.recipe``, and return it.
+
+        Law, cap, weight decay and muP's numbers are the recipe's; warmup and tail are, unless some were given. Under
+        another schedule than power the cap and the law are left out: see `Recipe.peak_lr`.
 
         Raises:
-            ValueError: if a given value contradicts the recipe; both are named.
+            ValueError: if a given value, or the model, contradicts the recipe; both are named.
         """
         if self.run.recipe is None:
-            return
+            return None
         recipe = Recipe.load(self.run.recipe)
-        for name, value in recipe.settings().items():
+        if not self.mup.mup:
+            raise ValueError("mup is False in the settings, but a recipe's numbers hold under muP only: leave mup out.")
+        _agree("model_type", recipe.model_type or self.model.model_type, self.model.model_type)
+        numbers, power = recipe.settings(), self.training.lr_scheduler_type == "power"
+        if not power:
+            del numbers["learning_rate"]
+        for name, value in numbers.items():
             part = self.mup if hasattr(self.mup, name) else self.training
             _agree(name, value, getattr(part, name) if name in self.given else value)
             setattr(part, name, value)
-        kwargs = dict(self.training.lr_scheduler_kwargs or {})
-        for name, value in recipe.schedule_kwargs().items():
-            _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
-            kwargs[name] = value
-        self.training.lr_scheduler_kwargs = kwargs
-        self.given |= {*recipe.settings(), "lr_scheduler_kwargs"}
+        self.given |= set(numbers)
+        if power:
+            kwargs = dict(self.training.lr_scheduler_kwargs or {})
+            for name, value in recipe.schedule_kwargs().items():
+                _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
+                kwargs[name] = value
+            self.training.lr_scheduler_kwargs = self._lengths(recipe) | kwargs
+            self.given |= {"lr_scheduler_kwargs"}
+        return recipe
+
+    def _lengths(self, recipe: Recipe) -> dict[str, Any]:
+        """The recipe's warmup and tail, each left out where the settings give one."""
+        lengths, given = recipe.lengths(), self.training.lr_scheduler_kwargs or {}
+        if "warmup_steps" in self.given:
+            lengths.pop("warmup_tokens", None)
+        if {"decay_tokens", "decay_start_tokens"} & set(given):
+            del lengths["decay_ratio"]
+        return lengths
 
     def check(self) -> None:
         """Every check that needs no data and no model.
@@ -187,7 +208,7 @@ class Settings:
             known = [p for p in inspect.signature(PowerLR).parameters if p not in ("optimizer", "last_epoch")]
             for name in kwargs:
                 if name not in known:
-                    raise ValueError(_unknown(f"lr_scheduler_kwargs.{name}", name, known))
+                    raise ValueError(unknown_key(f"lr_scheduler_kwargs.{name}", name, known))
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -215,14 +236,14 @@ def flatten(sections: Any, source: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, values in sections.items():
         if section not in SECTIONS:
-            raise ValueError(_unknown(f"{source}: section {section}", str(section), list(SECTIONS)))
+            raise ValueError(unknown_key(f"{source}: section {section}", str(section), list(SECTIONS)))
         if not isinstance(values, dict):
             raise ValueError(f"{source}: section {section} must hold keys and values, got {values!r}.")
         hints = typing.get_type_hints(SECTIONS[section])
         names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
         for key, value in values.items():
             if key not in names:
-                raise ValueError(_unknown(f"{source}: {section}.{key}", str(key), names))
+                raise ValueError(unknown_key(f"{source}: {section}.{key}", str(key), names))
             flat[key] = _typed(f"{source}: {section}.{key}", value, hints[key])
     return flat
 
@@ -241,7 +262,8 @@ def parse_tokens(value: str | int | float, name: str) -> int:
         raise ValueError(f"{name} must be a number of tokens such as 30M or 2.1B, got {value!r}.") from error
 
 
-def _unknown(what: str, name: str, known: list[str]) -> str:
+def unknown_key(what: str, name: str, known: list[str]) -> str:
+    """The sentence for a key that is not known, with the nearest one that is."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"{what} is unknown" + (
         f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ..."
@@ -250,7 +272,7 @@ def _unknown(what: str, name: str, known: list[str]) -> str:
 
 def unknown_flag(name: str) -> str:
     """The sentence for a command-line flag that no section knows."""
-    return _unknown(f"--{name}", name, [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind)])
+    return unknown_key(f"--{name}", name, [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind)])
 
 
 def _typed(what: str, value: Any, hint: Any) -> Any:

@@ -25,7 +25,8 @@ from hf_power.checkpoint import checkpoints, newest_intact, problems
 from hf_power.files import write_json
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
-from hf_power.plan import describe_run
+from hf_power.plan import describe_run, flops_per_token, warnings_for
+from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens
 from hf_power.text import load_text, require_datasets
@@ -70,11 +71,11 @@ def pretrain(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: bad input, before any training.
     """
-    settings.apply_recipe()
+    recipe = settings.apply_recipe()
     settings.check()
     folder = Path(settings.training.output_dir or "")
     resume = _checkpoint_to_resume(settings, folder)
-    return _train(settings, folder, "pretrain", resume, _read_run(resume) if resume else {})
+    return _train(settings, folder, "pretrain", resume, _read_run(resume) if resume else {}, recipe)
 
 
 def anneal(
@@ -132,25 +133,38 @@ def anneal(
     return _train(settings, folder, "anneal", source, trunk)
 
 
-def _train(settings: Settings, folder: Path, kind: str, resume: Path | None, before: dict[str, Any]) -> dict[str, Any]:
+def _train(
+    settings: Settings,
+    folder: Path,
+    kind: str,
+    resume: Path | None,
+    before: dict[str, Any],
+    recipe: Recipe | None = None,
+) -> dict[str, Any]:
     """Train to the end of the settings, from a verified checkpoint and its record or (None, {}) from nothing."""
     require_datasets()
     plots.require_matplotlib()
     args = settings.training
     per_step = _tokens_per_step(settings)
+    if recipe is not None and args.lr_scheduler_type != "power":
+        _use_known_horizon(settings, recipe, per_step)
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
     schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
     tune_cpu(args)
     with args.main_process_first(desc="data"):
-        train, held_out, tokenizer = _data(settings, run, resume)
+        train, held_out, tokenizer = _data(settings, run, resume, recipe)
     set_seed(args.seed)
     model = build_model(settings, tokenizer)
     run["parameters"] = model.num_parameters()
     run["parameters_without_embeddings"] = model.num_parameters(exclude_embeddings=True)
+    run["flops_per_token"] = flops_per_token(model.config, settings.data.block_size)
     args.ignore_data_skip = True  # the data begin at the checkpoint's tokens already
     if args.should_save:
         print(describe_run(run, args.max_steps - run["steps"], _disk(args, run), schedule), flush=True)
+        shape = {"tokens": run["total_tokens"], "tokens_per_step": per_step, "width": settings.model.hidden_size}
+        for warning in warnings_for(recipe, **shape) if recipe else ():
+            print(f"  WARNING      {warning}", flush=True)
     trainer = _trainer(settings, run, folder, model, tokenizer, train, held_out)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     _finish(trainer, run, folder)
@@ -281,16 +295,41 @@ def _dry_schedule(settings: Settings, run: dict[str, Any]) -> PowerLR | None:
     return schedule
 
 
-def _data(settings: Settings, run: dict[str, Any], resume: Path | None) -> tuple[Any, Any, Any]:
+def _use_known_horizon(settings: Settings, recipe: Recipe, per_step: int) -> None:
+    """The recipe's peak, warmup and tail for a schedule that is told its length, each unless it was given."""
+    args, schedule = settings.training, str(getattr(settings.training.lr_scheduler_type, "value", ""))
+    tokens = parse_tokens(settings.run.tokens or 0, "tokens")
+    if "learning_rate" not in settings.given:
+        args.learning_rate = recipe.peak_lr(tokens, per_step, schedule)
+    if "warmup_steps" not in settings.given and recipe.warmup_tokens is not None:
+        args.warmup_steps = round(recipe.warmup_tokens / per_step)
+    if schedule == "warmup_stable_decay":
+        tail: dict[str, Any] = {"num_decay_steps": round(recipe.decay_ratio * tokens / per_step)}
+        if recipe.decay_shape != "exponential":  # which transformers lacks
+            tail["decay_type"] = recipe.decay_shape
+        args.lr_scheduler_kwargs = tail | (args.lr_scheduler_kwargs or {})
+    settings.given |= {"learning_rate", "warmup_steps", "lr_scheduler_kwargs"}
+
+
+def _data(
+    settings: Settings, run: dict[str, Any], resume: Path | None, recipe: Recipe | None = None
+) -> tuple[Any, Any, Any]:
     """Training blocks from the run's position on, held-out blocks, tokenizer."""
     args, block = settings.training, settings.data.block_size
     train_text, held_out_text = load_text(settings.data)
     tokenizer = AutoTokenizer.from_pretrained(resume) if resume else hf_data.load_tokenizer(settings.data, train_text)
+    fingerprint = hf_data.tokenizer_fingerprint(tokenizer)
+    if recipe is not None and recipe.tokenizer not in (None, fingerprint):
+        raise ValueError(
+            f"the tokenizer of the run is {fingerprint}, that of the recipe {recipe.tokenizer}: pass the tokenizer that "
+            "the recipe was tuned with; the law counts its tokens."
+        )
     train = hf_data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     held_out = hf_data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     wanted = max(1, parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block)
     start = run["tokens_seen"] // block
     run["data"] = {"dataset": settings.data.dataset, "fingerprint": hf_data.fingerprint(train)}
+    run["data"]["tokenizer"] = fingerprint
     held_out = hf_data.spread_blocks(held_out, wanted)
     run["data"]["held_out_tokens"] = len(held_out) * block
     if settings.data.streaming:

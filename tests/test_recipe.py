@@ -1,47 +1,249 @@
+import copy
 import json
+import math
 from dataclasses import asdict
 
+import numpy as np
 import pytest
+from sentences import says
 
 from hf_power import Recipe
+from hf_power.schedule import power_law
+
+LAW = {"a": 0.013, "b": -0.3, "batch_exponent": 0.7, "critical_batch_tokens": 131_072.0}
+FULL = Recipe(
+    a=0.012,
+    b=-0.3,
+    batch_exponent=0.7,
+    critical_batch_tokens=131_072.0,
+    max_lr=0.05,
+    weight_decay=0.05,
+    model_type="llama",
+    tokenizer="0123456789abcdef",
+    warmup_tokens=65_536,
+    decay_ratio=0.2,
+    decay_shape="linear",
+    base_num_layers=4,
+    laws={"warmup_stable_decay": LAW, "cosine": LAW | {"a": 0.02, "critical_batch_tokens": None}},
+    intervals={"a": [0.01, 0.015], "b": [-0.35, -0.25], "batch_exponent": [0.7, 0.7], "critical_batch_tokens": None},
+    samples=[[0.012, -0.3, 0.7], [0.014, -0.3, 0.7], [0.013, -0.3, 0.7]],
+    validity={
+        "widths": [64, 128],
+        "tokens_per_step": [2048, 16_384],
+        "tokens": [500_000, 8_000_000],
+        "extrapolates_to": {"tokens": 64_000_000, "tokens_per_step": 65_536, "sd_octaves": 0.25},
+    },
+    provenance={"sweep_sha256": "abc", "versions": {"torch": "2"}},
+)
+FIT = {
+    "schema": 1,
+    "schedule": "warmup_stable_decay",
+    "sweep_sha256": "f00d",
+    "num_rows": 90,
+    "num_diverged": 2,
+    "num_failed": 1,
+    "law": LAW,
+    "intervals": {"a": [0.01, 0.017], "b": [-0.35, -0.25], "batch_exponent": [0.6, 0.8], "critical_batch_tokens": None},
+    "samples": [[0.013, -0.3, 0.7]] * 600,
+    "validity": FULL.validity,
+    "power": {"a": 0.0104, "interval": [0.0095, 0.0114], "b_drift": None, "batch_drift": None, "cells": []},
+}
+ROW = {
+    "schema": 1,
+    "model_type": "mixtral",
+    "schedule": "warmup_stable_decay",
+    "tokens": 1_249_280,  # 305 steps, of which the tail of 10 % takes 30
+    "tokens_per_step": 4096,
+    "warmup_tokens": 65_536,
+    "decay_tokens": 122_880,
+    "decay_shape": "linear",
+    "weight_decay": 0.2,
+    "max_lr": 0.01,
+    "trained_tokens": 1_249_280,
+    "flops_per_token": 2.5e6,
+    "settings": {"mup": {"base_width": 64, "preset": "power_of_two", "residual_multiplier": 0.3, "base_num_layers": 2}},
+    "data": {"dataset": "python-stdlib", "fingerprint": "d00d", "tokenizer": "beef", "held_out_tokens": 1000},
+    "versions": {"torch": "2"},
+    "hardware": {"device": "cpu"},
+}
 
 
 def test_defaults_are_the_paper_s():
     recipe = Recipe()
     assert (recipe.a, recipe.b, recipe.batch_exponent, recipe.max_lr) == (4.0, -0.51, 1.0, 0.02)
     assert (recipe.base_width, recipe.embedding_multiplier, recipe.residual_multiplier) == (256, 12.0, 0.22)
+    assert (recipe.decay_ratio, recipe.decay_shape, recipe.critical_batch_tokens) == (0.1, "exponential", None)
+    assert recipe.schedule_kwargs() == {"a": 4.0, "b": -0.51, "batch_exponent": 1.0}
+    assert recipe.lengths() == {"decay_ratio": 0.1, "decay_shape": "exponential"}
 
 
 def test_round_trip_by_file_and_folder(tmp_path):
-    recipe = Recipe(a=3.1, b=-0.46, weight_decay=0.05, provenance={"sweep": "abc", "versions": {"torch": "2"}})
-    recipe.save(tmp_path / "recipe.json")
-    assert Recipe.load(tmp_path / "recipe.json") == Recipe.load(str(tmp_path)) == recipe
-    assert json.loads((tmp_path / "recipe.json").read_text()) == {"schema": 1, **asdict(recipe)}
-    assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]
+    for recipe in (Recipe(a=3.1, b=-0.46, weight_decay=0.05), FULL):
+        recipe.save(tmp_path / "recipe.json")
+        assert Recipe.load(tmp_path / "recipe.json") == Recipe.load(str(tmp_path)) == recipe
+        assert json.loads((tmp_path / "recipe.json").read_text()) == {"schema": 1, **asdict(recipe)}
+        assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "parts"),
     [
-        ({"schema": 2}, "is not a recipe of schema 1, got 2"),
-        ({"extra": 1}, r"has unknown keys \['extra'\] or lacks \[\]"),
-        ({"a": None}, "a must be a finite number, got None"),
-        ({"a": True}, "a must be a finite number, got True"),
-        ({"b": float("nan")}, "b must be a finite number, got nan"),
-        ({"b": 0.5}, "a, max_lr and base_width must be positive and b negative, got a=4.0, b=0.5"),
-        ({"preset": 3}, "preset must be a name and provenance a mapping, got 3"),
+        ({"schema": 2}, ["is not a recipe of schema 1, got 2"]),
+        ({"extra": 1}, ["has unknown keys ['extra'] or lacks []"]),
+        ({"a": None}, ["a must be a finite number, got None"]),
+        ({"a": True}, ["a must be a finite number, got True"]),
+        ({"a": 10**400}, ["a must be a finite number, got 1000"]),
+        ({"b": math.nan}, ["b must be a finite number, got nan"]),
+        ({"b": 0.5}, ["a, max_lr and base_width must be positive and b negative, got a=0.012, b=0.5"]),
+        ({"preset": 3}, ["preset must be a name and provenance a mapping, got 3"]),
+        ({"preset": "papr"}, ["preset must be one of paper, ibm, power_of_two, got 'papr'"]),
+        ({"model_type": "gpt2"}, ["model_type must be one of llama, mixtral, got 'gpt2'"]),
+        ({"model_type": ["llama"]}, ["model_type must be one of llama, mixtral, got ['llama']"]),
+        ({"tokenizer": 12}, ["tokenizer must be a fingerprint or null, got 12"]),
+        ({"critical_batch_tokens": 0}, ["critical_batch_tokens must be positive or null, got 0"]),
+        ({"critical_batch_tokens": math.inf}, ["critical_batch_tokens must be a finite number, got inf"]),
+        ({"base_width": 64.5}, ["base_width must be a whole number, got 64.5"]),
+        ({"warmup_tokens": "1M"}, ["warmup_tokens must be a finite number, got '1M'"]),
+        ({"warmup_tokens": -1}, ["warmup_tokens and weight_decay must not be negative, got 0.2, -1 and 0.05"]),
+        ({"decay_ratio": 10}, ["decay_ratio must lie between 0 and 1", "got 10, 65536"]),
+        ({"decay_shape": "sqrt"}, ["decay_shape must be one of exponential, linear, 1-sqrt, cosine, got 'sqrt'"]),
+        ({"laws": []}, ["laws must be a mapping with keys out of warmup_stable_decay, cosine", "got []"]),
+        ({"laws": {"power": LAW}}, ["laws must be a mapping with keys out of warmup_stable_decay"]),
+        (
+            {"laws": {"cosine": {"a": 1}}},
+            ["laws.cosine must be a mapping with the keys a, b, batch_exponent", "got {'a"],
+        ),
+        ({"laws": {"cosine": LAW | {"a": 0}}}, ["laws.cosine.a must be positive, got 0"]),
+        ({"laws": {"cosine": LAW | {"b": "x"}}}, ["laws.cosine.b must be a finite number, got 'x'"]),
+        ({"intervals": {"c": [0, 1]}}, ["intervals must be a mapping with keys out of a, b, batch_exponent"]),
+        ({"intervals": {"a": [2, 1]}}, ["intervals.a must be a list [low, high], got [2, 1]"]),
+        ({"intervals": {"b": None}}, ["intervals.b must be a list [low, high], got None"]),
+        ({"intervals": {"a": [1, math.nan]}}, ["intervals.a must be a finite number, got nan"]),
+        ({"samples": {}}, ["samples must be a list of at most 500 draws, got dict"]),
+        ({"samples": [[1, -1, 1]] * 501}, ["samples must be a list of at most 500 draws"]),
+        ({"samples": [[1, -1]]}, ["a sample must be a list [a > 0, b, batch_exponent], got [1, -1]"]),
+        ({"samples": [[-1, -1, 1]]}, ["a sample must be a list [a > 0, b, batch_exponent], got [-1, -1, 1]"]),
+        ({"validity": {"width": 3}}, ["validity must be a mapping with keys out of widths"]),
+        ({"validity": {"widths": 3}}, ["validity.widths must be a list of widths, got 3"]),
+        ({"validity": {"widths": ["64"]}}, ["validity.widths must be a finite number, got '64'"]),
+        ({"validity": {"tokens": [1]}}, ["validity.tokens must be a list [low, high], got [1]"]),
+        ({"validity": {"extrapolates_to": 3}}, ["validity.extrapolates_to must be a mapping"]),
+        (
+            {"validity": {"extrapolates_to": {"tokens": None}}},
+            ["extrapolates_to.tokens must be a finite number, got None"],
+        ),
     ],
 )
-def test_bad_recipes(change, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        Recipe.from_json(json.dumps({"schema": 1, **asdict(Recipe())} | change))
-    assert "\n" not in str(caught.value)
+def test_bad_recipes(change, parts):
+    with pytest.raises(ValueError) as caught:
+        Recipe.from_json(json.dumps({"schema": 1, **asdict(FULL)} | change))
+    says(caught, *parts)
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no recipe at nowhere.json: pass a recipe.json"):
+    with pytest.raises(FileNotFoundError) as caught:
         Recipe.load("nowhere.json")
-    for text, message in (("{", "is not JSON"), ("[]", "got 'list'"), ('{"schema": 1}', r"lacks \['a', 'b'")):
-        (tmp_path / "recipe.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
+    says(caught, "there is no recipe at nowhere.json: pass a recipe.json")
+    whole = json.dumps({"schema": 1, **asdict(FULL)}).encode()
+    for content, message in (
+        (b"{", "is not JSON"),
+        (whole[: len(whole) // 2], "is not JSON"),
+        (b"\xff" + whole, "is not JSON"),
+        (b"", "is not JSON"),
+        (b"[]", "got 'list'"),
+        (b'{"schema": 1}', "lacks ['a', "),
+    ):
+        (tmp_path / "recipe.json").write_bytes(content)
+        with pytest.raises(ValueError) as caught:
             Recipe.load(tmp_path)
+        says(caught, message, str(tmp_path), "write it with Recipe.save")
+
+
+def test_peak_of_a_schedule_that_knows_its_horizon():
+    """Eq. 6 by hand: 0.013 * 32**0.7 * (1e8)**-0.3 above the critical batch of 32 x 4096 tokens; the cap holds."""
+    assert FULL.peak_lr(10**8, 4096 * 64) == pytest.approx(0.013 * 32**0.7 * 1e8**-0.3, rel=1e-12)
+    assert FULL.peak_lr(10**8, 4096 * 8) == pytest.approx(0.013 * 8**0.7 * 1e8**-0.3, rel=1e-12)
+    assert FULL.peak_lr(10**8, 4096 * 64, "cosine") == pytest.approx(0.02 * 64**0.7 * 1e8**-0.3, rel=1e-12)
+    assert FULL.peak_lr(1, 4096 * 64) == 0.05
+    with pytest.raises(ValueError) as caught:
+        FULL.peak_lr(10**8, 4096, "power")
+    says(caught, "power needs no horizon", "use lr_scheduler_type='power'")
+    with pytest.raises(ValueError) as caught:
+        FULL.peak_lr(10**8, 4096, "linear")
+    says(caught, "no law for linear, only for warmup_stable_decay, cosine", "sweep that schedule")
+    with pytest.raises(ValueError) as caught:
+        Recipe().peak_lr(10**8, 4096)
+    says(caught, "no law for warmup_stable_decay, only for power", "give a learning_rate")
+
+
+def test_interval_of_a_rate_is_that_of_its_draws():
+    """log2 of the draws' a normal around the law with sd 0.1, b tied to it so that they agree at 2**20 tokens."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, 500)
+    samples = [[0.013 * 2**e, -0.3 - e / 20, 0.7] for e in noise]
+    recipe = Recipe(a=0.0104, b=-0.3, batch_exponent=0.7, critical_batch_tokens=4096 * 8, samples=samples)
+    rate = 0.0104 * 4**0.7 * 2.0 ** (-0.3 * 20)
+    assert recipe.lr_interval(2**20, 4096 * 4) == pytest.approx((rate, rate), rel=1e-9)
+    for tokens, octaves in ((2**30, 0.05), (2**10, 0.05), (2**40, 0.1)):  # sd |log2 n / 20 - 1| * 0.1
+        low, high = recipe.lr_interval(tokens, 4096 * 64)
+        rate = 0.0104 * 8**0.7 * tokens**-0.3
+        assert low < rate < high
+        assert math.log2(high / low) == pytest.approx(2 * 1.96 * octaves, rel=0.1)
+        assert recipe.lr_interval(tokens, 4096 * 8) == (low, high)
+    rate = power_law(10**9, tokens_per_step=4096 * 32)
+    assert Recipe().lr_interval(10**9, 4096 * 32) == (rate, rate)
+    assert recipe.lr_interval(0, 4096) == (math.inf, math.inf)
+
+
+def test_recipe_of_a_fit_and_its_sweep():
+    power_row = ROW | {"schedule": "power", "max_lr": 0.03, "trained_tokens": 720, "settings": {}}
+    recipe = Recipe.from_fit(FIT, [ROW, power_row], laws={"cosine": LAW | {"a": 0.02}})
+    assert (recipe.a, recipe.intervals["a"]) == (0.0104, [0.0095, 0.0114])
+    assert (recipe.b, recipe.batch_exponent, recipe.critical_batch_tokens) == (-0.3, 0.7, 131_072)
+    assert (recipe.max_lr, recipe.weight_decay, recipe.model_type, recipe.tokenizer) == (0.03, 0.2, "mixtral", "beef")
+    assert (recipe.warmup_tokens, recipe.decay_ratio, recipe.decay_shape) == (65_536, 0.1, "linear")
+    assert (recipe.base_width, recipe.preset, recipe.base_num_layers) == (64, "power_of_two", 2)
+    assert (recipe.embedding_multiplier, recipe.residual_multiplier, recipe.initializer_range) == (8.0, 0.3, 0.1)
+    assert recipe.laws == {"warmup_stable_decay": LAW, "cosine": LAW | {"a": 0.02}}
+    assert len(recipe.samples) == 500
+    assert recipe.validity == FULL.validity
+    assert recipe.provenance["scale"] == "measured on the power rows"
+    assert recipe.provenance["proxies"] == {"tokens": 1_250_000, "flops": 1_250_000 * 2.5e6}
+    for key, value in {
+        "sweep_sha256": "f00d",
+        "num_rows": 90,
+        "data": ROW["data"],
+        "versions": ROW["versions"],
+    }.items():
+        assert recipe.provenance[key] == value
+
+
+def test_scale_without_power_rows_is_the_paper_s_ratio_and_said_to_be_assumed():
+    recipe = Recipe.from_fit(FIT | {"power": None}, [ROW])
+    assert recipe.a == pytest.approx(0.013 * 4 / 4.6)
+    assert recipe.intervals["a"] == pytest.approx([0.01 * 4 / 4.6, 0.017 * 4 / 4.6])
+    assert recipe.max_lr == 0.02
+    assert recipe.provenance["scale"].startswith("assumed, not measured: 4 / 4.6")
+
+
+def test_recipe_of_a_sweep_from_elsewhere():
+    row = {"schedule": "warmup_stable_decay", "tokens": 10**9, "tokens_per_step": 4096, "width": 0}
+    recipe = Recipe.from_fit(FIT, [row])
+    assert (recipe.model_type, recipe.tokenizer, recipe.warmup_tokens, recipe.base_width) == (None, None, None, 256)
+    assert recipe.provenance["proxies"] == {"tokens": 0, "flops": 0}
+
+
+def test_a_fit_that_falls_not_makes_no_recipe():
+    rising = copy.deepcopy(FIT)
+    rising["law"]["b"] = 0.01
+    with pytest.raises(ValueError) as caught:
+        Recipe.from_fit(rising, [ROW])
+    says(caught, "b negative", "b=0.01")
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 305), (0.125, 1000), (0.25, 32), (1 / 3, 99), (0, 50)])
+def test_decay_ratio_gives_back_the_tail(ratio, steps):
+    row = ROW | {"tokens": steps * 4096, "decay_tokens": round(ratio * steps) * 4096}
+    found = Recipe.from_fit(FIT, [row]).decay_ratio
+    assert round(found * steps) == round(ratio * steps)
+    assert found == pytest.approx(ratio, abs=0.01)

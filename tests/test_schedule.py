@@ -121,6 +121,23 @@ def test_example_of_the_paper_and_sequence_free_form():
     assert math.isclose(lr, 4.6 / 4096 * 4_194_304 * 10e12**-0.51, rel_tol=1e-14)
 
 
+@pytest.mark.parametrize("times", [0.25, 1, 4, 64])
+def test_a_batch_above_the_critical_one_has_its_rate(times):
+    """0.013 * 32**0.7 * n**-0.3 at a critical batch of 32 x 4096 tokens, for every larger batch; below it nothing changes."""
+    law = {"a": 0.013, "b": -0.3, "batch_exponent": 0.7}
+    per_step = int(4096 * 32 * times)
+    capped = law | {"critical_batch_tokens": 4096.0 * 32}
+    scheduler = schedule(0, 10_000, tokens_per_step=per_step, **capped)
+    assert scheduler.describe()["critical_batch_tokens"] == 4096 * 32
+    for n in (10**6, 10**8, 2 * 10**8):
+        expected = 0.013 * min(32, 32 * times) ** 0.7 * n**-0.3
+        assert math.isclose(power_law(n, tokens_per_step=per_step, **capped), expected, rel_tol=1e-12)
+        assert math.isclose(scheduler.lr_at(n), expected, rel_tol=1e-12)
+        assert power_lr(n, tokens_per_step=per_step, **capped) == scheduler.lr_at(n)
+    alone = power_law(1e8, tokens_per_step=per_step, **law)
+    assert (power_law(1e8, tokens_per_step=per_step, **capped) == alone) == (times <= 1)
+
+
 @pytest.mark.parametrize(
     ("x", "printed"), [(0, "1.000"), (0.25, "0.650"), (0.5, "0.378"), (0.75, "0.165"), (1, "0.000")]
 )
@@ -522,6 +539,9 @@ ERRORS = (  # arguments; what, got, what to do
     ({"b": 0}, "b, the exponent", "got 0", "-0.51"),
     ({"b": -math.inf}, "b must be a finite number", "got -inf", "e.g."),
     ({"batch_exponent": None}, "batch_exponent must be a finite number", "got None", "write it"),
+    ({"critical_batch_tokens": 0}, "critical_batch_tokens must be positive", "got 0", "None for none"),
+    ({"critical_batch_tokens": -4096.0}, "critical_batch_tokens must be positive", "got -4096.0", "tokens per step"),
+    ({"critical_batch_tokens": "4M"}, "critical_batch_tokens must be a finite number", "got '4M'", "without quotes"),
     ({"min_lr_ratio": 1.5}, "min_lr_ratio must lie between 0 and 1", "got 1.5", "pass 0"),
     ({"min_lr_ratio": -0.1}, "min_lr_ratio must lie between 0 and 1", "got -0.1", "pass 0"),
     ({"warmup_to": "cap"}, "warmup_to must be one of law, max", "got 'cap'"),

@@ -1,0 +1,180 @@
+"""Does the law transfer? Fit on small, short proxies; measure on cells that the fit has not seen.
+
+    python benchmarks/transfer/run.py cpu --folder runs/transfer    # two CPU cores, see README.md for the time
+    python benchmarks/transfer/run.py gpu --folder runs/transfer    # one accelerator
+
+Killed, it goes on where it stopped. The rows of all runs go to results/SIZE/rows.csv; analyse.py makes the table, the
+figures and the page's numbers from them alone.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from hf_power.files import replaced, write_json
+from hf_power.fit import fit_cells, fit_law, law_lr, regret
+from hf_power.grid import Grid, Group, few_digits
+from hf_power.machine import versions
+from hf_power.sweep import run_sweep
+
+HERE = Path(__file__).parent
+RIVALS = ("warmup_stable_decay", "linear", "cosine", "inverse_sqrt")
+LAW_SCHEDULES = ("warmup_stable_decay", "linear")  # whose learning rate a law sets per cell
+LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
+PAPER = {"a": 4.0, "b": -0.51, "batch_exponent": 1.0}
+PAPER_CAP = 0.02
+K = 1024
+# Three main schedules at the dear cells, five elsewhere.
+MAIN = ("warmup_stable_decay", "linear")
+SIZES = {
+    "cpu": {
+        "model": {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "mup": {"base_width": 32, "preset": "power_of_two"},
+        "data": {"dataset": "python-stdlib", "vocab_size": 512, "block_size": 64},
+        "training": {"weight_decay": 0.1},
+        "eval_tokens": "64k",
+        "batches": (128, 256, 512),
+        "horizons": (64 * K, 128 * K, 256 * K),
+        "warmup_tokens": 8 * K,
+        "caps": (0.05, 0.2),
+        # width, batch, horizon, rivals; 4x beyond the fit in the horizon, the batch, the width, two and all of them
+        "held_out": (
+            (32, 512, 1024 * K, RIVALS),
+            (32, 2048, 256 * K, RIVALS),
+            (128, 512, 256 * K, RIVALS),
+            (32, 2048, 1024 * K, MAIN),
+            (128, 2048, 512 * K, MAIN),
+        ),
+    },
+    "gpu": {
+        "model": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "num_attention_heads": 2},
+        "mup": {"base_width": 128, "preset": "power_of_two"},
+        "data": {"dataset": "python-stdlib", "vocab_size": 4096, "block_size": 256},
+        "training": {"weight_decay": 0.1, "bf16": True},
+        "eval_tokens": "256k",
+        "batches": (2 * K, 4 * K, 8 * K),
+        "horizons": (1024 * K, 2048 * K, 4096 * K),
+        "warmup_tokens": 128 * K,
+        "caps": (0.05, 0.2),
+        "held_out": (
+            (128, 8 * K, 16384 * K, RIVALS),
+            (128, 32 * K, 4096 * K, RIVALS),
+            (512, 8 * K, 4096 * K, RIVALS),
+            (512, 32 * K, 16384 * K, MAIN),
+        ),
+    },
+}
+# Learning rates to begin with at the first batch; the sweep goes beyond them until every optimum is bracketed.
+START = {
+    "warmup_stable_decay": (0.008, 0.016, 0.032),
+    "linear": (0.01, 0.02, 0.04),
+    "cosine": (0.01, 0.02, 0.04),
+    "inverse_sqrt": (0.032, 0.064, 0.128),
+    "power": (0.35, 0.7, 1.4),
+}
+FIT_SEEDS, HELD_OUT_SEEDS = (0, 1, 2), (3, 4, 5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--folder", default="runs/transfer", help="where the sweeps are kept while it runs")
+    options = parser.parse_args()
+    size, folder = SIZES[options.size], Path(options.folder) / options.size
+    results = HERE / "results" / options.size
+    results.mkdir(parents=True, exist_ok=True)
+
+    fit_rows = run_sweep(grid(size, {name: START[name] for name in RIVALS}), folder / "fit")
+    law = {k: few_digits(v) for k, v in fit_law(fit_rows).law.items() if k in ("a", "b", "batch_exponent")}
+    by_cap = {}
+    for cap in size["caps"]:
+        capped = grid(size, {"power": START["power"]}, law=law, max_lr=cap)
+        by_cap[cap] = run_sweep(capped, folder / f"fit-power-cap{cap:g}")
+    tuned = tune(fit_rows, by_cap, law)
+    write_json(results / "tuned.json", tuned | {"versions": versions(), "command": f"run.py {options.size}"})
+
+    rows = {"fit": fit_rows} | {f"fit cap {cap:g}": each for cap, each in by_cap.items()}
+    for what, each, groups in held_out_groups(size, tuned):
+        rows[what] = run_sweep(each, folder / what.replace(" ", "-"), groups=groups)
+    write_rows(rows, results / "rows.csv")
+
+
+def grid(size, schedules, **numbers):
+    """The grid of the fit: smallest width, few batches, short horizons."""
+    sections = {name: size[name] for name in ("model", "mup", "data", "training")}
+    sections["run"] = {"max_eval_tokens": size["eval_tokens"]}
+    numbers = {"seeds": FIT_SEEDS, "tokens_per_step": size["batches"], "tokens": size["horizons"]} | numbers
+    return Grid(
+        sections,
+        widths=(size["model"]["hidden_size"],),
+        schedules=schedules,
+        warmup_tokens=size["warmup_tokens"],
+        decay_ratio=0.2,
+        decay_shape="1-sqrt",
+        **numbers,
+    )
+
+
+def tune(fit_rows, by_cap, law):
+    """Everything that is chosen on the proxies: laws, one fixed rate per rival, and Power's scale and cap."""
+    fixed = {name: one_rate(fit_rows, name) for name in RIVALS}
+    laws = {name: fit_law(fit_rows, schedule=name).law for name in RIVALS}
+    loss_of_cap = {}
+    for cap, rows in by_cap.items():
+        cells = [cell for cell in fit_cells(rows) if cell.used]
+        loss_of_cap[cap] = sum(cell.min_loss for cell in cells) / len(cells)
+    cap = min(loss_of_cap, key=loss_of_cap.get)
+    power = fit_law([*fit_rows, *by_cap[cap]]).power
+    return {
+        "law": law,
+        "laws": laws,
+        "fixed": fixed,
+        "power": {**law, "a": few_digits(power["a"]), "max_lr": cap},
+        "power_fit": {k: v for k, v in power.items() if k != "cells"},
+        "mean_best_loss_by_cap": {f"{cap:g}": loss for cap, loss in loss_of_cap.items()},
+    }
+
+
+def one_rate(rows, schedule):
+    """The one learning rate with the least mean regret over the schedule's cells, by their parabolas."""
+    cells = [cell for cell in fit_cells(rows) if cell.used and cell.schedule == schedule]
+    low, high = min(c.optimum_lr for c in cells), max(c.optimum_lr for c in cells)
+    rates = [low * (high / low) ** (i / 200) for i in range(201)]
+    return few_digits(min(rates, key=lambda rate: sum(regret(cell, rate) for cell in cells)))
+
+
+def held_out_groups(size, tuned):
+    """(name, grid, groups): at each held-out cell a ladder around the law's rate, the fixed rate, and Power's scales."""
+    power, law = tuned["power"], {k: tuned["power"][k] for k in ("a", "b", "batch_exponent")}
+    everything = [(width, batch, horizon, rivals) for width, batch, horizon, rivals in size["held_out"]]
+    rivals_groups, power_groups, paper_groups = [], [], []
+    for width, batch, horizon, rivals in everything:
+        cell = (width, batch, (horizon,), HELD_OUT_SEEDS)
+        for name in rivals:
+            center = law_lr(tuned["laws"][name], tokens=horizon, tokens_per_step=batch)
+            values = {few_digits(center * factor) for factor in LADDER} | {tuned["fixed"][name]}
+            rivals_groups.append(Group(name, *cell, tuple(sorted(values))))
+        scales = tuple(few_digits(factor * power["a"]) for factor in LADDER)
+        power_groups.append(Group("power", *cell, scales, law))
+        paper_groups.append(Group("power", *cell, (PAPER["a"],), PAPER))
+    base = {"seeds": HELD_OUT_SEEDS, "max_extensions": 1}
+    yield "held out", grid(size, START, **base), rivals_groups
+    yield "held out power", grid(size, START, **base, law=law, max_lr=power["max_lr"]), power_groups
+    yield "paper", grid(size, START, **base | {"max_extensions": 0}, law=PAPER, max_lr=PAPER_CAP), paper_groups
+
+
+def write_rows(rows, path):
+    """All rows in one CSV: what made them and what came out."""
+    keys = ["part", "schedule", "width", "tokens_per_step", "tokens", "learning_rate", "a", "b", "batch_exponent"]
+    keys += ["max_lr", "seed", "status", "loss", "trained_tokens", "flops_per_token", "seconds", "extension", "trunk"]
+    with replaced(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, keys, extrasaction="ignore")
+        writer.writeheader()
+        for part, each in rows.items():
+            for row in sorted(each, key=lambda r: [r[k] for k in ("schedule", "width", "tokens_per_step", "tokens")]):
+                law = row["law"] or {}
+                writer.writerow({"part": part, **row} | {k: law.get(k) for k in ("a", "b", "batch_exponent")})
+
+
+if __name__ == "__main__":
+    main()

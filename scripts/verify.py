@@ -1,0 +1,8 @@
+"""python scripts/verify.py ...; the same as `hf-power verify`."""
+
+import sys
+
+from hf_power.cli import run_verb
+
+if __name__ == "__main__":
+    sys.exit(run_verb("verify"))
