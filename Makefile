@@ -33,7 +33,7 @@ style: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/train: .venv/bin/python setup.cfg constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,plots]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,plots,fit]"
 	touch $@
 
 .venv/dev: .venv/bin/python setup.cfg constraints.txt

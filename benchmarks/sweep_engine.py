@@ -70,13 +70,14 @@ def engine_speed(width, tokens_per_step, members, steps, batched, device):
     from hf_power.settings import Settings
     from hf_power.sweep import prepare
 
-    made = [Settings.from_dict(sections(width, tokens_per_step, seed % 3)) for seed in range(members)]
-    bench = prepare(Grid(sections(width, tokens_per_step), (width,), (tokens_per_step,), (0,), {}), ".")
+    global _bench
+    if _bench is None:
+        _bench = prepare(Grid(sections(32, 128), (32,), (128,), (0,), {}), ".")
     ensemble = Ensemble(
-        made,
-        bench.tokenizer,
-        bench.blocks,
-        bench.held_out,
+        [Settings.from_dict(sections(width, tokens_per_step, seed % 3)) for seed in range(members)],
+        _bench.tokenizer,
+        _bench.blocks,
+        _bench.held_out,
         num_sequences=tokens_per_step // 64,
         device=torch.device(device),
         batched=batched,
@@ -84,8 +85,7 @@ def engine_speed(width, tokens_per_step, members, steps, batched, device):
     for _ in range(3):
         ensemble.step([1.0] * members)
     ensemble.check_alive()
-    if BARRIER is not None:
-        BARRIER.wait()
+    _wait()
     started = time.perf_counter()
     for _ in range(steps):
         ensemble.step([1.0] * members)
@@ -93,41 +93,42 @@ def engine_speed(width, tokens_per_step, members, steps, batched, device):
     return members * steps * tokens_per_step / (time.perf_counter() - started)
 
 
-BARRIER = None
+_bench = None
 
 
-def _start(barrier, threads):
-    global BARRIER
-    import torch
+def _wait():
+    """Begin together with the other processes of a measurement."""
+    if _together:
+        _barrier.wait()
 
+
+def _start(barrier):
+    global _barrier
     from hf_power.machine import keep_freed_memory
 
-    BARRIER = barrier
-    torch.set_num_threads(threads)
+    _barrier = barrier
     keep_freed_memory()
 
 
-def _call(function, arguments):
+def _task(function, arguments, threads, together):
+    global _together
+    import torch
+
+    torch.set_num_threads(threads)
+    _together = together
+    if function is trainer_speed:
+        _wait()
     return function(*arguments)
 
 
-def in_processes(count, threads, function, *arguments):
-    """The sum of a speed over processes that run at once."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(count)
-    with context.Pool(count, _start, (barrier, threads)) as pool:
-        return sum(pool.starmap(_call, [(function, arguments)] * count, chunksize=1))
-
-
-def measure(way, width, batch, members, steps, device, cores):
-    """Tokens per second of one way."""
-    if way == "trainer":
-        return in_processes(1, cores, trainer_speed, width, batch, steps * members // 3)
-    if way == "trainer, processes":
-        return in_processes(cores, 1, trainer_speed, width, batch, steps * members // 3)
-    count = cores if "processes" in way or way == "engine" else 1
-    batched = None if way == "engine" else way.startswith("batched")
-    return in_processes(count, 1, engine_speed, width, batch, members, steps, batched, device)
+def measure(pool, cores, way, width, batch, members, steps, device):
+    """Tokens per second of one way, summed over the processes that run at once."""
+    count = cores if "processes" in way else 1
+    if "trainer" in way:
+        task = (trainer_speed, (width, batch, steps * members // 3), cores // count, count > 1)
+    else:
+        task = (engine_speed, (width, batch, members, steps, way.startswith("batched"), device), 1, count > 1)
+    return sum(result.get() for result in [pool.apply_async(_task, task) for _ in range(count)])
 
 
 def main():
@@ -146,15 +147,16 @@ def main():
         ((32, 128), (32, 256), (32, 512), (32, 2048), (128, 512)) if cpu else ((128, 2048), (256, 8192), (384, 8192))
     )
     rows = []
-    for width, batch in cases:
-        steps = max(30, 300 * 128 * 32 // (batch * width))
-        for turn in range(ROUNDS):
-            for way in ways:
-                speed = measure(way, width, batch, members, steps, options.device, cores)
-                rows.append(
-                    {"width": width, "tokens_per_step": batch, "round": turn, "way": way, "tokens_per_s": speed}
-                )
-                print(json.dumps(rows[-1]), flush=True)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(cores, _start, (context.Barrier(cores),)) as pool:
+        for width, batch in cases:
+            steps = max(20, 100 * 128 * 32 // (batch * width))
+            for turn in range(-1, ROUNDS):  # the first round warms the processes up and is left out
+                for way in ways:
+                    speed = measure(pool, cores, way, width, batch, members, steps, options.device)
+                    row = {"width": width, "tokens_per_step": batch, "round": turn, "way": way, "tokens_per_s": speed}
+                    rows += [row] if turn >= 0 else []
+                    print(json.dumps(row), flush=True)
     command = f"python benchmarks/sweep_engine.py --device {options.device} --members {members}"
     result = {"command": command, "cores": cores, "members": members, "versions": versions(), "rows": rows}
     name = f"sweep_engine_{options.device}"

@@ -170,7 +170,7 @@ class _Parabola:
         z = np.log2([run["learning_rate"] for run in inside]) - center
         loss = np.array([run["loss"] for run in inside], dtype=np.float64)
         design = _design(z, [run["seed"] for run in inside])
-        inverse: Array = np.linalg.inv(design.T @ design)
+        inverse: Array = np.asarray(np.linalg.inv(design.T @ design), dtype=np.float64)
         solution = inverse @ (design.T @ loss)
         p0, p1, p2 = (float(solution[i]) for i in (0, -2, -1))
         residuals = loss - design @ solution

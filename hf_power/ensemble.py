@@ -127,7 +127,7 @@ class Ensemble:
         self._named = named
         return stacked
 
-    def step(self, factors: Sequence[float]) -> None:
+    def step(self, factors: Sequence[float] | np.ndarray) -> None:
         """One optimizer step of every member, at factor times its base learning rates."""
         batch = self._batch()
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext():
@@ -179,7 +179,7 @@ class Ensemble:
         # The fused attention kernels have no batching rule.
         with sdpa_kernel(SDPBackend.MATH):
             losses: torch.Tensor = vmap(self._loss)(self._stacked, batch)
-            losses.sum().backward()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
         for name, tensor in self._stacked.items():
             for i, parameters in enumerate(self._named):
                 parameters[name].grad = None if tensor.grad is None else tensor.grad[i]
@@ -197,7 +197,7 @@ class Ensemble:
         losses = []
         for model, alive in zip(self.models, self.alive, strict=True):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for blocks in self.held_out.split(EVAL_BLOCKS) if alive else ():
+            for blocks in torch.split(self.held_out, EVAL_BLOCKS) if alive else ():
                 with torch.autocast(self.device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext():
                     total += model(input_ids=blocks, labels=blocks).loss.double() * len(blocks)
             losses.append(float(total) / len(self.held_out) if alive else math.nan)

@@ -37,7 +37,8 @@ class Fit:
         r2: share of the weighted variance of log2(optimum) that the law explains.
         residual_sd_octaves: scatter of the optima around the law.
         degrees_of_freedom: used cells less fitted parameters.
-        paper: does each of the paper's a, b, batch_exponent lie in its interval, and all in the joint region?
+        paper: does each of the paper's a, b, batch_exponent lie in its interval, and all in the joint region? A loss that
+            rises faster on one side of the optimum moves all parabolas alike, by some 0.1 octave that no interval holds.
         cells: all cells of the schedule.
         samples: bootstrap draws (a, b, batch_exponent), scaled so that their central 95 % are the intervals.
         map: mean regret over the used cells, nats, of other (a, b) at the fitted batch_exponent.
@@ -342,7 +343,7 @@ def fit_power(
 ) -> tuple[Numbers | None, str | None]:
     """Power's own scale: the mean of ``optimum / (min(beta, beta_crit)**c * T**b)`` over the cells of schedule "power".
 
-    b, c and beta_crit are held at the law's. The drifts are the exponents of T and of beta in what is left over, with
+    b, c and beta_crit are held at the law's, and the interval is that of a given them. The drifts are the exponents of T and of beta in what is left over, with
     95 % intervals: 0 if Power's optimum needs no knowledge of horizon and batch; None where the cells cannot tell.
 
     Returns:

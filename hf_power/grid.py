@@ -106,7 +106,7 @@ def load_grid(path: str) -> Grid:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown or missing key, an empty, doubled or impossible axis, or more tokens than max_tokens.
+        ValueError: an unknown or missing key, an empty or doubled axis, or a value out of its range.
     """
     import yaml
 
@@ -140,7 +140,9 @@ def parse_grid(content: dict[str, Any], source: str) -> Grid:
     for key in ("warmup_tokens", "max_tokens"):
         if values.get(key) is not None:
             parsed[key] = parse_tokens(values[key], f"{source}: sweep.{key}")
-    ranges = {"decay_ratio": (0, 1), "max_lr": (0, math.inf), "factor": (1.01, 100), "start_exponent": (-2, 2)}
+            if parsed[key] < 0:
+                raise ValueError(f"{source}: sweep.{key} must not be negative, got {values[key]!r}: correct it.")
+    ranges = {"decay_ratio": (0, 1), "max_lr": (1e-12, 1e6), "factor": (1.01, 100), "start_exponent": (-2, 2)}
     for key, (low, high) in ranges.items():
         if key in values:
             parsed[key] = _number(values[key], f"{source}: sweep.{key}", low, high)
@@ -160,6 +162,8 @@ def parse_grid(content: dict[str, Any], source: str) -> Grid:
 
 def _axis(values: Any, name: str, smallest: int) -> tuple[int, ...]:
     axis = tuple(parse_tokens(value, name) for value in (values if isinstance(values, list) else [values]))
+    if not axis:
+        raise ValueError(f"{name} is empty: name at least one.")
     if len(set(axis)) < len(axis):
         raise ValueError(f"{name} names a value twice, got {list(axis)}: name each once.")
     if min(axis) < smallest:
@@ -197,7 +201,8 @@ def _schedules(schedules: Any, source: str) -> dict[str, tuple[float, ...]]:
 def _law(law: Any, source: str) -> dict[str, float]:
     if not isinstance(law, dict) or set(law) != set(LAW):
         raise ValueError(f"{source}: sweep.law must have the keys {', '.join(LAW)}, got {law!r}.")
-    return {name: _number(law[name], f"{source}: sweep.law.{name}", -100, 1e9) for name in LAW}
+    ranges = {"a": (1e-12, 1e12), "b": (-10, -1e-6), "batch_exponent": (-10, 10)}
+    return {key: _number(law[key], f"{source}: sweep.law.{key}", *ends) for key, ends in ranges.items()}
 
 
 def _check(grid: Grid, source: str) -> None:
@@ -230,6 +235,28 @@ def few_digits(value: float) -> float:
 def tail_tokens(grid: Grid, horizon: int, tokens_per_step: int) -> int:
     """Length of the decay, in tokens, whole steps and at least one."""
     return max(1, round(grid.decay_ratio * horizon / tokens_per_step)) * tokens_per_step
+
+
+def branch_tokens(grid: Grid, group: Group, horizon: int) -> int:
+    """Tokens up to which a horizon's learning rates are those of any longer one: its decay, or the end of the warmup."""
+    if group.schedule in ("cosine", "linear"):
+        return grid.warmup_tokens // group.tokens_per_step * group.tokens_per_step
+    return horizon - tail_tokens(grid, horizon, group.tokens_per_step)
+
+
+def horizon_tokens(grid: Grid, group: Group, horizons: Sequence[int]) -> dict[int, int]:
+    """Horizon -> tokens trained for it beyond those of the horizons before it."""
+    tokens, trunk = {}, 0
+    for horizon in sorted(horizons):
+        tokens[horizon] = horizon - trunk
+        trunk = branch_tokens(grid, group, horizon)
+    return tokens
+
+
+def job_tokens(grid: Grid, job: Job) -> int:
+    """Tokens that a job trains: trunks once, a tail per horizon; cosine and linear share the warmup only."""
+    each = (sum(horizon_tokens(grid, job.group, horizons).values()) for horizons in job.horizons.values())
+    return sum(each) * len(job.group.seeds)
 
 
 def sections(grid: Grid, width: int, tokens_per_step: int) -> dict[str, dict[str, Any]]:
@@ -291,7 +318,7 @@ def next_job(grid: Grid, group: Group, rows: Sequence[dict[str, Any]]) -> Job | 
 
     Job 0 has the values to begin with, at every horizon. Job k adds, for each horizon whose best mean loss so far lies on
     an edge, the next value beyond it (and runs it up to the longest horizon that asks for it), until no horizon does,
-    max_extensions is reached, or the group's share of the budget is spent. A job follows from the rows of the jobs
+    max_extensions is reached, or the group's share of the budget has no room for them. A job follows from the rows of the jobs
     before it alone, so a killed sweep goes on with exactly the job that it was in.
     """
     mine = [row for row in rows if belongs(row, group)]
@@ -302,14 +329,16 @@ def next_job(grid: Grid, group: Group, rows: Sequence[dict[str, Any]]) -> Job | 
         else:
             before = [row for row in mine if row["extension"] < extension]
             horizons = _beyond_edges(before, group, grid.factor)
-            spent = sum(row["trained_tokens"] for row in before)
-            if group.max_tokens is not None and spent >= group.max_tokens:
-                return None
         if not horizons:
             return None
+        job = Job(group, extension, horizons)
+        if extension and group.max_tokens is not None:
+            spent = sum(row["trained_tokens"] for row in before)
+            if spent + job_tokens(grid, job) > group.max_tokens:
+                return None
         wanted = {(v, seed, tokens) for v, ts in horizons.items() for tokens in ts for seed in group.seeds}
         if wanted - have:
-            return Job(group, extension, horizons)
+            return job
     return None
 
 

@@ -221,7 +221,8 @@ def supported_caps(optima: Optima, c: float | None) -> tuple[list[float], str | 
     index = int(np.argmin(squares))
     freedom = len(optima.lr) - (4 if c is None else 3)
     improvement = (squares[-1] - squares[index]) * freedom  # the last cap is the largest batch: no cap at all
-    if improvement <= float(fdtri(1, freedom, 0.95)) * squares[index] or index == len(caps) - 1:
+    noise = squares[index] + 1e-9  # of losses without noise only rounding is left
+    if improvement <= float(fdtri(1, freedom, 0.95)) * noise or index == len(caps) - 1:
         return [math.inf], "no critical batch: the rate rises up to the largest batch, as far as the data can tell"
     if index == 0:
         tokens = round(2 ** caps[0] * TOKENS_PER_BETA)

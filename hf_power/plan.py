@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
+from hf_power.flops import count_parameters, flops_per_token
 from hf_power.recipe import Recipe
 from hf_power.schedule import LAW, TOKENS_PER_BETA, PowerLR, power_law
 
 SCHEMA = 1
 DIRECT_SWEEP_RUNS = 8  # learning rates of a sweep at the target; the paper's grid has as many (Table 2)
+FEW_WARMUP_STEPS = 100
 FEW_STEPS = 500  # assumption, not measured: below, warmup and noise of the steps weigh more than the law
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75)
 CURVE_POINTS = 200
@@ -109,12 +110,12 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"  tokens       {target['tokens']:,} in {target['steps']:,} steps",
         f"  batch        {plan['tokens_per_step']:,} tokens per step (beta = {plan['beta']:g})",
         f"  compute      {compute['flops']:.3g} FLOP ({compute['flops_per_token']:.3g} per token)",
-        f"  time         {compute['days']:.3g} days on {compute['devices']} devices of {compute['flops_per_device']:.3g} "
+        f"  time         {_duration(compute['days'])} on {compute['devices']} devices of {compute['flops_per_device']:.3g} "
         f"FLOP/s at {compute['utilisation']:.0%}",
     ]
     if plan["proxies"]:
         lines.append(
-            f"  proxies      {plan['proxies']['flops']:.3g} FLOP, {plan['proxies']['share_of_direct_sweep']:.2%} of "
+            f"  proxies      {plan['proxies']['flops']:.3g} FLOP, {100 * plan['proxies']['share_of_direct_sweep']:.2g} % of "
             f"{DIRECT_SWEEP_RUNS} runs of full length at the target"
         )
     lines.append(f"  schedule     {_formula(law)}")
@@ -261,7 +262,7 @@ def _point(recipe: Recipe, schedule: PowerLR, tokens: int) -> dict[str, Any]:
         anchor = min(anchor, law["decay_start_tokens"])
     low, high = (min(law["max_lr"], rate) for rate in recipe.lr_interval(anchor, schedule.tokens_per_step))
     lr, top = schedule.lr_at(tokens), schedule.lr_at(anchor)
-    return {"tokens": tokens, "lr": lr, "low": low * lr / top, "high": high * lr / top}
+    return {"tokens": tokens, "lr": lr, "low": lr * (low / top), "high": lr * (high / top)}
 
 
 def _compare(proxies: dict[str, float] | None, flops: float) -> dict[str, float] | None:
@@ -281,6 +282,12 @@ def _plan_warnings(plan: dict[str, Any], schedule: PowerLR) -> list[str]:
         )
     if steps < FEW_STEPS:
         found.append(f"the run has {steps:,} steps, fewer than {FEW_STEPS}: take a smaller batch or more tokens.")
+    warmup_steps = law["warmup_tokens"] // schedule.tokens_per_step
+    if warmup_steps < min(FEW_WARMUP_STEPS, steps // 100):
+        found.append(
+            f"the proxies' warmup of {law['warmup_tokens']:,} tokens is {warmup_steps} steps of this batch: give the run "
+            f"its own, e.g. warmup_steps {min(FEW_WARMUP_STEPS, steps // 100)}."
+        )
     for scale in plan["timescales"]:
         if scale["share_of_run"] > 1:
             found.append(
@@ -288,6 +295,13 @@ def _plan_warnings(plan: dict[str, Any], schedule: PowerLR) -> list[str]:
                 "acts, and the weights remember their initialization."
             )
     return found
+
+
+def _duration(days: float) -> str:
+    for unit, length in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= length:
+            return f"{days / length:.3g} {unit}"
+    return f"{86_400 * days:.2g} seconds"
 
 
 def _formula(law: dict[str, Any]) -> str:
@@ -298,68 +312,6 @@ def _formula(law: dict[str, Any]) -> str:
 
 def _between(point: dict[str, Any]) -> str:
     return f"  ({point['low']:.2e} to {point['high']:.2e})" if point["low"] < point["high"] else ""
-
-
-def flops_per_token(config: Any, block_size: int) -> float:
-    """Training FLOPs per token of a model, forward and backward, of its matrix products alone.
-
-    A product with a matrix of P entries costs 2 P forward and 4 P backward (the gradients of its input and of its
-    weights). Attention's two products, scores and values, cost 2 * heads * head_dim for each earlier position, of which
-    a causal token has block_size / 2 on average, so 2 * heads * head_dim * block_size forward, and twice that backward::
-
-        6 * P + 6 * layers * heads * head_dim * block_size
-
-    P is the number of entries of the matrices that a token passes: attention, MLP or its experts_per_token of the
-    experts, router, and the head (vocab_size * hidden_size, tied or not). The embedding is a look-up; norms, softmax and
-    recomputation (gradient checkpointing) are left out.
-
-    Args:
-        config: of a Llama, Mixtral, Granite or GraniteMoe model.
-        block_size: tokens per sequence, >= 1.
-
-    Returns:
-        FLOPs per token.
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim * block_size
-    return float(6 * (_active_matrices(config) + attention))
-
-
-def count_parameters(config: Any) -> dict[str, int]:
-    """Parameters of a model that is never given any memory.
-
-    Returns:
-        "parameters"; "parameters_without_embeddings", as transformers' num_parameters counts them; and
-        "active_parameters", those without the experts that a token does not pass.
-    """
-    model = _without_memory(config)
-    total = model.num_parameters()
-    idle = sum(p.numel() * (1 - _share(config, p)) for p in model.parameters())
-    return {
-        "parameters": total,
-        "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
-        "active_parameters": round(total - idle),
-    }
-
-
-def _active_matrices(config: Any) -> int:
-    """Entries of the matrices that a token is multiplied with, the head once, the embedding not."""
-    matrices = [(name, p) for name, p in _without_memory(config).named_parameters() if p.ndim > 1]
-    inner = sum(p.numel() * _share(config, p) for name, p in matrices if not name.endswith(_EMBEDDINGS))
-    return round(inner) + int(config.vocab_size * config.hidden_size)
-
-
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-
-
-def _share(config: Any, parameter: torch.Tensor) -> float:
-    """The part of a tensor that a token passes; experts are the tensors of three dimensions."""
-    return float(config.num_experts_per_tok / config.num_local_experts) if parameter.ndim == 3 else 1.0
-
-
-def _without_memory(config: Any) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def describe_run(run: dict[str, Any], steps: int, disk: tuple[int, int], schedule: PowerLR | None) -> str:

@@ -198,7 +198,7 @@ class Recipe:
         write_json(path, {"schema": SCHEMA, **asdict(self)})
 
     def peak_lr(self, tokens: int, tokens_per_step: int, schedule: str = "warmup_stable_decay") -> float:
-        """The best peak of a schedule that knows its horizon, ``min(max_lr, a * beta**c * tokens**b)`` (eq. 6).
+        """The best peak of a schedule that knows its horizon, ``a * beta**c * tokens**b`` (eq. 6); max_lr is Power's cap.
 
         Args:
             tokens: T, the length of the run with its decay.
@@ -215,7 +215,7 @@ class Recipe:
                 f"the recipe has no law for {schedule}, only for {', '.join(self.laws) or 'power'}: sweep that schedule, "
                 "or give a learning_rate."
             )
-        return min(self.max_lr, power_law(tokens, tokens_per_step=tokens_per_step, **self.laws[schedule]))
+        return power_law(tokens, tokens_per_step=tokens_per_step, **self.laws[schedule])
 
     def lr_interval(self, tokens: float, tokens_per_step: int) -> tuple[float, float]:
         """95 % interval of Power's uncapped law after `tokens` tokens; without samples both ends are the law itself.

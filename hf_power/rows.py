@@ -150,7 +150,7 @@ def read_csv(
     """The rows of a sweep from elsewhere, a CSV file with a header.
 
     Args:
-        path: the file.
+        path: the file; of a .tsv the columns are parted by tabs.
         columns: our name -> the file's column; a name left out is looked for as it is. learning_rate, loss (nats per
             token; nan or inf is a diverged run), tokens, and tokens_per_step or batch (in sequences) are needed; width
             (0 where it is missing), seed (repetitions of a run are counted where it is missing) and schedule are not.
@@ -167,7 +167,7 @@ def read_csv(
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no sweep at {path}: pass a CSV file with a header.")
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ",")
         names = _csv_columns(columns or {}, list(reader.fieldnames or []), block_size, str(path))
         rows: list[dict[str, Any]] = []
         seen: Counter[tuple[Any, ...]] = Counter()

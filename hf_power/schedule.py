@@ -109,7 +109,6 @@ def power_lr(
     >>> round(power_lr(5e8, tokens_per_step=4096 * 128, warmup_tokens=1e9), 5)  # half of .0132
     0.00658
     """
-
     law: dict[str, Any] = {"tokens_per_step": tokens_per_step, "a": a, "b": b, "batch_exponent": batch_exponent}
     law["critical_batch_tokens"] = critical_batch_tokens
 

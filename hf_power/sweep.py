@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -23,13 +24,17 @@ from hf_power import data as hf_data
 from hf_power.ensemble import Ensemble, rate_factors
 from hf_power.files import replaced, write_json
 from hf_power.fit import fit_law
+from hf_power.flops import flops_per_token
 from hf_power.grid import (
     SCHEDULES,
     Grid,
     Group,
     Job,
     belongs,
+    branch_tokens,
     few_digits,
+    horizon_tokens,
+    job_tokens,
     next_job,
     row_id,
     row_rate,
@@ -38,7 +43,6 @@ from hf_power.grid import (
     tail_tokens,
 )
 from hf_power.machine import hardware, keep_freed_memory, versions
-from hf_power.plan import flops_per_token
 from hf_power.rows import SCHEMA, append_rows, read_rows
 from hf_power.settings import Settings, parse_tokens
 from hf_power.text import load_text, require_datasets
@@ -46,8 +50,10 @@ from hf_power.text import load_text, require_datasets
 ROWS_FILE = "sweep.jsonl"
 GRID_FILE = "sweep.json"
 LAW_SCHEDULE = "warmup_stable_decay"  # its optima make the law (eq. 6)
+NO_LAW = {"a": 1.0, "b": 0.0, "batch_exponent": 0.0}  # of power's groups until it is fitted
 POLL_SECONDS = 5.0
 TRIAL_STEPS = 4
+WORSE_THAN_GUESSING = 1.0  # nats above log(vocabulary) at which a finite loss counts as diverged
 
 
 @dataclass
@@ -62,7 +68,6 @@ class Bench:
     data: dict[str, Any]
     device: torch.device
     tell: Callable[[int, int], None] = lambda tokens, more: None
-    owner: int | None = None  # process whose end is the end of the sweep
 
 
 def run_sweep(
@@ -92,12 +97,12 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     stages = [list(groups)] if groups is not None else _stages(grid)
     _check_budget(grid, stages)
-    with _only_one(folder, state.process_index), state.main_process_first():
-        bench = prepare(grid, folder)
-        _same_grid(bench)
     with _only_one(folder, state.process_index):
+        with state.main_process_first():
+            bench = prepare(grid, folder)
+            _same_grid(bench)
         for stage in stages:
-            stage = [_with_law(group, folder) for group in stage]
+            stage = _with_law(stage, folder)
             _run_stage(bench, stage, stage[state.process_index :: state.num_processes], workers)
             while state.num_processes > 1 and any(_pending(grid, group, folder) for group in stage):
                 time.sleep(POLL_SECONDS)
@@ -123,27 +128,6 @@ def prepare(grid: Grid, folder: str | os.PathLike[str]) -> Bench:
     return Bench(grid, Path(folder), tokenizer, blocks, held_out, data, base.training.device)
 
 
-def job_tokens(grid: Grid, job: Job) -> int:
-    """Tokens that a job trains: trunks once, a tail per horizon; cosine and linear share the warmup only."""
-    return sum(sum(_horizon_tokens(grid, job.group, horizons).values()) for horizons in job.horizons.values()) * len(
-        job.group.seeds
-    )
-
-
-def _horizon_tokens(grid: Grid, group: Group, horizons: Sequence[int]) -> dict[int, int]:
-    """Horizon -> tokens trained for it beyond those of the horizons before it."""
-    batch, trunk, tokens = group.tokens_per_step, 0, {}
-    for horizon in sorted(horizons):
-        if group.schedule in ("cosine", "linear"):
-            shared = grid.warmup_tokens // batch * batch
-        else:
-            shared = horizon - tail_tokens(grid, horizon, batch)
-        branch = horizon if horizon == max(horizons) else shared
-        tokens[horizon] = branch - trunk + horizon - branch
-        trunk = branch
-    return tokens
-
-
 def start_jobs(grid: Grid, groups: Sequence[Group]) -> list[Job]:
     """The jobs that are certain: the values to begin with."""
     return [Job(group, 0, {value: group.tokens for value in group.values}) for group in groups]
@@ -156,16 +140,19 @@ def _stages(grid: Grid) -> list[list[Group]]:
         return [first]
     if grid.law is not None:
         return [first + grid.groups("power", grid.law)]
-    return [first, grid.groups("power", {"a": 1.0, "b": 0.0, "batch_exponent": 0.0})]
+    return [first, grid.groups("power", NO_LAW)]
 
 
-def _with_law(group: Group, folder: Path) -> Group:
-    """A group of power whose law (b = 0 stands for none yet) is fitted on the sweep's own rows."""
-    if group.schedule != "power" or group.law is None or group.law["b"]:
-        return group
+def _with_law(stage: list[Group], folder: Path) -> list[Group]:
+    """The groups of a stage; those of power that have no law yet get the one of the sweep's own rows."""
+    if not stage or stage[0].law != NO_LAW:
+        return stage
     law = fit_law(read_rows(folder / ROWS_FILE)[0], schedule=LAW_SCHEDULE).law
-    known = {name: few_digits(law[name]) for name in ("a", "b", "batch_exponent")}
-    return replace(group, law=known, values=tuple(few_digits(scale * known["a"]) for scale in group.values))
+    known = {name: few_digits(law[name]) for name in NO_LAW}
+    return [
+        replace(group, law=known, values=tuple(few_digits(scale * known["a"]) for scale in group.values))
+        for group in stage
+    ]
 
 
 def _check_budget(grid: Grid, stages: list[list[Group]]) -> None:
@@ -227,7 +214,9 @@ def _pending(grid: Grid, group: Group, folder: Path) -> bool:
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / ROWS_FILE
-    return read_rows(path)[0] if path.exists() and path.stat().st_size else []
+    if not path.exists() or b"\n" not in path.read_bytes():  # nothing yet, or killed in its first line
+        return []
+    return read_rows(path)[0]
 
 
 def _has_failed(group: Group, rows: Sequence[dict[str, Any]]) -> bool:
@@ -266,14 +255,14 @@ def _advance(bar: Any, tokens: int, more: int) -> None:
 def _run_pool(bench: Bench, groups: Sequence[Group], workers: int, bar: Any) -> None:
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 2)  # tokens trained, tokens added to the total
-    start = (bench.grid, str(bench.folder), counts, os.getpid())
+    start = (bench.grid, str(bench.folder), counts)
     with ProcessPoolExecutor(min(workers, len(groups)), context, initializer=_start_worker, initargs=start) as pool:
         futures = {pool.submit(_work, group) for group in groups}
         shown = [0, 0]
         try:
             while futures:
                 done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                now = list(counts)
+                now = [counts[0], counts[1]]
                 _advance(bar, now[0] - shown[0], now[1] - shown[1])
                 shown = now
                 for future in done:
@@ -288,8 +277,11 @@ def _run_pool(bench: Bench, groups: Sequence[Group], workers: int, bar: Any) -> 
 _bench: Bench | None = None  # of a worker process
 
 
-def _start_worker(grid: Grid, folder: str, counts: Any, owner: int) -> None:
+def _start_worker(grid: Grid, folder: str, counts: Any) -> None:
     global _bench
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)  # a worker of one of accelerate's processes is none of them
     torch.set_num_threads(1)
     keep_freed_memory()
     import datasets
@@ -302,7 +294,15 @@ def _start_worker(grid: Grid, folder: str, counts: Any, owner: int) -> None:
             counts[1] += more
 
     _bench = prepare(grid, folder)
-    _bench.tell, _bench.owner = tell, owner
+    _bench.tell = tell
+
+
+def _end_with_parent() -> None:
+    """End this process when the sweep was killed: an idle worker would wait for ever, a busy one meet the next sweep."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(group: Group) -> None:
@@ -346,8 +346,10 @@ class Trunks:
         self.bench, self.group, self.extension, self.horizons = bench, job.group, job.extension, horizons
         self.members = [(value, seed) for value in values for seed in job.group.seeds]
         self.have = have
-        self._state_path = bench.folder / f".trunk-{job.group.name}-{job.extension}-{max(horizons)}.pt"
-        self._tokens = _horizon_tokens(bench.grid, job.group, horizons)
+        # Named by all that makes it: another grid in this folder may have other learning rates of the same number.
+        trunk = row_id({"members": [self._id(member, max(horizons)) for member in self.members]}, bench.data)
+        self._state_path = bench.folder / f".trunk-{job.group.name}-{trunk}.pt"
+        self._tokens = horizon_tokens(bench.grid, job.group, horizons)
         self._ensemble: Ensemble | None = None
         self._seconds = 0.0
 
@@ -373,7 +375,9 @@ class Trunks:
             ensemble.load_state(torch.load(self._state_path, weights_only=True, map_location=self.bench.device))
             self.bench.tell(ensemble.position * batch * len(self.members), 0)
         for horizon in sorted(self.horizons):
-            branch = shared_steps(factors[horizon], factors[longest])
+            branch = horizon // batch
+            if horizon != longest:
+                branch = branch_tokens(self.bench.grid, self.group, horizon) // batch
             if ensemble.position > branch:
                 continue  # this horizon was measured before the sweep was stopped
             started = time.perf_counter()
@@ -397,8 +401,6 @@ class Trunks:
         ensemble, tokens = self._ensemble, self.group.tokens_per_step * len(self.members)
         assert ensemble is not None
         while ensemble.position < stop:
-            if self.bench.owner is not None and os.getppid() != self.bench.owner:
-                os._exit(1)  # the sweep was killed: another one may be at work here
             if any(ensemble.alive):
                 ensemble.step(factors[:, ensemble.position])
             else:
@@ -422,11 +424,11 @@ class Trunks:
                 continue
             row = self._row(member, horizon) | {"status": status, "reason": reason, "loss": None, "train_loss": None}
             if status == "finished":
-                guess = math.log(len(self.bench.tokenizer))
-                if not loss < guess:
+                worst = math.log(len(self.bench.tokenizer)) + WORSE_THAN_GUESSING
+                if not loss < worst:
                     row["status"] = "diverged"
                     row["reason"] = (
-                        f"held-out loss {loss:.3f} is not below that of guessing, {guess:.3f} nats per token"
+                        f"held-out loss {loss:.3f} is more than {WORSE_THAN_GUESSING:g} nat above that of guessing"
                         if math.isfinite(loss)
                         else "the training loss was not finite"
                     )
@@ -474,15 +476,8 @@ class Trunks:
             "settings": settings,
             "data": bench.data,
             "versions": versions(),
-            "hardware": hardware(args),
+            "hardware": hardware(args) | {"processes": 1},  # under accelerate too each row is one process's
         }
-
-
-def shared_steps(factors: np.ndarray, longest: np.ndarray) -> int:
-    """Leading steps at which two tables of rates, of shape (members, steps), are the same for every member."""
-    steps = factors.shape[1]
-    different = np.flatnonzero((factors != longest[:, :steps]).any(axis=0))
-    return int(different[0]) if len(different) else steps
 
 
 def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = None) -> dict[str, Any]:
@@ -502,8 +497,8 @@ def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = N
     if bench.device.type == "cpu":
         torch.set_num_threads(1)
     block = len(bench.blocks[0]["input_ids"])
-    measured: dict[tuple[int, int, int], tuple[float, float, int, int]] = {}
-    rows = []
+    measured: dict[tuple[int, int, int], tuple[float, float, float, int]] = {}
+    rows: list[dict[str, Any]] = []
     for job in start_jobs(grid, [group for stage in stages for group in stage]):
         group, members = job.group, len(job.group.values) * len(job.group.seeds)
         key = (group.width, group.tokens_per_step, members)
@@ -564,7 +559,7 @@ def rows_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _trial(bench: Bench, group: Group, members: int) -> tuple[float, float, int, int]:
+def _trial(bench: Bench, group: Group, members: int) -> tuple[float, float, float, int]:
     """Seconds per trained token and per evaluation, FLOPs per token, bytes of a trunk's state."""
     base = sections(bench.grid, group.width, group.tokens_per_step)
     settings = Settings.from_dict(base)
@@ -587,5 +582,5 @@ def _trial(bench: Bench, group: Group, members: int) -> tuple[float, float, int,
     ensemble.held_out_losses()
     per_eval = (time.perf_counter() - trained) / members
     per_token = (trained - started) / (TRIAL_STEPS * members * group.tokens_per_step)
-    state = 12 * ensemble.models[0].num_parameters() * members
+    state: int = 12 * ensemble.models[0].num_parameters() * members
     return per_token, per_eval, flops_per_token(ensemble.models[0].config, block), state

@@ -23,9 +23,10 @@ from hf_power import plots
 from hf_power.callbacks import RUN_FILE, RunRecord, TokenProgress
 from hf_power.checkpoint import checkpoints, newest_intact, problems
 from hf_power.files import write_json
+from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
-from hf_power.plan import describe_run, flops_per_token, warnings_for
+from hf_power.plan import describe_run, warnings_for
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens

