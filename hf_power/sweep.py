@@ -346,19 +346,22 @@ class Trunks:
         self.bench, self.group, self.extension, self.horizons = bench, job.group, job.extension, horizons
         self.members = [(value, seed) for value in values for seed in job.group.seeds]
         self.have = have
+        keys = [(member, horizon) for member in self.members for horizon in horizons]
+        self.settings = {(m, t): row_settings(bench.grid, job.group, *m, t) for m, t in keys}
+        self.ids = {key: row_id(settings, bench.data) for key, settings in self.settings.items()}
         # Named by all that makes it: another grid in this folder may have other learning rates of the same number.
-        trunk = row_id({"members": [self._id(member, max(horizons)) for member in self.members]}, bench.data)
+        trunk = row_id({"members": [self.ids[member, max(horizons)] for member in self.members]}, bench.data)
         self._state_path = bench.folder / f".trunk-{job.group.name}-{trunk}.pt"
         self._tokens = horizon_tokens(bench.grid, job.group, horizons)
         self._ensemble: Ensemble | None = None
-        self._seconds = 0.0
+        self._flops_per_token, self._seconds = 0.0, 0.0
 
     def run(self) -> None:
         """Train all horizons, ascending, and write their rows."""
         if not any(self._missing(horizon) for horizon in self.horizons):
             return
-        batch = self.group.tokens_per_step
-        settings = {(m, t): self._settings(m, t) for m in self.members for t in self.horizons}
+        batch, block = self.group.tokens_per_step, len(self.bench.blocks[0]["input_ids"])
+        settings = {key: Settings.from_dict(made) for key, made in self.settings.items()}
         factors = {
             t: np.array([rate_factors(settings[m, t], batch, t // batch) for m in self.members]) for t in self.horizons
         }
@@ -368,9 +371,10 @@ class Trunks:
             self.bench.tokenizer,
             self.bench.blocks,
             self.bench.held_out,
-            num_sequences=batch // len(self.bench.blocks[0]["input_ids"]),
+            num_sequences=batch // block,
             device=self.bench.device,
         )
+        self._flops_per_token = flops_per_token(ensemble.models[0].config, block)
         if self._state_path.exists():
             ensemble.load_state(torch.load(self._state_path, weights_only=True, map_location=self.bench.device))
             self.bench.tell(ensemble.position * batch * len(self.members), 0)
@@ -394,9 +398,6 @@ class Trunks:
                 ensemble.load_state(state)
         self._state_path.unlink(missing_ok=True)
 
-    def _settings(self, member: tuple[float, int], tokens: int) -> Settings:
-        return Settings.from_dict(row_settings(self.bench.grid, self.group, *member, tokens))
-
     def _train(self, factors: np.ndarray, stop: int) -> None:
         ensemble, tokens = self._ensemble, self.group.tokens_per_step * len(self.members)
         assert ensemble is not None
@@ -407,11 +408,8 @@ class Trunks:
                 ensemble.position += 1
             self.bench.tell(tokens, 0)
 
-    def _missing(self, horizon: int) -> list[tuple[float, int]]:
-        return [m for m in self.members if self._id(m, horizon) not in self.have]
-
-    def _id(self, member: tuple[float, int], horizon: int) -> str:
-        return row_id(row_settings(self.bench.grid, self.group, *member, horizon), self.bench.data)
+    def _missing(self, horizon: int) -> bool:
+        return any(self.ids[member, horizon] not in self.have for member in self.members)
 
     def write(self, horizon: int, status: str = "finished", reason: str | None = None) -> None:
         """Append the rows of a horizon that are not there; without an ensemble (an error) they have no losses."""
@@ -420,7 +418,7 @@ class Trunks:
             losses, trained = self._ensemble.held_out_losses(), self._ensemble.train_losses()
         rows = []
         for member, loss, train_loss in zip(self.members, losses, trained, strict=True):
-            if self._id(member, horizon) in self.have:
+            if self.ids[member, horizon] in self.have:
                 continue
             row = self._row(member, horizon) | {"status": status, "reason": reason, "loss": None, "train_loss": None}
             if status == "finished":
@@ -441,15 +439,15 @@ class Trunks:
     def _row(self, member: tuple[float, int], horizon: int) -> dict[str, Any]:
         """Everything of a row but its result."""
         bench, group, (value, seed) = self.bench, self.group, member
-        settings = row_settings(bench.grid, group, value, seed, horizon)
+        settings = self.settings[member, horizon]
         law = None if group.law is None else {**group.law, "a": value}
-        args = Settings.from_dict(settings).training
-        batch = group.tokens_per_step
+        parsed = Settings.from_dict(settings)
+        args, batch = parsed.training, group.tokens_per_step
         trunk = [group.schedule, group.width, batch, value, seed, group.law, self.extension]
         model: Any = self._ensemble.models[0] if self._ensemble is not None else None
         return {
             "schema": SCHEMA,
-            "id": self._id(member, horizon),
+            "id": self.ids[member, horizon],
             "model_type": settings["model"]["model_type"],
             "width": group.width,
             "parameters": model.num_parameters() if model is not None else 0,
@@ -468,11 +466,9 @@ class Trunks:
             "extension": self.extension,
             "trunk": hashlib.sha256(json.dumps(trunk).encode()).hexdigest()[:16],
             "trained_tokens": self._tokens[horizon],
-            "flops_per_token": flops_per_token(model.config, Settings.from_dict(settings).data.block_size)
-            if model is not None
-            else 0.0,
+            "flops_per_token": self._flops_per_token,
             "seconds": round(self._seconds / len(self.members), 3),
-            "block_size": Settings.from_dict(settings).data.block_size,
+            "block_size": parsed.data.block_size,
             "settings": settings,
             "data": bench.data,
             "versions": versions(),

@@ -375,7 +375,8 @@ def test_horizons_ask_for_themselves():
         {0.005: (1280, 2560, 5120), 0.08: (1280,)},
     ]
     best = {1280: math.log2(0.05), 2560: math.log2(0.05), 5120: math.log2(0.02)}
-    assert extensions(grid, optimum_at(best.get)) == [{0.08: (1280, 2560)}]
+    for tokens in ((1280, 2560, 5120), (5120, 2560, 1280)):
+        assert extensions(replace(grid, tokens=tokens), optimum_at(best.get)) == [{0.08: (1280, 2560)}]
 
 
 def test_diverged_run_is_an_upper_edge():

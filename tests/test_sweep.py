@@ -132,8 +132,7 @@ def every_schedule(value=0.01):
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [pytest.param(n, marks=() if n in ("power", "warmup_stable_decay") else pytest.mark.slow) for n in SCHEDULES],
+    "schedule", ["warmup_stable_decay", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES[1:])]
 )
 def test_row_is_a_pretraining_run(make_grid, tmp_path, monkeypatch, schedule):
     """Every row of a sweep, branches of trunks among them, has the held-out loss of the Trainer's run from scratch."""
@@ -296,13 +295,13 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("schedule", ["warmup_stable_decay", "cosine"])
+@pytest.mark.parametrize("schedule", ["warmup_stable_decay", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_stopped_at_any_step_it_ends_the_same(make_grid, tmp_path, monkeypatch, schedule):
-    """Stopped at every third step of a group in turn; the rows are bit for bit those of a sweep that was not."""
+    """Stopped after 3, 5, 7 ... steps in turn; the rows are bit for bit those of a sweep that was not."""
     grid = make_grid(schedules={schedule: (0.01, 0.02)}, tokens=(512, 768, 1024))
     whole = by_id(run_sweep(grid, tmp_path / "whole", workers=1))
     step = Ensemble.step
-    left = [3]
+    left = [0]
 
     def stopping(self, factors):
         if not left[0]:
@@ -313,14 +312,14 @@ def test_stopped_at_any_step_it_ends_the_same(make_grid, tmp_path, monkeypatch, 
     monkeypatch.setattr(Ensemble, "step", stopping)
     stops = 0
     while True:
-        left[0] = 3 + stops
+        left[0] = 3 + 2 * stops
         try:
             rows = run_sweep(grid, tmp_path / "stopped", workers=1)
         except Killed:
             stops += 1
             continue
         break
-    assert stops >= 5
+    assert stops >= 4
     assert by_id(rows) == whole
 
 
@@ -562,6 +561,13 @@ def alive(group):
     return found
 
 
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
 def signs(folder):
     """What changes while a sweep works: rows and the state of trunks."""
     files = [*folder.glob("sweep.jsonl"), *folder.glob(".trunk*.pt")]
@@ -579,16 +585,13 @@ def test_killed_at_ten_points_it_ends_the_same(make_grid, tmp_path):
     generator = random.Random(0)
     for kill in range(10):
         before, process = signs(folder), start(path, folder)
-        while kill % 5 and process.poll() is None and signs(folder) == before:
-            time.sleep(0.02)  # until this start has done some work; two of the ten may be killed before
+        if kill % 5:  # two of the ten may be killed before this start has done any work
+            wait_until(lambda before=before: signs(folder) != before)
         time.sleep(generator.uniform(0, 2 if kill % 5 else 8))
         assert process.poll() is None
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 60  # a worker that was just starting has its imports to finish
-        while alive(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not alive(process.pid)
+        wait_until(lambda process=process: not alive(process.pid))  # one that was just starting imports to the end
     assert 0 < len(rows_in(folder)) < 36
     assert start(path, folder).wait() == 0
     whole = run_sweep(grid, tmp_path / "whole", workers=1)
@@ -604,7 +607,10 @@ def test_processes_of_accelerate_share_a_folder(make_grid, tmp_path, workers):
     path, folder = as_yaml(grid, tmp_path / "sweep.yaml"), tmp_path / "two"
     launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
     process = start(path, folder, workers, launcher, ACCELERATE_USE_CPU="true")
-    assert process.wait(timeout=300) == 0, folder.with_suffix(".log").read_text()[-3000:]
+    try:
+        assert process.wait(timeout=300) == 0, folder.with_suffix(".log").read_text()[-3000:]
+    finally:
+        process.terminate()  # the launcher ends its processes
     assert {p.name for p in folder.glob(".lock-*")} == {".lock-0", ".lock-1"}
     rows = rows_in(folder)
     assert by_id(rows) == by_id(run_sweep(grid, tmp_path / "one", workers=1))
