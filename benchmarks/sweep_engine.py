@@ -68,7 +68,7 @@ def engine_speed(width, tokens_per_step, members, steps, batched, device):
     from hf_power.ensemble import Ensemble
     from hf_power.grid import Grid
     from hf_power.settings import Settings
-    from hf_power.sweep import prepare
+    from hf_power.trunks import prepare
 
     global _bench
     if _bench is None:

@@ -118,8 +118,10 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what it will cost, after a short measurement")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one per core")
     options = parser.parse_args(argv)
+    from hf_power.cost import estimate, estimate_text
     from hf_power.grid import load_grid
-    from hf_power.sweep import ROWS_FILE, estimate, estimate_text, rows_text, run_sweep
+    from hf_power.sweep import rows_text, run_sweep
+    from hf_power.trunks import ROWS_FILE
 
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {options.workers}.")

@@ -209,6 +209,8 @@ def _check(grid: Grid, source: str) -> None:
     base = Settings.from_dict(grid.sections)
     if not base.mup.mup:
         raise ValueError(f"{source}: a sweep needs muP (mup: true): without it nothing carries over widths.")
+    if base.run.recipe is not None:
+        raise ValueError(f"{source}: a sweep makes a recipe and takes none, got {base.run.recipe!r}: remove run.recipe.")
     block = base.data.block_size
     if base.data.streaming:
         raise ValueError(f"{source}: a sweep reads its data many times over: set streaming to false.")
@@ -225,6 +227,11 @@ def _check(grid: Grid, source: str) -> None:
         sections(grid, width, grid.tokens_per_step[0])
     if "power" in grid.schedules and grid.law is None and "warmup_stable_decay" not in grid.schedules:
         raise ValueError(f"{source}: power needs a law: give sweep.law, or sweep warmup_stable_decay to fit it on.")
+    if "power" in grid.schedules and grid.law is None and min(len(grid.tokens), len(grid.tokens_per_step)) < 2:
+        raise ValueError(
+            f"{source}: power's law is fitted on two horizons and two batches or more, got {len(grid.tokens)} and "
+            f"{len(grid.tokens_per_step)}: add some, or give sweep.law."
+        )
 
 
 def few_digits(value: float) -> float:

@@ -11,7 +11,7 @@ from hf_power import power_lr, train
 from hf_power.ensemble import Ensemble, rate_factors
 from hf_power.grid import SCHEDULES, Grid, branch_tokens, row_settings
 from hf_power.settings import Settings
-from hf_power.sweep import prepare
+from hf_power.trunks import prepare
 
 BATCH = 128  # 4 blocks of 32 tokens
 HORIZON = 12 * BATCH

@@ -121,6 +121,10 @@ def test_example_of_the_house_is_a_grid():
         ({"law": LAW | {"b": 0.0}}, ("sweep.law.b must be a number between -10 and -1e-06", "got 0.0")),
         ({"law": LAW | {"a": 0}}, ("sweep.law.a must be a number between 1e-12", "got 0")),
         ({"schedules": {"power": [1.0]}}, ("power needs a law", "sweep.law")),
+        (
+            {"schedules": {"warmup_stable_decay": [0.01], "power": [1.0]}, "tokens_per_step": [128]},
+            ("power's law is fitted on two horizons and two batches or more", "and 1"),
+        ),
         ({"widths": [17]}, ("17",)),
     ],
 )
@@ -180,6 +184,7 @@ def test_missing_file(tmp_path):
     ("section", "key", "value", "parts"),
     [
         ("mup", "mup", False, ("a sweep needs muP", "mup: true")),
+        ("run", "recipe", "r.json", ("makes a recipe and takes none, got 'r.json'", "remove run.recipe")),
         ("data", "streaming", True, ("reads its data many times over", "set streaming to false")),
         ("model", "model_type", "gpt2", ("gpt2", "use llama or mixtral")),
     ],

@@ -15,13 +15,14 @@ import torch
 import yaml
 from sentences import says
 
-from hf_power import sweep, train
+from hf_power import sweep, train, trunks
+from hf_power.cost import estimate, estimate_text
 from hf_power.ensemble import Ensemble
 from hf_power.fit import fit_law
 from hf_power.grid import SCHEDULES, Grid, few_digits, job_tokens
 from hf_power.rows import read_rows
 from hf_power.settings import Settings
-from hf_power.sweep import estimate, estimate_text, rows_text, run_sweep
+from hf_power.sweep import rows_text, run_sweep
 
 LAW = {"a": 2.0, "b": -0.5, "batch_exponent": 1.0}
 NOT_OF_THE_ROW = {"seconds"}  # depends on the machine's load
@@ -264,7 +265,7 @@ def test_group_that_cannot_begin_fails_too(make_grid, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("no such shape")
 
-    monkeypatch.setattr(sweep, "Ensemble", refuse)
+    monkeypatch.setattr(trunks, "Ensemble", refuse)
     rows = run_sweep(make_grid(), tmp_path, workers=1)
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", "ValueError: no such shape")] * 4
 
@@ -424,7 +425,7 @@ def test_budget_that_is_too_small_is_refused_before_training(make_grid, tmp_path
 
 
 def test_budget_holds_for_the_whole_sweep(make_grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "Ensemble", PaperEnsemble)
+    monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
     schedules = {"warmup_stable_decay": (1e-4, 2e-4), "linear": (1e-4, 2e-4)}
     grid = make_grid(schedules=schedules, max_extensions=20)
     free = sum(row["trained_tokens"] for row in run_sweep(grid, tmp_path / "free", workers=1))
@@ -472,7 +473,7 @@ def law_grid(make_grid, **changes):
 
 def test_power_runs_under_the_law_of_the_sweep(make_grid, tmp_path, monkeypatch):
     """Losses that follow the paper's law exactly: power's rows have it, times the scales."""
-    monkeypatch.setattr(sweep, "Ensemble", PaperEnsemble)
+    monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
     grid = law_grid(make_grid)
     rows = run_sweep(grid, tmp_path, workers=1)
     powers = [row for row in rows if row["schedule"] == "power"]
@@ -494,7 +495,7 @@ def test_power_runs_under_the_law_of_the_sweep(make_grid, tmp_path, monkeypatch)
 
 def test_power_is_extended_to_its_own_optimum(make_grid, tmp_path, monkeypatch):
     """Power's optimum lies 2.5 octaves above the law: the sweep goes there, the fit finds it."""
-    monkeypatch.setattr(sweep, "Ensemble", PaperEnsemble)
+    monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
     monkeypatch.setattr(PaperEnsemble, "offset", 2.5)
     rows = run_sweep(law_grid(make_grid), tmp_path, workers=1)
     assert max(row["extension"] for row in rows if row["schedule"] == "power") == 2
@@ -503,7 +504,7 @@ def test_power_is_extended_to_its_own_optimum(make_grid, tmp_path, monkeypatch):
 
 
 def test_power_without_enough_rows_says_so(make_grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "Ensemble", PaperEnsemble)
+    monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
     grid = law_grid(make_grid)
     with pytest.raises(ValueError) as caught:
         run_sweep(replace(grid, tokens_per_step=(64,)), tmp_path, workers=1)
