@@ -191,7 +191,7 @@ def test_missing_file(tmp_path):
 )
 def test_sections_that_a_sweep_cannot_have(tmp_path, section, key, value, parts):
     content = copy.deepcopy(CONTENT)
-    content[section][key] = value
+    content.setdefault(section, {})[key] = value
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(ValueError) as caught:

@@ -65,8 +65,7 @@ def read(path):
 
 
 def held_out(rows, tuned):
-    """Cell -> method -> losses by seed; oracle ladders under ("ladder", schedule) as value -> losses by seed."""
-    law = {name: tuned["power"][name] for name in ("b", "batch_exponent")}
+    """Cell -> {"methods": method -> losses by seed, "ladders": schedule -> value -> losses by seed}."""
     cells = defaultdict(lambda: {"methods": {}, "ladders": defaultdict(dict)})
     for row in rows:
         if not row["part"].startswith(("held out", "paper")):
@@ -76,18 +75,19 @@ def held_out(rows, tuned):
         if row["part"] == "paper":
             cell["methods"].setdefault("power paper", {})[row["seed"]] = loss
             continue
-        value = row["law"]["a"] if row["law"] else row["learning_rate"]
-        assert row["law"] is None or {k: row["law"][k] for k in law} == law
-        cell["ladders"][row["schedule"]].setdefault(value, {})[row["seed"]] = loss
+        value, schedule = (row["a"], f"power cap {row['max_lr']:g}") if row["law"] else (row["learning_rate"], None)
+        cell["ladders"][schedule or row["schedule"]].setdefault(value, {})[row["seed"]] = loss
     for (_, batch, horizon), cell in cells.items():
-        for schedule, ladder in cell["ladders"].items():
+        ladders = cell["ladders"]
+        for which, name in (("power_by_fit", "power, cap by fit"), ("power", "power fitted")):
+            ladder = ladders.get(f"power cap {tuned[which]['max_lr']:g}")
+            if ladder:
+                cell["methods"][name] = ladder[tuned[which]["a"]]
+        for schedule in set(ladders) & set(tuned["laws"]):
             name = SHORT.get(schedule, schedule)
-            if schedule == "power":
-                cell["methods"]["power fitted"] = ladder[tuned["power"]["a"]]
-                continue
             center = few_digits(law_lr(tuned["laws"][schedule], tokens=horizon, tokens_per_step=batch))
-            cell["methods"][f"{name} law"] = ladder[center]
-            cell["methods"][f"{name} fixed"] = ladder[tuned["fixed"][schedule]]
+            cell["methods"][f"{name} law"] = ladders[schedule][center]
+            cell["methods"][f"{name} fixed"] = ladders[schedule][tuned["fixed"][schedule]]
     return dict(sorted(cells.items()))
 
 
@@ -195,6 +195,8 @@ def compute(rows, tuned):
             flops[f"proxies of {SHORT.get(row['schedule'], row['schedule'])}"] += cost
         elif row["part"].startswith("fit cap"):
             flops["proxies of power, all caps"] += cost
+        elif row["part"].startswith("validation"):
+            flops["validation of power's caps"] += cost
         elif row["part"].startswith("held out"):
             flops[f"oracle of {SHORT.get(row['schedule'], row['schedule'])}"] += cost
     return dict(flops)

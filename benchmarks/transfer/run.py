@@ -9,6 +9,7 @@ figures and the page's numbers from them alone.
 
 import argparse
 import csv
+import math
 from pathlib import Path
 
 from hf_power.files import replaced, write_json
@@ -35,8 +36,9 @@ SIZES = {
         "eval_tokens": "64k",
         "batches": (128, 256, 512),
         "horizons": (64 * K, 128 * K, 256 * K),
+        "validation": (1024, (256 * K, 512 * K)),  # a batch, and horizons, twice beyond the fit
         "warmup_tokens": 8 * K,
-        "caps": (0.05, 0.2),
+        "caps": (0.03, 0.05, 0.1, 0.2),
         # width, batch, horizon, rivals; 4x beyond the fit in the horizon, the batch, the width, two and all of them
         "held_out": (
             (32, 512, 1024 * K, RIVALS),
@@ -54,8 +56,9 @@ SIZES = {
         "eval_tokens": "256k",
         "batches": (2 * K, 4 * K, 8 * K),
         "horizons": (1024 * K, 2048 * K, 4096 * K),
+        "validation": (16 * K, (4096 * K, 8192 * K)),
         "warmup_tokens": 128 * K,
-        "caps": (0.05, 0.2),
+        "caps": (0.03, 0.05, 0.1, 0.2),
         "held_out": (
             (128, 8 * K, 16384 * K, RIVALS),
             (128, 32 * K, 4096 * K, RIVALS),
@@ -90,10 +93,18 @@ def main():
     for cap in size["caps"]:
         capped = grid(size, {"power": START["power"]}, law=law, max_lr=cap)
         by_cap[cap] = run_sweep(capped, folder / f"fit-power-cap{cap:g}")
-    tuned = tune(fit_rows, by_cap, law)
+    scales = {cap: few_digits(fit_law([*fit_rows, *each]).power["a"]) for cap, each in by_cap.items()}
+    validation = {}
+    batch, horizons = size["validation"]
+    for cap in size["caps"]:
+        cell = grid(size, {"power": (1.0,)}, law=law, max_lr=cap, max_extensions=0)
+        group = Group("power", size["model"]["hidden_size"], batch, horizons, FIT_SEEDS, (scales[cap],), law)
+        validation[cap] = run_sweep(cell, folder / f"validation-cap{cap:g}", groups=[group])
+    tuned = tune(fit_rows, by_cap, scales, validation, law)
     write_json(results / "tuned.json", tuned | {"versions": versions(), "command": f"run.py {options.size}"})
 
     rows = {"fit": fit_rows} | {f"fit cap {cap:g}": each for cap, each in by_cap.items()}
+    rows |= {f"validation cap {cap:g}": each for cap, each in validation.items()}
     for what, each, groups in held_out_groups(size, tuned):
         rows[what] = run_sweep(each, folder / what.replace(" ", "-"), groups=groups)
     write_rows(rows, results / "rows.csv")
@@ -115,23 +126,26 @@ def grid(size, schedules, **numbers):
     )
 
 
-def tune(fit_rows, by_cap, law):
-    """Everything that is chosen on the proxies: laws, one fixed rate per rival, and Power's scale and cap."""
-    fixed = {name: one_rate(fit_rows, name) for name in RIVALS}
-    laws = {name: fit_law(fit_rows, schedule=name).law for name in RIVALS}
+def tune(fit_rows, by_cap, scales, validation, law):
+    """Everything that is chosen on cells that are not held out: laws, one rate per rival, Power's scale and cap.
+
+    The cap is chosen twice: by the best losses of the fit's own cells, and by the losses at the validation batch.
+    """
     loss_of_cap = {}
     for cap, rows in by_cap.items():
         cells = [cell for cell in fit_cells(rows) if cell.used]
         loss_of_cap[cap] = sum(cell.min_loss for cell in cells) / len(cells)
-    cap = min(loss_of_cap, key=loss_of_cap.get)
-    power = fit_law([*fit_rows, *by_cap[cap]]).power
+    beyond = {cap: sum(row["loss"] or math.inf for row in rows) / len(rows) for cap, rows in validation.items()}
+    chosen = {"power": min(beyond, key=beyond.get), "power_by_fit": min(loss_of_cap, key=loss_of_cap.get)}
+    powers = {cap: fit_law([*fit_rows, *rows]).power for cap, rows in by_cap.items()}
     return {
         "law": law,
-        "laws": laws,
-        "fixed": fixed,
-        "power": {**law, "a": few_digits(power["a"]), "max_lr": cap},
-        "power_fit": {k: v for k, v in power.items() if k != "cells"},
-        "mean_best_loss_by_cap": {f"{cap:g}": loss for cap, loss in loss_of_cap.items()},
+        "laws": {name: fit_law(fit_rows, schedule=name).law for name in RIVALS},
+        "fixed": {name: one_rate(fit_rows, name) for name in RIVALS},
+        **{name: {**law, "a": scales[cap], "max_lr": cap} for name, cap in chosen.items()},
+        "power_fits": {f"{cap:g}": {k: v for k, v in p.items() if k != "cells"} for cap, p in powers.items()},
+        "fit_loss_by_cap": {f"{cap:g}": loss for cap, loss in loss_of_cap.items()},
+        "validation_loss_by_cap": {f"{cap:g}": loss for cap, loss in beyond.items()},
     }
 
 
@@ -145,22 +159,26 @@ def one_rate(rows, schedule):
 
 def held_out_groups(size, tuned):
     """(name, grid, groups): at each held-out cell a ladder around the law's rate, the fixed rate, and Power's scales."""
-    power, law = tuned["power"], {k: tuned["power"][k] for k in ("a", "b", "batch_exponent")}
-    everything = [(width, batch, horizon, rivals) for width, batch, horizon, rivals in size["held_out"]]
-    rivals_groups, power_groups, paper_groups = [], [], []
-    for width, batch, horizon, rivals in everything:
+    base = {"seeds": HELD_OUT_SEEDS, "max_extensions": 1}
+    rivals, powers, paper = [], {"power": [], "power_by_fit": []}, []
+    law = tuned["law"]
+    for width, batch, horizon, names in size["held_out"]:
         cell = (width, batch, (horizon,), HELD_OUT_SEEDS)
-        for name in rivals:
+        for name in names:
             center = law_lr(tuned["laws"][name], tokens=horizon, tokens_per_step=batch)
             values = {few_digits(center * factor) for factor in LADDER} | {tuned["fixed"][name]}
-            rivals_groups.append(Group(name, *cell, tuple(sorted(values))))
-        scales = tuple(few_digits(factor * power["a"]) for factor in LADDER)
-        power_groups.append(Group("power", *cell, scales, law))
-        paper_groups.append(Group("power", *cell, (PAPER["a"],), PAPER))
-    base = {"seeds": HELD_OUT_SEEDS, "max_extensions": 1}
-    yield "held out", grid(size, START, **base), rivals_groups
-    yield "held out power", grid(size, START, **base, law=law, max_lr=power["max_lr"]), power_groups
-    yield "paper", grid(size, START, **base | {"max_extensions": 0}, law=PAPER, max_lr=PAPER_CAP), paper_groups
+            rivals.append(Group(name, *cell, tuple(sorted(values))))
+        for which, groups in powers.items():
+            ladder = LADDER if which == "power" else (1.0,)
+            scales = tuple(few_digits(factor * tuned[which]["a"]) for factor in ladder)
+            groups.append(Group("power", *cell, scales, law))
+        paper.append(Group("power", *cell, (PAPER["a"],), PAPER))
+    yield "held out", grid(size, START, **base), rivals
+    for which, groups in powers.items():
+        cap, extensions = tuned[which]["max_lr"], int(which == "power")
+        each = grid(size, START, **base | {"max_extensions": extensions}, law=law, max_lr=cap)
+        yield f"held out power cap {cap:g}", each, groups
+    yield "paper", grid(size, START, **base | {"max_extensions": 0}, law=PAPER, max_lr=PAPER_CAP), paper
 
 
 def write_rows(rows, path):
