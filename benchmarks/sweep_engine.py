@@ -28,7 +28,6 @@ WAYS = (
     "batched",
     "one by one, processes",
     "batched, processes",
-    "engine",
 )
 
 

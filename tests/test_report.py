@@ -51,8 +51,8 @@ def row(batch, tokens, lr, seed, schedule="warmup_stable_decay", law=None):
     }
 
 
-@pytest.fixture
-def sweep(tmp_path):
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
     """A sweep's folder with the law 3 * beta**.7 * T**-.4, and Power's scale 1.5."""
     rows = []
     for batch in (256, 512, 1024):
@@ -63,8 +63,7 @@ def sweep(tmp_path):
                 for k in (-1.6, -0.6, 0.4, 1.4):
                     law = {"a": 1.5 * 2.0**k, "b": -0.4, "batch_exponent": 0.7}
                     rows.append(row(batch, tokens, best / 2 * 2.0**k, seed, "power", law))
-    folder = tmp_path / "sweep"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("sweep")
     append_rows(folder / "sweep.jsonl", rows)
     return folder
 
@@ -141,8 +140,7 @@ def test_exponent_and_critical_batch_from_the_command_line(sweep, tmp_path):
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(verb, argv, parts, sweep, capsys):
-    run_verb("fit", [str(sweep)])
-    capsys.readouterr()
+    Recipe().save(sweep / "recipe.json")
     assert run_verb(verb, [str(sweep) if a == "SWEEP" else a for a in argv]) == 2
     error = SimpleNamespace(value=capsys.readouterr().err.strip().split(": ", 1)[1])
     says(error, *parts)
