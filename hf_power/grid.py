@@ -7,12 +7,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hf_power.mup import scale_width
 from hf_power.schedule import power_law
-from hf_power.settings import SECTIONS, Settings, flatten, parse_tokens, unknown_key
+from hf_power.settings import SECTIONS, Settings, flatten, parse_tokens, read_yaml, unknown_key
 
 SCHEDULES = ("warmup_stable_decay", "power", "cosine", "linear", "inverse_sqrt")
 LAW = ("a", "b", "batch_exponent")
@@ -108,14 +107,7 @@ def load_grid(path: str) -> Grid:
         FileNotFoundError: no such file.
         ValueError: an unknown or missing key, an empty or doubled axis, or a value out of its range.
     """
-    import yaml
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no grid at {path}: pass scripts/recipes/sweep.yaml or your own.")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("sweep"), dict):
         raise ValueError(f"{path} lacks the section sweep: a grid has it beside {', '.join(SECTIONS)}.")
     flatten({name: values for name, values in content.items() if name != "sweep"}, path)
@@ -210,7 +202,9 @@ def _check(grid: Grid, source: str) -> None:
     if not base.mup.mup:
         raise ValueError(f"{source}: a sweep needs muP (mup: true): without it nothing carries over widths.")
     if base.run.recipe is not None:
-        raise ValueError(f"{source}: a sweep makes a recipe and takes none, got {base.run.recipe!r}: remove run.recipe.")
+        raise ValueError(
+            f"{source}: a sweep makes a recipe and takes none, got {base.run.recipe!r}: remove run.recipe."
+        )
     block = base.data.block_size
     if base.data.streaming:
         raise ValueError(f"{source}: a sweep reads its data many times over: set streaming to false.")

@@ -260,8 +260,10 @@ def _proxies_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the runs of the sweep were made with, as far as their rows tell."""
     first = rows[0]
     found: dict[str, Any] = {
-        name: first[name] for name in ("model_type", "weight_decay", "warmup_tokens", "decay_shape") if name in first
+        name: first[name] for name in ("model_type", "weight_decay", "decay_shape") if name in first
     }
+    if "warmup_tokens" in first:  # whole steps: the smallest batch comes nearest to what was asked for
+        found["warmup_tokens"] = max(row["warmup_tokens"] for row in rows)
     found["tokenizer"] = first.get("data", {}).get("tokenizer")
     if "settings" in first:
         mup = {k: v for k, v in first["settings"].get("mup", {}).items() if v is not None and k in (*MUP, "preset")}

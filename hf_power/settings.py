@@ -218,15 +218,25 @@ def load_yaml(path: str) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not YAML, an unknown section or key (with the nearest name), or a value of the wrong type.
     """
+    sections = read_yaml(path)
+    return flatten(sections if sections is not None else {}, path)
+
+
+def read_yaml(path: str) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML.
+    """
     import yaml
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no settings file at {path}: pass one of scripts/recipes or your own.")
     try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    return flatten(sections if sections is not None else {}, path)
 
 
 def flatten(sections: Any, source: str) -> dict[str, Any]:

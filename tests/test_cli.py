@@ -54,3 +54,39 @@ def test_coord_check(tmp_path, capsys):
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
     assert code == (0 if "passed: worst slope" in out else 1)
     assert "| logits" in out
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_says_how_it_is_used(verb, capsys):
+    try:
+        assert cli.main([verb, "--help"]) == 0
+    except SystemExit as end:
+        assert end.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_the_cost_and_trains_nothing(sections, tmp_path, capsys):
+    import yaml
+
+    made = sections(tmp_path / "unused")
+    made["training"] = {"weight_decay": 0.1}
+    made["sweep"] = {"widths": [32], "tokens_per_step": [128], "tokens": [1280, 2560]}
+    made["sweep"]["schedules"] = {"warmup_stable_decay": [0.01, 0.02]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(made))
+    assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "s"), "--dry-run"]) == 0
+    # Two trunks of 2,560 tokens, each with a branch at 1,280 * .9 = 1,152 for the shorter horizon: 2 * (2,560 + 128).
+    assert "4 runs, 5,376 tokens (shared trunks save 30% of 7,680)" in capsys.readouterr().out
+    assert not (tmp_path / "s" / "sweep.jsonl").exists()
+    assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "s"), "--workers", "0"]) == 2
+
+
+def test_the_example_of_a_target_is_one_for_the_example_of_a_sweep():
+    from pathlib import Path
+
+    from hf_power.grid import load_grid
+
+    recipes = Path(__file__).parent.parent / "scripts" / "recipes"
+    grid, target = load_grid(str(recipes / "sweep.yaml")), cli.parse_settings([str(recipes / "target.yaml")])
+    assert {k: getattr(target.data, k) for k in grid.sections["data"]} == grid.sections["data"]
+    assert target.model.hidden_size // target.model.num_attention_heads == 16  # the proxies' head size
+    assert grid.sections["model"]["hidden_size"] // grid.sections["model"]["num_attention_heads"] == 16

@@ -175,7 +175,7 @@ def test_unknown_name_gets_the_nearest_one(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_grid(str(tmp_path / "none.yaml"))
-    says(caught, "there is no grid at", "none.yaml")
+    says(caught, "there is no settings file at", "none.yaml")
     with pytest.raises(FileNotFoundError):
         load_grid(str(tmp_path))
 
