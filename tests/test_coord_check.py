@@ -11,6 +11,8 @@ from transformers import LlamaConfig, MixtralConfig
 from hf_power.coord_check import MAX_SLOPE, CoordCheck, coord_check
 from hf_power.mup import mup_init_, mup_param_groups
 
+pytestmark = pytest.mark.slow  # together
+
 
 def llama(**changes: Any) -> LlamaConfig:
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}

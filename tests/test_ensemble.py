@@ -105,6 +105,7 @@ def pretrained(row, folder):
         *(pytest.param(name, "warmup_stable_decay", marks=pytest.mark.slow) for name in ("untied", "GQA")),
     ],
 )
+@pytest.mark.slow
 def test_every_step_is_that_of_pretraining(bench, make_grid, tmp_path, monkeypatch, family, schedule):
     """Two members that differ in rate and seed: the losses of every step, the weights and the held-out loss."""
     monkeypatch.setattr("hf_power.plots.plot_lr_and_loss", lambda run, path: None)  # half of a small run's time

@@ -13,6 +13,8 @@ from hf_power.fit_plots import plot_cells, plot_law, plot_map, plot_plan, plot_t
 from hf_power.plan import make_plan
 from hf_power.recipe import Recipe
 
+pytestmark = pytest.mark.slow  # together
+
 matplotlib = pytest.importorskip("matplotlib")
 
 BEST = 2.0**-7

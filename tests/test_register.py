@@ -245,6 +245,7 @@ except ImportError:
 """
 
 
+@pytest.mark.slow
 def test_training_args_bin_loads_where_hf_power_is_not_installed(tmp_path):
     torch.save(from_constructor(tmp_path), tmp_path / "training_args.bin")
     out = python(WITHOUT_HF_POWER, tmp_path / "training_args.bin", cwd=tmp_path)

@@ -135,6 +135,7 @@ def every_schedule(value=0.01):
 @pytest.mark.parametrize(
     "schedule", ["warmup_stable_decay", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES[1:])]
 )
+@pytest.mark.slow
 def test_row_is_a_pretraining_run(make_grid, tmp_path, monkeypatch, schedule):
     """Every row of a sweep, branches of trunks among them, has the held-out loss of the Trainer's run from scratch."""
     monkeypatch.setattr("hf_power.plots.plot_lr_and_loss", lambda run, path: None)
@@ -434,6 +435,7 @@ def test_budget_holds_for_the_whole_sweep(make_grid, tmp_path, monkeypatch):
         assert budget / 3 < sum(row["trained_tokens"] for row in rows) <= budget
 
 
+@pytest.mark.slow
 def test_estimate_is_what_the_sweep_then_has(make_grid, tmp_path, count_tokens):
     schedules = {name: every_schedule()[name] for name in ("warmup_stable_decay", "power", "cosine")}
     grid = make_grid(tokens_per_step=(64, 128), seeds=(0, 1), schedules=schedules, law=LAW)

@@ -85,6 +85,7 @@ def test_held_out_loss_is_that_of_the_saved_model(trunk, sections):
     assert run["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_model_loads_without_hf_power(trunk, tmp_path):
     folder, _ = trunk
     code = f"""
