@@ -1,4 +1,4 @@
-# Everything starts from a machine with Python 3.10+ and nothing else.
+# Everything starts from a machine with Python 3.11+ and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1

@@ -13,8 +13,7 @@ from hf_power.plan import make_plan, plan_text
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.rows import read_csv, read_rows
 from hf_power.settings import Settings, load_yaml, parse_tokens
-
-ROWS_FILE = "sweep.jsonl"
+from hf_power.trunks import ROWS_FILE
 
 
 def fit_sweep(
