@@ -124,6 +124,15 @@ def fit_cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
     return cells
 
 
+def rates_near(rates: Sequence[float], lowest: int) -> list[float]:
+    """The rates that a parabola is fitted to: within WINDOW_OCTAVES of number `lowest`, and its neighbours."""
+    return [
+        rate
+        for i, rate in enumerate(rates)
+        if abs(i - lowest) <= 1 or abs(math.log2(rate) - math.log2(rates[lowest])) <= WINDOW_OCTAVES + 1e-6
+    ]
+
+
 @dataclass(frozen=True)
 class _Parabola:
     """A cell before its noise is known, in z = log2(lr) - log2(lowest lr): loss = p0 + p1 z + p2 z**2."""
@@ -159,11 +168,7 @@ class _Parabola:
     @classmethod
     def _fit(cls, cell: Cell, runs: Mapping[float, Any], lowest: int, sides: tuple[float, float]) -> "_Parabola":
         center = math.log2(cell.learning_rates[lowest])
-        near = [
-            lr
-            for i, lr in enumerate(cell.learning_rates)
-            if abs(i - lowest) <= 1 or abs(math.log2(lr) - center) <= WINDOW_OCTAVES + 1e-6
-        ]
+        near = rates_near(cell.learning_rates, lowest)
         inside = [run for lr in near for run in runs[lr]]
         if len(near) < 3:
             return cls(replace(cell, reason=f"only {len(near)} learning rates finished near the lowest loss"))

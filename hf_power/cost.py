@@ -32,7 +32,6 @@ def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = N
     threads = torch.get_num_threads()
     if bench.device.type == "cpu":
         torch.set_num_threads(1)
-    block = len(bench.blocks[0]["input_ids"])
     measured: dict[tuple[int, int, int], tuple[float, float, float, int]] = {}
     rows: list[dict[str, Any]] = []
     for job in start_jobs(grid, [group for stage in stages for group in stage]):
@@ -56,7 +55,6 @@ def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = N
         "seconds": max(busiest, sum(row["seconds"] for row in rows) / workers),
         "bytes": sum(row["runs"] for row in rows) * 3000 + workers * max(row["state"] for row in rows),
         "workers": workers,
-        "block_size": block,
     }
 
 

@@ -158,6 +158,37 @@ def pack(dataset: Any, tokenizer: PreTrainedTokenizerBase, *, block_size: int, n
     return blocks.with_format("numpy")
 
 
+def pack_both(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, train: Any, held_out: Any, max_eval_tokens: int
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Training blocks, held-out blocks spread over their data, and what a record says of both.
+
+    Args:
+        args: see `DataArguments`.
+        tokenizer: a fast tokenizer with an eos token.
+        train: documents, see `pack`.
+        held_out: documents, see `pack`.
+        max_eval_tokens: held-out tokens to keep, at least one block.
+
+    Returns:
+        Blocks, held-out blocks, {"dataset", "fingerprint", "tokenizer", "held_out_tokens"}.
+    """
+    block = args.block_size
+    blocks = pack(train, tokenizer, block_size=block, num_proc=args.num_proc)
+    scored = pack(held_out, tokenizer, block_size=block, num_proc=args.num_proc)
+    scored = spread_blocks(scored, max(1, max_eval_tokens // block))
+    return (
+        blocks,
+        scored,
+        {
+            "dataset": args.dataset,
+            "fingerprint": fingerprint(blocks),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "held_out_tokens": len(scored) * block,
+        },
+    )
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short id of how a fast tokenizer cuts text: 16 hexadecimal digits of the SHA-256 of its tokenizer.json.
 

@@ -13,7 +13,7 @@ from hf_power.cells import Cell, fit_cells, regret
 from hf_power.fit_text import MAX_SD_OCTAVES, PAPER, fit_table
 from hf_power.law import Law, Optima, draw_optima, interval, least_squares, slopes, solve_law, supported_caps, widening
 from hf_power.rows import check_one_source
-from hf_power.schedule import TOKENS_PER_BETA, power_law
+from hf_power.schedule import LAW, TOKENS_PER_BETA, power_law
 
 SCHEMA = 1
 MAX_EXTRAPOLATION_OCTAVES = 4.0
@@ -278,9 +278,7 @@ def _against_law(cell: Cell, law: Numbers) -> Cell:
 
 def law_lr(law: Mapping[str, Any], *, tokens: float, tokens_per_step: float) -> float:
     """The rate of a fitted law: ``a * min(beta, beta_crit)**c * T**b``, of `Fit.law` or fit.json's "law"."""
-    batch = min(tokens_per_step, law["critical_batch_tokens"] or math.inf)
-    numbers = {name: law[name] for name in ("a", "b", "batch_exponent")}
-    return power_law(tokens, tokens_per_step=batch, **numbers)
+    return power_law(tokens, tokens_per_step=tokens_per_step, **{name: law[name] for name in LAW})
 
 
 def _map(cells: Sequence[Cell], law: Law) -> Numbers:
@@ -343,8 +341,9 @@ def fit_power(
 ) -> tuple[Numbers | None, str | None]:
     """Power's own scale: the mean of ``optimum / (min(beta, beta_crit)**c * T**b)`` over the cells of schedule "power".
 
-    b, c and beta_crit are held at the law's, and the interval is that of a given them. The drifts are the exponents of T and of beta in what is left over, with
-    95 % intervals: 0 if Power's optimum needs no knowledge of horizon and batch; None where the cells cannot tell.
+    b, c and beta_crit are held at the law's, and the interval is that of a given them. The drifts are the exponents of T
+    and of beta in what is left over, with 95 % intervals: 0 if Power's optimum needs no knowledge of horizon and batch;
+    None where the cells cannot tell.
 
     Returns:
         fit.json's "power", and a sentence where rows are there but not enough cells.

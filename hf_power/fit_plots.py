@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_power.cells import WINDOW_OCTAVES
+from hf_power.cells import rates_near
 from hf_power.fit import law_lr
 from hf_power.fit_text import PAPER
 from hf_power.plots import _figure, _save, _si_formatter, require_matplotlib
@@ -89,12 +89,7 @@ def _height(cell: dict[str, Any]) -> float:
 def _window(cell: dict[str, Any]) -> tuple[float, float]:
     """Learning rates between which the parabola was fitted, see `hf_power.cells.fit_cells`."""
     rates, losses = zip(*_finite(cell), strict=True)
-    lowest = losses.index(min(losses))
-    near = [
-        rate
-        for i, rate in enumerate(rates)
-        if abs(i - lowest) <= 1 or abs(math.log2(rate / rates[lowest])) <= WINDOW_OCTAVES + 1e-6
-    ]
+    near = rates_near(rates, losses.index(min(losses)))
     return near[0], near[-1]
 
 

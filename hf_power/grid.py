@@ -311,18 +311,25 @@ def row_rate(group: Group, value: float, tokens: int) -> float:
 
 def row_id(settings: dict[str, Any], data: dict[str, Any]) -> str:
     """16 hexadecimal digits that stand for everything that makes a row."""
-    return hashlib.sha256(json.dumps([settings, data], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return digest([settings, data])
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of the content as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def next_job(grid: Grid, group: Group, rows: Sequence[dict[str, Any]]) -> Job | None:
-    """The first job of the group of which a row is missing; None when the group is complete.
+    """The first job of the group of which a row is missing; None when the group is complete or a run of it failed.
 
     Job 0 has the values to begin with, at every horizon. Job k adds, for each horizon whose best mean loss so far lies on
     an edge, the next value beyond it (and runs it up to the longest horizon that asks for it), until no horizon does,
-    max_extensions is reached, or the group's share of the budget has no room for them. A job follows from the rows of the jobs
-    before it alone, so a killed sweep goes on with exactly the job that it was in.
+    max_extensions is reached, or the group's share of the budget has no room for them. A job follows from the rows of
+    the jobs before it alone, so a killed sweep goes on with exactly the job that it was in.
     """
     mine = [row for row in rows if belongs(row, group)]
+    if any(row["status"] == "failed" for row in mine):
+        return None
     have = {(row_value(row), row["seed"], row["tokens"]) for row in mine}
     for extension in range(grid.max_extensions + 1):
         if extension == 0:

@@ -12,7 +12,7 @@ from hf_power.fit import fit_law, fit_laws
 from hf_power.plan import make_plan, plan_text
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.rows import read_csv, read_rows
-from hf_power.settings import Settings, load_yaml, parse_tokens
+from hf_power.settings import SECTIONS, Settings, load_yaml, parse_tokens
 from hf_power.trunks import ROWS_FILE
 
 
@@ -123,9 +123,5 @@ def plan_run(
 def _settings(path: str) -> Settings:
     """Settings of a YAML, for its model and data sections."""
     flat = load_yaml(path)
-    sections: dict[str, dict[str, Any]] = {}
-    for section in ("model", "data"):
-        kind = type(getattr(Settings.from_dict({}), section))
-        names = {f.name for f in dataclasses.fields(kind)}
-        sections[section] = {name: value for name, value in flat.items() if name in names}
-    return Settings.from_dict(sections)
+    names = {section: [f.name for f in dataclasses.fields(SECTIONS[section])] for section in ("model", "data")}
+    return Settings.from_dict({section: {n: flat[n] for n in each if n in flat} for section, each in names.items()})

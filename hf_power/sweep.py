@@ -23,7 +23,7 @@ from hf_power.grid import SCHEDULES, Grid, Group, Job, few_digits, job_tokens, n
 from hf_power.machine import keep_freed_memory
 from hf_power.rows import SCHEMA, read_rows
 from hf_power.text import require_datasets
-from hf_power.trunks import ROWS_FILE, Bench, has_failed, prepare, run_group, sweep_rows
+from hf_power.trunks import ROWS_FILE, Bench, prepare, run_group, sweep_rows
 
 GRID_FILE = "sweep.json"
 LAW_SCHEDULE = "warmup_stable_decay"  # its optima make the law (eq. 6)
@@ -64,7 +64,7 @@ def run_sweep(
             _same_grid(bench)
         for stage in stages:
             stage = _with_law(stage, folder)
-            _run_stage(bench, stage, stage[state.process_index :: state.num_processes], workers)
+            _run_groups(bench, stage[state.process_index :: state.num_processes], workers)
             while state.num_processes > 1 and any(_pending(grid, group, folder) for group in stage):
                 time.sleep(POLL_SECONDS)
     return read_rows(folder / ROWS_FILE)[0]
@@ -151,14 +151,13 @@ def _same_grid(bench: Bench) -> None:
 
 
 def _pending(grid: Grid, group: Group, folder: Path) -> bool:
-    rows = sweep_rows(folder)
-    return next_job(grid, group, rows) is not None and not has_failed(group, rows)
+    return next_job(grid, group, sweep_rows(folder)) is not None
 
 
-def _run_stage(bench: Bench, stage: Sequence[Group], groups: Sequence[Group], workers: int | None) -> None:
+def _run_groups(bench: Bench, groups: Sequence[Group], workers: int | None) -> None:
     """Run this process's groups, with a progress bar in tokens (learning rates that are added make it longer)."""
     rows = sweep_rows(bench.folder)
-    jobs = [job for group in groups if (job := next_job(bench.grid, group, rows)) and not has_failed(group, rows)]
+    jobs = [job for group in groups if (job := next_job(bench.grid, group, rows))]
     if not jobs:
         return
     total = sum(job_tokens(bench.grid, job) for job in jobs)

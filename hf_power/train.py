@@ -325,14 +325,11 @@ def _data(
             f"the tokenizer of the run is {fingerprint}, that of the recipe {recipe.tokenizer}: pass the tokenizer that "
             "the recipe was tuned with; the law counts its tokens."
         )
-    train = hf_data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
-    held_out = hf_data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
-    wanted = max(1, parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block)
+    max_eval_tokens = parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens")
+    train, held_out, run["data"] = hf_data.pack_both(
+        settings.data, tokenizer, train_text, held_out_text, max_eval_tokens
+    )
     start = run["tokens_seen"] // block
-    run["data"] = {"dataset": settings.data.dataset, "fingerprint": hf_data.fingerprint(train)}
-    run["data"]["tokenizer"] = fingerprint
-    held_out = hf_data.spread_blocks(held_out, wanted)
-    run["data"]["held_out_tokens"] = len(held_out) * block
     if settings.data.streaming:
         return hf_data.stream_blocks(train, seed=args.seed, start=start), held_out, tokenizer
     run["data"]["train_tokens"] = len(train) * block

@@ -1,11 +1,9 @@
 """Trunks and their branches: one ensemble after another, from a job to its rows."""
 
-import hashlib
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from hf_power.grid import (
     Grid,
     Group,
     Job,
-    belongs,
     branch_tokens,
+    digest,
     horizon_tokens,
     job_tokens,
     next_job,
@@ -59,17 +57,8 @@ def prepare(grid: Grid, folder: str | os.PathLike[str]) -> Bench:
     base = Settings.from_dict(grid.sections)
     train_text, held_out_text = load_text(base.data)
     tokenizer = hf_data.load_tokenizer(base.data, train_text)
-    block, processes = base.data.block_size, base.data.num_proc
-    blocks = hf_data.pack(train_text, tokenizer, block_size=block, num_proc=processes)
-    held_out = hf_data.pack(held_out_text, tokenizer, block_size=block, num_proc=processes)
-    wanted = max(1, parse_tokens(base.run.max_eval_tokens, "max_eval_tokens") // block)
-    held_out = hf_data.spread_blocks(held_out, wanted)
-    data = {
-        "dataset": base.data.dataset,
-        "fingerprint": hf_data.fingerprint(blocks),
-        "tokenizer": hf_data.tokenizer_fingerprint(tokenizer),
-        "held_out_tokens": len(held_out) * block,
-    }
+    max_eval_tokens = parse_tokens(base.run.max_eval_tokens, "max_eval_tokens")
+    blocks, held_out, data = hf_data.pack_both(base.data, tokenizer, train_text, held_out_text, max_eval_tokens)
     return Bench(grid, Path(folder), tokenizer, blocks, held_out, data, base.training.device)
 
 
@@ -81,16 +70,9 @@ def sweep_rows(folder: Path) -> list[dict[str, Any]]:
     return read_rows(path)[0]
 
 
-def has_failed(group: Group, rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether a run of the group ended in an error."""
-    return any(row["status"] == "failed" and belongs(row, group) for row in rows)
-
-
 def run_group(bench: Bench, group: Group) -> None:
     """Train a group until its rows are complete; an error becomes rows that say so."""
     while (job := next_job(bench.grid, group, rows := sweep_rows(bench.folder))) is not None:
-        if has_failed(group, rows):
-            return
         if job.extension:
             bench.tell(0, job_tokens(bench.grid, job))
         have = {row["id"] for row in rows}
@@ -242,7 +224,7 @@ class Trunks:
             "weight_decay": args.weight_decay,
             "seed": seed,
             "extension": self.extension,
-            "trunk": hashlib.sha256(json.dumps(trunk).encode()).hexdigest()[:16],
+            "trunk": digest(trunk),
             "trained_tokens": self._tokens[horizon],
             "flops_per_token": self._flops_per_token,
             "seconds": round(self._seconds / len(self.members), 3),

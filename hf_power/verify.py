@@ -77,9 +77,6 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
     args, block = settings.training, settings.data.block_size
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * block
     tokens = parse_tokens(settings.run.tokens or 0, "tokens") // batch * batch
-    law = {"b": recipe.b, "batch_exponent": recipe.batch_exponent}
-    if recipe.critical_batch_tokens is not None:
-        law["critical_batch_tokens"] = recipe.critical_batch_tokens
     kwargs = args.lr_scheduler_kwargs or {}
     sections = settings.to_dict()
     sections["run"].pop("tokens", None)
@@ -102,7 +99,7 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
             f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens."
         )
     values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
-    return grid, Group("power", width, batch, (tokens,), grid.seeds, values, {"a": recipe.a, **law})
+    return grid, Group("power", width, batch, (tokens,), grid.seeds, values, recipe.schedule_kwargs())
 
 
 def _judge(rows: list[dict[str, Any]], group: Group, recipe: Recipe, tolerance: float) -> dict[str, Any]:
