@@ -9,6 +9,7 @@ from transformers.utils.logging import tqdm
 
 from hf_power.checkpoint import seal
 from hf_power.files import write_json
+from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.schedule import PowerLR
 
 RUN_FILE = "run.json"
@@ -54,10 +55,11 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     Args:
         run: what is known before training; the callback adds tokens_seen, loss_curve, train_seconds and status.
         folder: the run folder.
+        recipe: whose numbers the run uses; a copy goes into every checkpoint.
     """
 
-    def __init__(self, run: dict[str, Any], folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: dict[str, Any], folder: Path, recipe: Recipe | None = None) -> None:
+        self.run, self.folder, self.recipe = run, folder, recipe
         self._seconds_before = float(run.get("train_seconds", 0.0))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
@@ -93,6 +95,8 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / RUN_FILE, self.run)
+            if self.recipe is not None:
+                self.recipe.save(checkpoint / FILE_NAME)
             seal(checkpoint)
             write_json(self.folder / RUN_FILE, self.run)
 

@@ -1,23 +1,24 @@
 """Checkpoints that can be trusted: sealed by a manifest, verified before use, newest intact one first."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from hf_power.files import write_json
+from hf_power.files import sha256, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
     """Write manifest.json, the last file of a checkpoint: size and SHA-256 of every other file.
 
-    A folder without it was not finished.
+    A folder without it was not finished. Entries of files that are known already are taken from `known`.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.endswith(".tmp"))
-    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    names = {p.relative_to(folder).as_posix(): p for p in files}
+    entries = {name: (known or {}).get(name) or _entry(path) for name, path in names.items()}
     write_json(folder / MANIFEST, {"schema": SCHEMA, "files": entries})
 
 
@@ -38,7 +39,7 @@ def problems(folder: Path) -> list[str]:
             found.append(f"{name} is missing")
         elif path.stat().st_size != size:
             found.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        elif _sha256(path) != digest:
+        elif sha256(path) != digest:
             found.append(f"{name} has other content than when it was sealed")
     return found
 
@@ -68,9 +69,5 @@ def newest_intact(run: Path) -> tuple[Path, dict[str, list[str]]]:
     )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, load_yaml, unknown_flag
 
+INCOMPLETE_PUSH = 3  # exit code
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `hf-power`."""
@@ -65,11 +67,14 @@ def pretrain(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         _help_pretrain()
         return 0
+    from pathlib import Path
+
     from hf_power import train
 
-    run = train.pretrain(parse_settings(argv))
-    _report(run)
-    return 0
+    settings = parse_settings(argv)
+    pushes = settings.training.push_to_hub
+    _report(train.pretrain(settings))
+    return _push_report(Path(settings.training.output_dir or "")) if pushes else 0
 
 
 def anneal(argv: list[str]) -> int:
@@ -79,11 +84,77 @@ def anneal(argv: list[str]) -> int:
     parser.add_argument("--tokens", default="10%", help="length of the decay: 2M tokens, or 10%% of the finished run")
     parser.add_argument("--output_dir", help="the new run folder; default: beside the trunk's, with -anneal-N")
     parser.add_argument("--decay_shape", help="exponential, linear, 1-sqrt or cosine; default: the trunk's")
+    parser.add_argument("--repo", help="push the finished model there: user/name on the Hub")
+    parser.add_argument("--dataset", help="where the trunk's data lie now; default: where the trunk read them")
     options = parser.parse_args(argv)
+    from pathlib import Path
+
     from hf_power import train
 
-    _report(train.anneal(**vars(options)))
+    run = train.anneal(**vars(options))
+    _report(run)
+    folder = Path(options.output_dir or Path(options.checkpoint).parent.with_name(run["name"]))
+    return _push_report(folder) if options.repo else 0
+
+
+def export(argv: list[str]) -> int:
+    """A muP model as a plain Llama or Mixtral: export RUN --to llama; --to granite goes back."""
+    parser = argparse.ArgumentParser(prog="hf-power export", description=export.__doc__)
+    parser.add_argument("model", help="run folder, checkpoint-N folder, or Hub repository")
+    parser.add_argument("--to", required=True, help="llama or mixtral; granite or granitemoe to go back")
+    parser.add_argument("--output_dir", help="default: beside the model, with -llama ...")
+    parser.add_argument("--dtype", help="float32, bfloat16, ...; default: the model's own")
+    parser.add_argument(
+        "--like", help="going back: a model or config.json with the multipliers; default: export.json's"
+    )
+    options = parser.parse_args(argv)
+    from pathlib import Path
+
+    from hf_power.export import export_model, export_text
+
+    source = Path(options.model)
+    folder = Path(options.output_dir or source.with_name(f"{source.name}-{options.to}"))
+    print(export_text(export_model(options.model, folder, options.to, dtype=options.dtype, like=options.like)))
+    print(f"model: {folder}")
     return 0
+
+
+def card(argv: list[str]) -> int:
+    """Write the model card of a run: card RUN --license apache-2.0."""
+    parser = argparse.ArgumentParser(prog="hf-power card", description=card.__doc__)
+    parser.add_argument("run", help="run folder, exported model or checkpoint")
+    parser.add_argument("--license", help="of the model; default: that of the run's settings")
+    parser.add_argument("--repo", help="user/name that the card tells how to load; default: the folder's name")
+    options = parser.parse_args(argv)
+    from hf_power.card import write_card
+
+    print(f"card: {write_card(options.run, license=options.license, repo_id=options.repo)}")
+    return 0
+
+
+def publish(argv: list[str]) -> int:
+    """Push a run to the Hub, or complete a push, and see that it arrived: publish RUN --repo user/name."""
+    parser = argparse.ArgumentParser(prog="hf-power publish", description=publish.__doc__)
+    parser.add_argument("run", help="run folder, exported model or checkpoint")
+    parser.add_argument("--repo", help="user/name; default: where it was pushed before")
+    parser.add_argument("--license", help="of the model; default: that of the run's settings, or of the last push")
+    parser.add_argument("--checkpoints", help="none, last (in last-checkpoint/) or all (a branch each); default: none")
+    parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    parser.add_argument("--overwrite", action="store_true", help="take a repository that holds something else")
+    options = parser.parse_args(argv)
+    from pathlib import Path
+
+    from hf_power.publish import publish as push
+
+    push(
+        options.run,
+        options.repo,
+        checkpoints=options.checkpoints,
+        license=options.license,
+        private=options.private,
+        overwrite=options.overwrite,
+    )
+    return _push_report(Path(options.run))
 
 
 def coord_check(argv: list[str]) -> int:
@@ -214,6 +285,15 @@ def verify(argv: list[str]) -> int:
     return 0 if page["verdict"] == "passed" else 1
 
 
+def _push_report(folder: Any) -> int:
+    """What came of the push; exit code 3 says that the model is safe and the push is not complete."""
+    from hf_power.publish import report_text
+
+    text, complete = report_text(folder)
+    print(text, file=sys.stdout if complete else sys.stderr)
+    return 0 if complete else INCOMPLETE_PUSH
+
+
 def _report(run: dict[str, Any]) -> None:
     import math
 
@@ -247,6 +327,9 @@ def _raised_by_us(error: BaseException) -> bool:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "anneal": anneal,
+    "export": export,
+    "card": card,
+    "publish": publish,
     "coord-check": coord_check,
     "sweep": sweep,
     "fit": fit,

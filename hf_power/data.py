@@ -171,7 +171,7 @@ def pack_both(
         max_eval_tokens: held-out tokens to keep, at least one block.
 
     Returns:
-        Blocks, held-out blocks, {"dataset", "fingerprint", "tokenizer", "held_out_tokens"}.
+        Blocks, held-out blocks, {"dataset", "local", "fingerprint", "tokenizer", "held_out_tokens"}.
     """
     block = args.block_size
     blocks = pack(train, tokenizer, block_size=block, num_proc=args.num_proc)
@@ -182,6 +182,7 @@ def pack_both(
         scored,
         {
             "dataset": args.dataset,
+            "local": Path(args.dataset).exists(),
             "fingerprint": fingerprint(blocks),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "held_out_tokens": len(scored) * block,

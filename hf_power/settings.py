@@ -19,7 +19,11 @@ from hf_power.schedule import PowerLR
 from hf_power.text import DataArguments
 
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-_NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "hub_token", "recipe"}  # of this machine, or secret
+# Of this machine, secret, or said anew by whoever trains on.
+_NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "recipe", "push_to_hub"}
+_NOT_RECORDED |= {
+    f"hub_{name}" for name in ("token", "model_id", "strategy", "private_repo", "always_push", "revision")
+}
 
 
 @dataclass
@@ -91,6 +95,7 @@ class RunArguments:
     tokens: str | None = field(default=None, metadata={"help": "Length of the run, e.g. 30M or 2.1B tokens."})
     recipe: str | None = field(default=None, metadata={"help": "recipe.json or Hub repository with tuned numbers."})
     max_eval_tokens: str = field(default="200k", metadata={"help": "Held-out tokens used in an evaluation."})
+    license: str | None = field(default=None, metadata={"help": "Of the model, e.g. apache-2.0; a push needs one."})
 
 
 SECTIONS: dict[str, Any] = {

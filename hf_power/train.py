@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
 from hf_power.plan import describe_run, warnings_for
+from hf_power.push_guard import PushGuard, refuse_sharded
+from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens
@@ -84,6 +87,8 @@ def anneal(
     tokens: str = "10%",
     output_dir: str | None = None,
     decay_shape: str | None = None,
+    repo: str | None = None,
+    dataset: str | None = None,
 ) -> dict[str, Any]:
     """Decay the learning rate from a trunk checkpoint to a finished model; the trunk can go on afterwards.
 
@@ -94,6 +99,8 @@ def anneal(
         tokens: length of the tail, in tokens ("2M") or in percent of the finished run ("10%", eq. 8's usual length).
         output_dir: the new run folder; by default beside the trunk's, with -anneal-N.
         decay_shape: of the tail; by default the trunk's.
+        repo: push the finished model to this repository of the Hub, with the licence of the trunk's settings.
+        dataset: where the trunk's data lie now; by default where the trunk read them.
 
     Returns:
         The content of the new run.json.
@@ -130,8 +137,13 @@ def anneal(
     )
     settings.training.output_dir = str(folder)
     settings.given |= {"lr_scheduler_kwargs", "tokens"}
+    if repo is not None:
+        settings.training.push_to_hub, settings.training.hub_model_id = True, repo
+    if dataset is not None:
+        settings.data.dataset = dataset
     _refuse_other_run(folder)
-    return _train(settings, folder, "anneal", source, trunk)
+    recipe = Recipe.load(source / RECIPE_FILE) if (source / RECIPE_FILE).exists() else None
+    return _train(settings, folder, "anneal", source, trunk, recipe)
 
 
 def _train(
@@ -152,6 +164,8 @@ def _train(
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
     schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
+    pushes = args.push_to_hub
+    guard = _push_guard(settings, run, folder)
     tune_cpu(args)
     with args.main_process_first(desc="data"):
         train, held_out, tokenizer = _data(settings, run, resume, recipe)
@@ -166,9 +180,15 @@ def _train(
         shape = {"tokens": run["total_tokens"], "tokens_per_step": per_step, "width": settings.model.hidden_size}
         for warning in warnings_for(recipe, **shape) if recipe else ():
             print(f"  WARNING      {warning}", flush=True)
-    trainer = _trainer(settings, run, folder, model, tokenizer, train, held_out)
+    trainer = _trainer(settings, folder, model, tokenizer, train, held_out, RunRecord(run, folder, recipe))
+    if pushes:
+        refuse_sharded(getattr(trainer.accelerator.state, "fsdp_plugin", None))
+    if guard:
+        trainer.add_callback(guard)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    _finish(trainer, run, folder)
+    _finish(trainer, run, folder, recipe)
+    if guard:
+        guard.finish()
     return run
 
 
@@ -266,6 +286,7 @@ def _new_run(
         "kind": kind,
         "name": folder.name,
         "status": "running",
+        "lineage": before.get("lineage") or uuid.uuid4().hex,
         "parent": f"{resume.parent.name}/{resume.name}" if resume and kind == "anneal" else before.get("parent"),
         "tokens_seen": seen,
         "total_tokens": total,
@@ -279,6 +300,15 @@ def _new_run(
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "loss_curve": before.get("loss_curve", []),
     }
+
+
+def _push_guard(settings: Settings, run: dict[str, Any], folder: Path) -> PushGuard | None:
+    """What pushes in the Trainer's place, on the first process; the others push nothing."""
+    args = settings.training
+    if args.push_to_hub and args.process_index == 0:
+        return PushGuard(args, folder, lineage=run["lineage"], license=settings.run.license)
+    args.push_to_hub, args.hub_token = False, None
+    return None
 
 
 def _dry_schedule(settings: Settings, run: dict[str, Any]) -> PowerLR | None:
@@ -339,9 +369,9 @@ def _data(
 
 
 def _trainer(
-    settings: Settings, run: dict[str, Any], folder: Path, model: Any, tokenizer: Any, train: Any, held_out: Any
+    settings: Settings, folder: Path, model: Any, tokenizer: Any, train: Any, held_out: Any, record: RunRecord
 ) -> PowerTrainer:
-    args = settings.training
+    args, run = settings.training, record.run
     trainer = PowerTrainer(
         model=model,
         args=args,
@@ -350,7 +380,7 @@ def _trainer(
         processing_class=tokenizer,
         data_collator=hf_data.collate_blocks,
         optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
-        callbacks=[RunRecord(run, folder)],
+        callbacks=[record],
     )
     trainer.run = run
     if not args.disable_tqdm:
@@ -360,7 +390,7 @@ def _trainer(
     return trainer
 
 
-def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path) -> None:
+def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, recipe: Recipe | None) -> None:
     """Held-out loss, then the model, the record and the picture into the run folder."""
     metrics = trainer.evaluate()
     run["held_out_loss"] = metrics["eval_loss"]
@@ -370,6 +400,8 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path) -> None:
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         write_json(folder / RUN_FILE, run)
+        if recipe is not None:
+            recipe.save(folder / RECIPE_FILE)
         plots.plot_lr_and_loss(run, folder / "lr_and_loss.png")
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import sysconfig
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hub import Hub, pointed_at
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it does, and sums keep one order
 
@@ -54,3 +56,12 @@ def sections(corpus):
         }
 
     return build
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on 127.0.0.1, the client of this process pointed at it; the client's waits between attempts are cut short."""
+    sleep = time.sleep
+    with Hub() as hub, pointed_at(hub, monkeypatch, tmp_path / "home"):
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 200))
+        yield hub

@@ -25,14 +25,20 @@ ORDER = [
     "recipe",
     "machine",
     "checkpoint",
+    "export",
     "text",
     "data",
     "plan",
     "evaluate",
+    "tasks",
     "plots",
     "fit_plots",
+    "card",
     "settings",
     "callbacks",
+    "remote",
+    "publish",
+    "push_guard",
     "train",
     "grid",
     "ensemble",
@@ -44,7 +50,7 @@ ORDER = [
     "cli",
     "run",
 ]
-HEAVY = {"datasets", "matplotlib", "scipy", "evaluate", "yaml", "pandas"}
+HEAVY = {"datasets", "matplotlib", "scipy", "evaluate", "yaml", "pandas", "lm_eval", "jinja2"}
 
 
 def imports(path, top_level_only=False):
