@@ -7,12 +7,10 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.logging import tqdm
 
-from hf_power.checkpoint import seal
+from hf_power.checkpoint import RUN_FILE, seal
 from hf_power.files import write_json
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.schedule import PowerLR
-
-RUN_FILE = "run.json"
 
 
 class TokenProgress(ProgressCallback):  # type: ignore[misc]  # transformers is untyped

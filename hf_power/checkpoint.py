@@ -8,6 +8,7 @@ from typing import Any
 from hf_power.files import sha256, write_json
 
 MANIFEST = "manifest.json"
+RUN_FILE = "run.json"  # what the run was and how far it got, in the run folder and in every checkpoint
 SCHEMA = 1
 
 

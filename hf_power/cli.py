@@ -97,6 +97,46 @@ def anneal(argv: list[str]) -> int:
     return _push_report(folder) if options.repo else 0
 
 
+def evaluate(argv: list[str]) -> int:
+    """Measure any checkpoint on held-out text, or on lm-evaluation-harness tasks: evaluate RUN [--tasks paper]."""
+    from pathlib import Path
+
+    from transformers import HfArgumentParser
+
+    from hf_power.text import DataArguments
+
+    parser = HfArgumentParser(
+        (DataArguments,), prog="hf-power evaluate", description=evaluate.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("model", help="run folder, checkpoint-N folder, export, or Hub repository")
+    parser.add_argument("--max_tokens", help="to be scored, spread over the data; default: all, or what the run scored")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per process and step")
+    parser.add_argument("--dtype", help="float32, bfloat16, ...; default: that of the weights")
+    parser.add_argument("--output", help="default: eval.json in the model's folder")
+    parser.add_argument("--tasks", help="instead of held-out text: paper, paper-generation, or names of lm_eval, a,b")
+    parser.add_argument("--tasks_dir", help="folder with YAML files of further tasks")
+    parser.add_argument("--num_fewshot", type=int, help="default: each task's own")
+    parser.add_argument("--limit", type=int, help="questions per task, for a trial")
+    model = Path(parser.parse_known_args(argv)[0].model)
+    from hf_power.evaluate import data_of_run, evaluate_model, scores_text
+    from hf_power.settings import parse_tokens
+    from hf_power.tasks import NAMED_TASKS, run_tasks
+
+    own, scored = data_of_run(model)
+    parser.set_defaults(max_tokens=scored, **own)
+    data, options = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    common = {"batch_size": options.batch_size, "dtype": options.dtype, "output": options.output}
+    if options.tasks is not None:
+        names = options.tasks if options.tasks in NAMED_TASKS else options.tasks.split(",")
+        given = {"tasks_dir": options.tasks_dir, "num_fewshot": options.num_fewshot, "limit": options.limit}
+        scores = run_tasks(options.model, names, **given, **common)
+    else:
+        tokens = None if options.max_tokens is None else parse_tokens(options.max_tokens, "--max_tokens")
+        scores = evaluate_model(options.model, data, max_tokens=tokens, **common)["metrics"]
+    print(scores_text(scores))
+    return 0
+
+
 def export(argv: list[str]) -> int:
     """A muP model as a plain Llama or Mixtral: export RUN --to llama; --to granite goes back."""
     parser = argparse.ArgumentParser(prog="hf-power export", description=export.__doc__)
@@ -327,6 +367,7 @@ def _raised_by_us(error: BaseException) -> bool:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "anneal": anneal,
+    "evaluate": evaluate,
     "export": export,
     "card": card,
     "publish": publish,

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from hf_power.callbacks import RUN_FILE
 from hf_power.card import is_local_path, make_card, write_card
-from hf_power.checkpoint import MANIFEST, checkpoints, problems, seal
+from hf_power.checkpoint import MANIFEST, RUN_FILE, checkpoints, problems, seal
 from hf_power.files import write_json
 from hf_power.remote import (
     LAST_CHECKPOINT,

@@ -6,13 +6,22 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_download,
+)
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_power.files import git_blob_id, sha256
 
 WAITS = (5.0, 20.0)  # seconds before the second and third attempt, besides the waits of the client itself
+SILENCE = 60.0  # seconds without a byte after which a request is given up; the client itself waits for ever
 LATER = frozenset({408, 409, 412, 429, 500, 502, 503, 504})  # statuses that may be gone at the next attempt
 UNTOUCHED = frozenset({".gitattributes"})  # what the Hub itself puts into a new repository
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -37,6 +46,9 @@ def client(token: str | None = None) -> HfApi:
         raise ValueError(
             "there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
         )
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = SILENCE
     return HfApi(token=token)
 
 
@@ -110,7 +122,8 @@ def mirror(api: HfApi, repo_id: str, revision: str, folder: Path, message: str) 
         IncompletePushError: the check after the upload found other names, sizes or hashes.
         Exception: what the client raises; see `explain` and `is_passing`.
     """
-    if revision != "main" and revision not in {branch.name for branch in api.list_repo_refs(repo_id).branches}:
+    branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}  # fails at once if the Hub is down
+    if revision not in branches:
         first = api.list_repo_commits(repo_id)[-1].commit_id
         api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -184,7 +197,7 @@ def _same(path: Path, file: Any) -> bool:
     """Size and hash: SHA-256 of a large file, git's id of a small one."""
     if file is None or file.size != path.stat().st_size:
         return False
-    return sha256(path) == file.lfs.sha256 if file.lfs else git_blob_id(path) == file.blob_id
+    return bool(sha256(path) == file.lfs.sha256 if file.lfs else git_blob_id(path) == file.blob_id)
 
 
 def _tree(api: HfApi, repo_id: str, revision: str) -> list[Any]:

@@ -21,8 +21,8 @@ from transformers import (
 
 from hf_power import data as hf_data
 from hf_power import plots
-from hf_power.callbacks import RUN_FILE, RunRecord, TokenProgress
-from hf_power.checkpoint import checkpoints, newest_intact, problems
+from hf_power.callbacks import RunRecord, TokenProgress
+from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems
 from hf_power.files import write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
@@ -58,6 +58,17 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 name = group.get("name", f"group{i}")
                 logs[f"lr/{name}"] = logs["learning_rate"] * float(base_lrs[i]) / float(base_lrs[0])
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss of the text alone: without the balancing loss that a mixture of experts adds in training."""
+        config = self.model.config
+        balancing = getattr(config, "output_router_logits", False)
+        config.output_router_logits = False
+        try:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        finally:
+            config.output_router_logits = balancing
+        return metrics
 
 
 def pretrain(settings: Settings) -> dict[str, Any]:
@@ -383,6 +394,9 @@ def _trainer(
         callbacks=[record],
     )
     trainer.run = run
+    # Blocks have one length, so a mean of means is exact. The other way, a sum over the whole batch's tokens, multiplies a
+    # mixture of experts' balancing loss, which is a mean already, by accumulation steps x processes.
+    trainer.model_accepts_loss_kwargs = False
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         total = run["tokens_seen"] + (args.max_steps - run["steps"]) * run["tokens_per_step"]

@@ -64,9 +64,8 @@ FAULTS = {
 }
 PLACES = {"quota": "/objects/batch$", "cut": "^PUT ", "truncate": "^PUT "}  # where faults strike by default
 
-Call = namedtuple(
-    "Call", "method path status received"
-)  # status 0: closed without an answer; received: bytes of the body
+# status 0: closed without an answer; received: bytes of the request's body
+Call = namedtuple("Call", "method path status received")
 
 
 class HubError(Exception):
@@ -87,7 +86,8 @@ class File:
         content = text.encode() if self.lfs else self.data
         self.blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         self.etag = self.sha256 if self.lfs else self.blob
-        self.pointer = {"oid": self.sha256, "sha256": self.sha256, "size": len(self.data), "pointerSize": len(text)}
+        pointer = {"oid": self.sha256, "sha256": self.sha256, "size": len(self.data), "pointerSize": len(text)}
+        self.entry = {"size": len(self.data), "oid": self.blob, "lfs": pointer if self.lfs else None}
 
 
 @dataclass
@@ -132,12 +132,11 @@ class Hub:
         token: Write token of user "tester", a member of organization "lab".
         read_token: Read token of the same user.
         log: Every request so far, as Call.
-        uploaded_bytes: Bytes that LFS uploads have sent.
     """
 
     def __init__(self):
         self.token, self.read_token = ("hf_" + secrets.token_hex(17) for _ in range(2))
-        self.repos, self.objects, self.log, self.uploaded_bytes = {}, {}, [], 0
+        self.repos, self.objects, self.log = {}, {}, []
         self._faults, self._lock, self._port, self._server = [], threading.Lock(), 0, None
 
     def __enter__(self):
@@ -169,6 +168,11 @@ class Hub:
     @property
     def url(self):
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def uploaded_bytes(self):
+        """Bytes that LFS uploads have sent."""
+        return sum(call.received for call in self.seen("^PUT "))
 
     def files(self, repo_id, revision="main"):
         return {path: file.data for path, file in self.repos[repo_id].at(revision).files.items()}
@@ -216,7 +220,7 @@ class Hub:
                     fault.after -= 1
         return SimpleNamespace(kind=None, seconds=0, rate=None)
 
-    def answer(self, method, target, token, body, truncate):
+    def answer(self, method, target, sent, body, truncate):
         """Status, headers and body."""
         parts = urlsplit(target)
         verb = method.replace("HEAD", "GET")
@@ -226,7 +230,10 @@ class Hub:
         (_, _, right, name), found = next(matches, ((None,) * 4, None))
         if found is None:
             raise HubError(404, f"Cannot {method} {parts.path}")
-        asked = SimpleNamespace(revision="main", path="", query=parse_qs(parts.query), body=body, truncate=truncate)
+        token = sent.get("Authorization", "").removeprefix("Bearer ") or None
+        asked = SimpleNamespace(
+            revision="main", path="", query=parse_qs(parts.query), sent=sent, body=body, truncate=truncate
+        )
         vars(asked).update({key: unquote(value) for key, value in found.groupdict().items()})
         if token not in (None, self.token, self.read_token):
             raise HubError(*FAULTS["401"])
@@ -278,10 +285,10 @@ class Hub:
 
     def _info(self, asked):
         commit, blobs = asked.repo.at(asked.revision), "blobs" in asked.query
-        siblings = [{"rfilename": path} for path in commit.files]
-        for sibling, file in zip(siblings, commit.files.values(), strict=True):
-            details = {"size": len(file.data), "blobId": file.blob, "lfs": file.pointer if file.lfs else None}
-            sibling.update(details if blobs else {})
+        siblings = [
+            {"rfilename": path, **({**file.entry, "blobId": file.blob} if blobs else {})}
+            for path, file in commit.files.items()
+        ]
         card = front_matter(commit.files["README.md"].data.decode()) if "README.md" in commit.files else None
         state = {"private": asked.repo.private, "gated": asked.repo.gated, "siblings": siblings, "cardData": card}
         return {"id": asked.name, "sha": commit.oid, "lastModified": commit.date, **state}
@@ -291,11 +298,9 @@ class Hub:
         files = {path: f for path, f in asked.repo.at(asked.revision).files.items() if path.startswith(start)}
         if start and not files:
             raise HubError(404, f"{asked.path} does not exist on {asked.revision}", "EntryNotFound")
-        entries = [{"type": "file", "path": path, "size": len(f.data), "oid": f.blob} for path, f in files.items()]
-        for entry, file in zip(entries, files.values(), strict=True):
-            entry.update({"lfs": file.pointer} if file.lfs else {})
         deep = asked.query["recursive"] == ["true"]
-        return [entry for entry in entries if deep or "/" not in entry["path"].removeprefix(start)]
+        shown = {path: f for path, f in files.items() if deep or "/" not in path.removeprefix(start)}
+        return [{"type": "file", "path": path, **f.entry} for path, f in shown.items()]
 
     def _refs(self, asked):
         kinds = {"branches": ("heads", asked.repo.branches), "tags": ("tags", asked.repo.tags), "converts": ("", {})}
@@ -392,7 +397,11 @@ class Hub:
             raise HubError(404, "Entry not found", "EntryNotFound", headers)
         file = commit.files[asked.path]
         linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": len(file.data)} if file.lfs else {}
-        return 200, {**headers, **linked, "ETag": f'"{file.etag}"'}, file.data
+        headers |= linked | {"ETag": f'"{file.etag}"'}
+        if not (span := re.fullmatch(r"bytes=(\d+)-", asked.sent.get("Range", ""))):
+            return 200, headers, file.data
+        start, size = int(span[1]), len(file.data)
+        return 206, {**headers, "Content-Range": f"bytes {start}-{size - 1}/{size}"}, file.data[start:]
 
 
 class Server(ThreadingHTTPServer):
@@ -430,22 +439,21 @@ class Handler(BaseHTTPRequestHandler):
             return hub.down()
         length, cut = int(self.headers.get("Content-Length", 0)), fault.kind == "cut"
         body = b"".join(self.pieces(self.rfile, length // 2 if cut else length, fault.rate))
-        if self.command == "PUT":
-            hub.uploaded_bytes += len(body)
-        status = 0
-        if not (cut and length):
-            try:
-                if fault.kind in FAULTS:
-                    raise HubError(*FAULTS[fault.kind])
-                token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-                made = hub.answer(self.command, self.path, token, body, fault.kind == "truncate")
-            except HubError as error:
-                made = error.status, error.headers, error.body
-            time.sleep(fault.seconds)
-            if fault.kind != "lost":
-                status = self.send(*made, cut, fault.rate)
-        hub.log.append(Call(self.command, path, status, len(body)))
-        self.close_connection |= cut or fault.kind == "lost"
+        made = None if cut and length else self.make(fault, body)
+        time.sleep(fault.seconds)
+        made = None if fault.kind == "lost" else made
+        hub.log.append(Call(self.command, path, made[0] if made else 0, len(body)))
+        if made:
+            self.send(*made, cut, fault.rate)
+        self.close_connection |= cut or not made
+
+    def make(self, fault, body):
+        try:
+            if fault.kind in FAULTS:
+                raise HubError(*FAULTS[fault.kind])
+            return self.server.hub.answer(self.command, self.path, self.headers, body, fault.kind == "truncate")
+        except HubError as error:
+            return error.status, error.headers, error.body
 
     do_HEAD = do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815
 
@@ -457,11 +465,6 @@ class Handler(BaseHTTPRequestHandler):
             yield piece
 
     def send(self, status, headers, data, cut, rate):
-        span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if span and status == 200:
-            start = int(span[1])
-            headers = {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-            status, data = 206, data[start:]
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
             self.send_header(name, str(value))
@@ -469,7 +472,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             for piece in self.pieces(io.BytesIO(data), len(data) // 2 if cut else len(data), rate):
                 self.wfile.write(piece)
-        return status
 
 
 def hub_environment(hub, home):

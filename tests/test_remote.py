@@ -1,4 +1,5 @@
 import hashlib
+import time
 
 import pytest
 from sentences import says
@@ -117,6 +118,18 @@ def test_each_fault_has_a_sentence_and_says_whether_to_try_again(hub, api, folde
     assert remote.is_passing(caught.value) is passing
     assert text in remote.explain(caught.value)
     assert hub.token not in remote.explain(caught.value)
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, folder, monkeypatch):
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    api = remote.client()
+    hub.fault("slow", seconds=600)  # 3 s, see the fixture
+    start = time.monotonic()
+    with pytest.raises(Exception) as caught:
+        open_(api)
+    assert time.monotonic() - start < 2
+    assert remote.is_passing(caught.value)
+    assert "cannot be reached (ReadTimeout)" in remote.explain(caught.value)
 
 
 def test_patience_ends_after_its_attempts_and_at_once_where_it_is_no_use(monkeypatch):

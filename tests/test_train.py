@@ -85,6 +85,30 @@ def test_held_out_loss_is_that_of_the_saved_model(trunk, sections):
     assert run["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_balancing_loss_is_no_larger_with_accumulation_and_not_in_the_held_out_loss(sections, tmp_path):
+    """A mixture of experts: the first loss of batch 4 x 1 and of 1 x 4 is that of the same weights and blocks."""
+    first = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        folder = tmp_path / str(batch)
+        sec = sections(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        sec["model"] |= {"model_type": "mixtral", "intermediate_size": 16, "num_local_experts": 4}
+        sec["model"]["model_config"] = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+        run = train.pretrain(Settings.from_dict(sec))
+        first.append(losses(run)[1])
+    assert first[0] == pytest.approx(first[1], abs=1e-3)  # balance is counted within each micro-batch
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert model.config.output_router_logits
+    blocks = pack(load_text(Settings.from_dict(sec).data)[1], tokenizer, block_size=32)
+    rows = [i * len(blocks) // 20 for i in range(20)]
+    blocks = torch.tensor(np.array(blocks[rows]["input_ids"])).long()
+    with torch.no_grad():
+        out = model(blocks, labels=blocks)
+    loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
+    assert run["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert float(out.loss - loss) == pytest.approx(0.1 * 2, rel=0.1)  # nearly balanced: num_experts_per_tok
+
+
 @pytest.mark.slow
 def test_model_loads_without_hf_power(trunk, tmp_path):
     folder, _ = trunk

@@ -1,0 +1,350 @@
+"""The model card: a pure function of run.json, recipe.json, eval.json, export.json, config.json and the files beside them.
+
+A number that is in none of them, and does not follow from them by a formula written here, cannot be in a card.
+"""
+
+import glob
+import json
+import math
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
+
+from hf_power.checkpoint import RUN_FILE
+from hf_power.evaluate import EVAL_FILE
+from hf_power.export import EXPORT_FILE
+from hf_power.files import replaced
+from hf_power.flops import count_parameters
+from hf_power.locate import weight_files, weights_sha256
+from hf_power.plan import warnings_for
+from hf_power.recipe import FILE_NAME as RECIPE_FILE
+from hf_power.recipe import Recipe
+from hf_power.schedule import TOKENS_PER_BETA
+from hf_power.text import LOADERS, PYTHON_STDLIB
+
+SCHEMA = 1
+CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+FAMILIES = ("granite", "granitemoe", "llama", "mixtral")  # whose parameters `count_parameters` can count
+PAPER = Recipe()
+TUNED = ("a", "b", "batch_exponent", "max_lr")
+VALIDITY = ("widths", "tokens_per_step", "tokens")
+METRICS = {
+    "loss": "loss (nats per token)",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy of the next token",
+}
+
+_PATH = re.compile(r"\s*([/~.\\]|[A-Za-z]:[\\/]|file:)|.*\\", re.DOTALL)
+_EMPTY_SECTION = re.compile(r"^## .*\n+(?=## )", re.MULTILINE)
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+
+
+class Facts(dict[str, Any]):
+    """JSON without its nulls, NaNs and infinities; a missing key is an empty Facts, so that a template may ask for any."""
+
+    def __missing__(self, key: str) -> "Facts":
+        return Facts()
+
+
+def make_card(
+    folder: str | os.PathLike[str], *, license: str | None = None, repo_id: str | None = None, branch: str | None = None
+) -> ModelCard:
+    """The card of a run, checkpoint or export: what it is, how it was made, what it can do, how far to trust it.
+
+    Whatever a file does not say is left out with its line or section; so is an eval.json of other weights. Numbers have
+    4 significant digits. Derived ones: beta = tokens_per_step / 4096, perplexity = exp(loss), training FLOPs =
+    flops_per_token * tokens_seen, tokens per second = tokens_seen / train_seconds, tokens per parameter = tokens_seen /
+    active parameters, passes over the data = tokens_seen / train_tokens, the parameter counts of config.json, and the
+    factors of `hf_power.plan.warnings_for`.
+
+    Args:
+        folder: output of pretrain, anneal or export, or a checkpoint-N folder.
+        license: its identifier on the Hub; by default that of the run's settings.
+        repo_id: user/name to load the model from; by default the folder's name.
+        branch: of that repository, where the folder lies if it is a checkpoint, otherwise where a checkpoint of its run
+            lies that can be annealed.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the folder is no run and no export, a file is not JSON of schema 1, or there is no licence.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: pass the output of pretrain, anneal or export.")
+    run, export = _read(folder / RUN_FILE), _read(folder / EXPORT_FILE)
+    if not run and not export:
+        raise ValueError(
+            f"{folder} is no run: it has neither {RUN_FILE} nor {EXPORT_FILE}, so pass the output of pretrain, anneal or "
+            "export."
+        )
+    found = Facts(
+        run=run,
+        export=export,
+        evaluation=_evaluation(folder),
+        recipe=_read(folder / RECIPE_FILE),
+        config=_read(folder / "config.json", schema=None),
+    )
+    license = _license(license or run["settings"]["run"]["license"])
+    files = {path.name for path in folder.iterdir()}
+    repo = repo_id or folder.resolve().name
+    found["derived"] = _derived(found, _counts(folder, found["config"]))
+    card_data = _card_data(found, license, repo.rpartition("/")[2])
+    card: ModelCard = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        **_shown(found),
+        title=_plain(repo.rpartition("/")[2]),
+        license=license,
+        repo=json.dumps(repo),
+        branch=json.dumps(branch) if branch else "",
+        metric_names=METRICS,
+        stage=_stage(run["schedule"], run["tokens_seen"] or 0),
+        dataset=_dataset_text(run["data"], run),
+        eval_dataset=_dataset_text(found["evaluation"]["data"], run),
+        is_local=_is_local(run["data"], run),
+        beyond=_beyond(folder, found),
+        by_hand=[
+            f"`{name}`" for name in TUNED if run["schedule"].get(name, getattr(PAPER, name)) != getattr(PAPER, name)
+        ],
+        has_weights=bool(weight_files(folder)),
+        has_tokenizer="tokenizer_config.json" in files,
+        has_picture="lr_and_loss.png" in files,
+        is_checkpoint="trainer_state.json" in files,
+    )
+    card.text = _EMPTY_SECTION.sub("", re.sub(r"\n{3,}", "\n\n", card.text))
+    return card
+
+
+def write_card(
+    folder: str | os.PathLike[str], *, license: str | None = None, repo_id: str | None = None, branch: str | None = None
+) -> Path:
+    """Write the card of a folder as its README.md, see `make_card`, and return the path."""
+    path = Path(folder) / CARD_FILE
+    card = make_card(folder, license=license, repo_id=repo_id, branch=branch)
+    with replaced(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8", newline="\n")
+    return path
+
+
+def is_local_path(text: str) -> bool:
+    r"""Whether a text is, or may be, a path on someone's machine rather than a name, a Hub id or a URL.
+
+    A relative folder such as "data/corpus" cannot be told from a Hub id by its looks.
+
+    >>> [is_local_path(x) for x in ("/data/x", "~/x", "./x", "C:\\x", "a/b/c", "x.jsonl", "data/part-*")]
+    [True, True, True, True, True, True, True]
+    >>> [is_local_path(x) for x in ("python-stdlib", "user/name", "trunk/checkpoint-8", "https://example.com/a")]
+    [False, False, False, False]
+    """
+    if "://" in text and not text.startswith("file:"):
+        return False
+    is_data = PurePosixPath(text).suffix in LOADERS or glob.has_magic(text)
+    return bool(_PATH.match(text)) or text.count("/") > 1 or is_data
+
+
+def _read(path: Path, schema: int | None = SCHEMA) -> Facts:
+    """The content of a JSON file; no facts if there is no such file."""
+    if not path.is_file():
+        return Facts()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or leave it out of the folder.") from error
+    if not isinstance(content, dict) or (schema is not None and content.get("schema") != schema):
+        got = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} is not of schema {schema}, got {got!r}: write it with this version of hf_power.")
+    return Facts(_known(content))
+
+
+def _evaluation(folder: Path) -> Facts:
+    """eval.json; no facts if the folder's weights have changed since."""
+    evaluation = _read(folder / EVAL_FILE)
+    scored = evaluation["model"]["weights_sha256"]
+    return Facts() if scored and scored != weights_sha256(folder) else evaluation
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Facts({key: known for key, x in value.items() if (known := _known(x)) is not None})
+    if isinstance(value, list):
+        return [known for x in value if (known := _known(x)) is not None]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _license(name: Any) -> str:
+    if not name:
+        raise ValueError("the licence of the model is missing: pass --license, or set run.license, e.g. apache-2.0.")
+    if not _LICENSE.fullmatch(name):
+        raise ValueError(f"license must be an identifier of the Hub such as apache-2.0, mit or other, got {name!r}.")
+    return str(name)
+
+
+def _counts(folder: Path, config: Facts) -> dict[str, int]:
+    if config["model_type"] not in FAMILIES:
+        return {}
+    counts = count_parameters(AutoConfig.from_pretrained(folder))
+    if counts["active_parameters"] == counts["parameters"]:
+        del counts["active_parameters"]
+    return counts
+
+
+def _derived(found: Facts, counts: dict[str, int]) -> Facts:
+    run, schedule = found["run"], found["run"]["schedule"]
+    seen, loss = run["tokens_seen"], run["held_out_loss"]
+    numbers = {
+        "beta": _ratio(run["tokens_per_step"], TOKENS_PER_BETA),
+        "critical_beta": _ratio(schedule["critical_batch_tokens"], TOKENS_PER_BETA),
+        "perplexity": math.exp(loss) if loss and loss < 700 else None,  # 700: e**710 is no float
+        "flops": float(run["flops_per_token"] * seen) if seen and run["flops_per_token"] else None,
+        "tokens_per_second": _ratio(seen, run["train_seconds"]),
+        "tokens_per_parameter": _ratio(seen, counts.get("active_parameters", counts.get("parameters"))),
+        "passes": _ratio(seen, run["data"]["train_tokens"]),
+    }
+    return Facts(counts | {name: value for name, value in numbers.items() if value})
+
+
+def _ratio(part: Any, whole: Any) -> float | None:
+    return part / whole if part and whole else None
+
+
+def _stage(schedule: Facts, tokens_seen: int) -> str:
+    """trunk, decaying or decayed; empty under another schedule than power."""
+    start = schedule["decay_start_tokens"] or math.inf
+    if not schedule or not tokens_seen:
+        return ""
+    if tokens_seen <= start:
+        return "trunk"
+    return "decayed" if tokens_seen >= start + (schedule["decay_tokens"] or 0) else "decaying"
+
+
+def _beyond(folder: Path, found: Facts) -> list[str] | None:
+    """Where the run lies outside of what its recipe's fit has seen; None if that cannot be told."""
+    if not found["recipe"]:
+        return None
+    recipe, run, width = Recipe.load(folder / RECIPE_FILE), found["run"], found["config"]["hidden_size"]
+    tokens, per_step = run["tokens_seen"], run["tokens_per_step"]
+    validity = [recipe.validity.get(name) for name in VALIDITY]
+    if not (tokens and per_step and width and all(validity) and any(recipe.validity["widths"])):
+        return None
+    weight_decay = run["settings"]["training"].get("weight_decay")
+    return warnings_for(recipe, tokens=tokens, tokens_per_step=per_step, width=width, weight_decay=weight_decay)
+
+
+def _is_local(data: Facts, run: Facts) -> bool:
+    """Whether a dataset lies on somebody's disk; eval.json only has the last part of its path."""
+    name, trained_on = data["dataset"] or "", run["data"]
+    if data["local"] or is_local_path(name):
+        return True
+    same = bool(name) and name == PurePosixPath(trained_on["dataset"] or "").name
+    return same and data is not trained_on and _is_local(trained_on, run)
+
+
+def _dataset_text(data: Facts, run: Facts) -> str:
+    """A dataset as Markdown; empty if it is not known."""
+    name = data["dataset"]
+    if not name:
+        return ""
+    if _is_local(data, run):
+        return "a local dataset"
+    if name == PYTHON_STDLIB:
+        return f"the sources of Python's standard library (`{PYTHON_STDLIB}`)"
+    if _HUB_ID.fullmatch(name):
+        return f"[`{name}`](https://huggingface.co/datasets/{name})"
+    return _shown(name) or ""
+
+
+def _card_data(found: Facts, license: str, name: str) -> ModelCardData:
+    """The YAML header."""
+    run, export, config = found["run"], found["export"], found["config"]
+    dataset = run["data"]["dataset"] or ""
+    is_hub_id = _HUB_ID.fullmatch(dataset) and not _is_local(run["data"], run)
+    source = export["source"]["name"] or ""
+    tags = ["hf_power", *(["power-scheduler"] if run["schedule"] else [])]
+    tags += ["mup"] if config["mup"] or export else []
+    tags += [config["model_type"]] if config["model_type"] else []
+    tags += ["moe"] if config["num_local_experts"] else []
+    results = _results(found)
+    return ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=[dataset] if is_hub_id else None,
+        base_model=source if _HUB_ID.fullmatch(source) and not is_local_path(source) else None,
+        model_name=(" ".join(name.split()) or "model") if results else None,
+        eval_results=results or None,
+    )
+
+
+def _results(found: Facts) -> list[EvalResult]:
+    """What the model-index says: held-out metrics, and those of every task."""
+    run, evaluation = found["run"], found["evaluation"]
+    metrics: dict[str, Any] = evaluation["metrics"]
+    data = evaluation["data"] if metrics else run["data"]
+    if not metrics:
+        metrics = {"loss": run["held_out_loss"], "perplexity": found["derived"]["perplexity"]}
+    name = "a local dataset" if _is_local(data, run) else _public(data["dataset"])
+    held_out = {
+        "dataset_type": "local" if name == "a local dataset" else name or "unknown",
+        "dataset_name": f"{name}, held-out part" if name else "held-out text",
+        "dataset_config": _public(data["config_name"]),
+        "dataset_split": _public(data["split"]),
+    }
+    rows = [(held_out, name, METRICS[name], metrics[name]) for name in METRICS if name in metrics]
+    for task, values in evaluation["tasks"].items():
+        where: dict[str, str | None] = {"dataset_type": _safe(task), "dataset_name": _safe(task)}
+        scores = {_safe(key): value for key, value in values.items() if key != "num_samples" and "stderr" not in key}
+        rows += [(where, name.partition(",")[0], name, value) for name, value in scores.items()]
+    return [
+        EvalResult(task_type="text-generation", metric_type=kind, metric_name=name, metric_value=value, **where)
+        for where, kind, name, value in rows
+        if isinstance(value, int | float)
+    ]
+
+
+def _public(text: Any) -> str | None:
+    """A text without line breaks and marks; None if it is private or empty."""
+    if not isinstance(text, str) or is_local_path(text) or _TOKEN.search(text):
+        return None
+    return _safe(text) or None
+
+
+def _shown(value: Any) -> Any:
+    """Facts as Markdown: numbers to 4 digits, texts as code, private texts left out."""
+    if isinstance(value, dict):
+        return Facts({_safe(key): shown for key, x in value.items() if (shown := _shown(x)) not in (None, "")})
+    if isinstance(value, list):
+        return [shown for x in value if (shown := _shown(x)) not in (None, "")]
+    if isinstance(value, str):
+        return f"`{text}`" if (text := _public(value)) else None
+    return value if isinstance(value, bool) else _figure(value)
+
+
+def _figure(number: float) -> str:
+    """A number for people: whole ones in full, others to 4 significant digits.
+
+    >>> [_figure(x) for x in (2048, 8.0, -0.51, 0.00048828125, 5.794920921, 18270.5, 4718592000.0)]
+    ['2,048', '8', '-0.51', '0.0004883', '5.795', '18,270', '4.719e+09']
+    """
+    if isinstance(number, int) or (number == round(number) and abs(number) < 1e6):
+        return f"{round(number):,}"
+    return f"{number:,.0f}" if 1e3 <= abs(number) < 1e6 else f"{number:.4g}"
+
+
+def _safe(text: str) -> str:
+    """A text that may stand in a code span and in a table: one line, no backtick, no pipe."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.replace("`", "'").replace("|", "/").split())
+
+
+def _plain(text: str) -> str:
+    """A text for a heading, its Markdown escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&])", r"\\\1", _safe(text))

@@ -1,0 +1,1 @@
+"""Metrics for the `evaluate` library, and what they count."""
