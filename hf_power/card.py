@@ -3,7 +3,6 @@
 A number that is in none of them, and does not follow from them by a formula written here, cannot be in a card.
 """
 
-import glob
 import json
 import math
 import os
@@ -20,11 +19,12 @@ from hf_power.export import EXPORT_FILE
 from hf_power.files import replaced
 from hf_power.flops import count_parameters
 from hf_power.locate import weight_files, weights_sha256
+from hf_power.markdown import Facts, as_markdown, heading_text, is_local_path, known_facts, public_text, safe_text
 from hf_power.plan import warnings_for
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.schedule import TOKENS_PER_BETA
-from hf_power.text import LOADERS, PYTHON_STDLIB
+from hf_power.text import PYTHON_STDLIB
 
 SCHEMA = 1
 CARD_FILE = "README.md"
@@ -40,18 +40,9 @@ METRICS = {
     "accuracy": "accuracy of the next token",
 }
 
-_PATH = re.compile(r"\s*([/~.\\]|[A-Za-z]:[\\/]|file:)|.*\\", re.DOTALL)
 _EMPTY_SECTION = re.compile(r"^## .*\n+(?=## )", re.MULTILINE)
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
-
-
-class Facts(dict[str, Any]):
-    """JSON without its nulls, NaNs and infinities; a missing key is an empty Facts, so that a template may ask for any."""
-
-    def __missing__(self, key: str) -> "Facts":
-        return Facts()
 
 
 def make_card(
@@ -100,8 +91,8 @@ def make_card(
     card: ModelCard = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        **_shown(found),
-        title=_plain(repo.rpartition("/")[2]),
+        **as_markdown(found),
+        title=heading_text(repo.rpartition("/")[2]),
         license=license,
         repo=json.dumps(repo),
         branch=json.dumps(branch) if branch else "",
@@ -134,22 +125,6 @@ def write_card(
     return path
 
 
-def is_local_path(text: str) -> bool:
-    r"""Whether a text is, or may be, a path on someone's machine rather than a name, a Hub id or a URL.
-
-    A relative folder such as "data/corpus" cannot be told from a Hub id by its looks.
-
-    >>> [is_local_path(x) for x in ("/data/x", "~/x", "./x", "C:\\x", "a/b/c", "x.jsonl", "data/part-*")]
-    [True, True, True, True, True, True, True]
-    >>> [is_local_path(x) for x in ("python-stdlib", "user/name", "trunk/checkpoint-8", "https://example.com/a")]
-    [False, False, False, False]
-    """
-    if "://" in text and not text.startswith("file:"):
-        return False
-    is_data = PurePosixPath(text).suffix in LOADERS or glob.has_magic(text)
-    return bool(_PATH.match(text)) or text.count("/") > 1 or is_data
-
-
 def _read(path: Path, schema: int | None = SCHEMA) -> Facts:
     """The content of a JSON file; no facts if there is no such file."""
     if not path.is_file():
@@ -161,7 +136,7 @@ def _read(path: Path, schema: int | None = SCHEMA) -> Facts:
     if not isinstance(content, dict) or (schema is not None and content.get("schema") != schema):
         got = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} is not of schema {schema}, got {got!r}: write it with this version of hf_power.")
-    return Facts(_known(content))
+    return Facts(known_facts(content))
 
 
 def _evaluation(folder: Path) -> Facts:
@@ -169,14 +144,6 @@ def _evaluation(folder: Path) -> Facts:
     evaluation = _read(folder / EVAL_FILE)
     scored = evaluation["model"]["weights_sha256"]
     return Facts() if scored and scored != weights_sha256(folder) else evaluation
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Facts({key: known for key, x in value.items() if (known := _known(x)) is not None})
-    if isinstance(value, list):
-        return [known for x in value if (known := _known(x)) is not None]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _license(name: Any) -> str:
@@ -258,7 +225,7 @@ def _dataset_text(data: Facts, run: Facts) -> str:
         return f"the sources of Python's standard library (`{PYTHON_STDLIB}`)"
     if _HUB_ID.fullmatch(name):
         return f"[`{name}`](https://huggingface.co/datasets/{name})"
-    return _shown(name) or ""
+    return as_markdown(name) or ""
 
 
 def _card_data(found: Facts, license: str, name: str) -> ModelCardData:
@@ -291,60 +258,22 @@ def _results(found: Facts) -> list[EvalResult]:
     data = evaluation["data"] if metrics else run["data"]
     if not metrics:
         metrics = {"loss": run["held_out_loss"], "perplexity": found["derived"]["perplexity"]}
-    name = "a local dataset" if _is_local(data, run) else _public(data["dataset"])
+    name = "a local dataset" if _is_local(data, run) else public_text(data["dataset"])
     held_out = {
         "dataset_type": "local" if name == "a local dataset" else name or "unknown",
         "dataset_name": f"{name}, held-out part" if name else "held-out text",
-        "dataset_config": _public(data["config_name"]),
-        "dataset_split": _public(data["split"]),
+        "dataset_config": public_text(data["config_name"]),
+        "dataset_split": public_text(data["split"]),
     }
     rows = [(held_out, name, METRICS[name], metrics[name]) for name in METRICS if name in metrics]
     for task, values in evaluation["tasks"].items():
-        where: dict[str, str | None] = {"dataset_type": _safe(task), "dataset_name": _safe(task)}
-        scores = {_safe(key): value for key, value in values.items() if key != "num_samples" and "stderr" not in key}
+        where: dict[str, str | None] = {"dataset_type": safe_text(task), "dataset_name": safe_text(task)}
+        scores = {
+            safe_text(key): value for key, value in values.items() if key != "num_samples" and "stderr" not in key
+        }
         rows += [(where, name.partition(",")[0], name, value) for name, value in scores.items()]
     return [
         EvalResult(task_type="text-generation", metric_type=kind, metric_name=name, metric_value=value, **where)
         for where, kind, name, value in rows
         if isinstance(value, int | float)
     ]
-
-
-def _public(text: Any) -> str | None:
-    """A text without line breaks and marks; None if it is private or empty."""
-    if not isinstance(text, str) or is_local_path(text) or _TOKEN.search(text):
-        return None
-    return _safe(text) or None
-
-
-def _shown(value: Any) -> Any:
-    """Facts as Markdown: numbers to 4 digits, texts as code, private texts left out."""
-    if isinstance(value, dict):
-        return Facts({_safe(key): shown for key, x in value.items() if (shown := _shown(x)) not in (None, "")})
-    if isinstance(value, list):
-        return [shown for x in value if (shown := _shown(x)) not in (None, "")]
-    if isinstance(value, str):
-        return f"`{text}`" if (text := _public(value)) else None
-    return value if isinstance(value, bool) else _figure(value)
-
-
-def _figure(number: float) -> str:
-    """A number for people: whole ones in full, others to 4 significant digits.
-
-    >>> [_figure(x) for x in (2048, 8.0, -0.51, 0.00048828125, 5.794920921, 18270.5, 4718592000.0)]
-    ['2,048', '8', '-0.51', '0.0004883', '5.795', '18,270', '4.719e+09']
-    """
-    if isinstance(number, int) or (number == round(number) and abs(number) < 1e6):
-        return f"{round(number):,}"
-    return f"{number:,.0f}" if 1e3 <= abs(number) < 1e6 else f"{number:.4g}"
-
-
-def _safe(text: str) -> str:
-    """A text that may stand in a code span and in a table: one line, no backtick, no pipe."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(printable.replace("`", "'").replace("|", "/").split())
-
-
-def _plain(text: str) -> str:
-    """A text for a heading, its Markdown escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>()#!|~$&])", r"\\\1", _safe(text))

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from hf_power.card import is_local_path, make_card, write_card
+from hf_power.card import make_card, write_card
 from hf_power.checkpoint import MANIFEST, RUN_FILE, checkpoints, problems, seal
 from hf_power.files import write_json
+from hf_power.markdown import is_local_path
 from hf_power.remote import (
     LAST_CHECKPOINT,
     check_repo_id,

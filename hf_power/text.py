@@ -38,7 +38,7 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name for load_dataset."})
-    split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:10%] work."})
+    split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."})
     eval_split: str | None = field(default=None, metadata={"help": "Held-out split; none: hold out eval_fraction."})
     eval_fraction: float = field(
         default=0.05,

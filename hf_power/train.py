@@ -23,6 +23,7 @@ from hf_power import data as hf_data
 from hf_power import plots
 from hf_power.callbacks import RunRecord, TokenProgress
 from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems
+from hf_power.evaluate import EVAL_FILE
 from hf_power.files import write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
@@ -413,6 +414,7 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, recipe: Re
     trainer.model.config.use_cache = True  # the Trainer turned it off for training; the saved model is for use
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
+        (folder / EVAL_FILE).unlink(missing_ok=True)  # of the weights that were there before
         write_json(folder / RUN_FILE, run)
         if recipe is not None:
             recipe.save(folder / RECIPE_FILE)

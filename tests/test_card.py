@@ -15,7 +15,7 @@ from sentences import says
 from transformers import MixtralConfig
 
 from hf_power import Recipe, cli, mup_config, train
-from hf_power.card import is_local_path, make_card, write_card
+from hf_power.card import make_card, write_card
 from hf_power.export import export_model
 from hf_power.files import write_json
 from hf_power.locate import weights_sha256
@@ -517,24 +517,3 @@ def test_what_is_no_run_is_refused(annealed, tmp_path):
             says(caught, name, part)
         (annealed / name).write_text(whole)
     assert not (annealed / "README.md").exists()
-
-
-def test_local_paths():
-    paths = (
-        "/a",
-        " /a",
-        "~",
-        "~/a",
-        "./a",
-        "../a",
-        "a/b/c",
-        "a.txt",
-        "a*",
-        "C:\\a",
-        "c:/a",
-        "\\\\host\\a",
-        "file:///a",
-    )
-    assert all(is_local_path(path) for path in paths)
-    names = ("a", "user/name", "python-stdlib", "trunk/checkpoint-8", "2.13.0+cpu", "https://example.com/a/b", "1-sqrt")
-    assert not any(is_local_path(name) for name in names)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_power import cli
 from hf_power.grid import load_grid
@@ -46,6 +47,43 @@ def test_pretrain_then_anneal(sections, tmp_path, capsys):
     assert cli.main(["anneal", "--from", str(tmp_path / "run" / "checkpoint-8"), "--tokens", "25%"]) == 0
     annealed = json.loads((tmp_path / "run-anneal-8" / "run.json").read_text())
     assert (annealed["parent"], annealed["tokens_seen"]) == ("run/checkpoint-8", 1024 + 384)  # ceil of 341 to steps
+
+
+def test_from_the_run_to_a_model_that_others_can_load(hub, sections, tmp_path, capsys, monkeypatch):
+    """pretrain, evaluate, export, card, publish; then a stranger's download of both forms writes the same text."""
+    made = sections(tmp_path / "run")
+    made["run"]["license"] = "apache-2.0"
+    made["mup"] |= {"preset": "power_of_two"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(made))
+    run, plain = str(tmp_path / "run"), str(tmp_path / "run-llama")
+    assert cli.main(["pretrain", str(tmp_path / "run.yaml")]) == 0
+    assert cli.main(["evaluate", run]) == 0
+    shown = json.loads((tmp_path / "run" / "eval.json").read_text())
+    losses = [json.loads((tmp_path / "run" / "run.json").read_text())["held_out_loss"], shown["metrics"]["loss"]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert f"{shown['metrics']['bits_per_byte']:.6g}" in capsys.readouterr().out
+    assert cli.main(["export", run, "--to", "llama"]) == 0
+    assert "logits of 64 tokens differ by at most" in capsys.readouterr().out
+    assert cli.main(["evaluate", plain, "--batch_size", "3"]) == 0
+    assert json.loads((tmp_path / "run-llama" / "eval.json").read_text())["metrics"] == pytest.approx(shown["metrics"])
+    assert cli.main(["card", plain]) == 0
+    for folder, name in ((run, "tester/run"), (plain, "tester/run-llama")):
+        assert cli.main(["publish", folder, "--repo", name]) == 0
+        assert "complete" in capsys.readouterr().out
+    assert cli.main(["evaluate", "tester/run-llama", "--output", str(tmp_path / "again.json"), *_data(made)]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["metrics"] == pytest.approx(shown["metrics"])
+
+    texts = []
+    for name in ("tester/run", "tester/run-llama"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        inputs = tokenizer("def f(x):", return_tensors="pt", return_token_type_ids=False)
+        texts.append((type(model).__name__, model.generate(**inputs, max_new_tokens=20, do_sample=False).tolist()))
+    assert [name for name, _ in texts] == ["GraniteForCausalLM", "LlamaForCausalLM"]
+    assert texts[0][1] == texts[1][1]
+
+
+def _data(made):
+    return [part for key, value in made["data"].items() for part in (f"--{key}", str(value))] + ["--max_tokens", "640"]
 
 
 def test_coord_check(tmp_path, capsys):

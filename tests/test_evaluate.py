@@ -12,7 +12,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hub import Hub, pointed_at
 from sentences import says
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -242,24 +241,23 @@ def test_a_folder_that_is_no_whole_model(folder, data, tmp_path):
     says(caught, "token", "300")
 
 
-def test_models_of_the_hub(folder, data, tmp_path, monkeypatch):
+def test_models_of_the_hub(hub, folder, data, tmp_path):
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with Hub() as hub, pointed_at(hub, monkeypatch, tmp_path / "home"):
-        hub.add_repo("tester/tiny", files | {"checkpoint-1/model.safetensors": b"not asked for"})
-        hub.add_repo("other/gated", files, gated=True)
-        hub.add_repo("other/private", files, private=True)
-        with pytest.raises(ValueError) as caught:
-            evaluate_model("tester/tiny", data)
-        says(caught, "output is missing", "tester/tiny")
-        result = evaluate_model("tester/tiny", data, output=tmp_path / "e.json", progress=False)
-        assert result["metrics"] == evaluate_model(folder, data, output=tmp_path / "f", progress=False)["metrics"]
-        assert result["model"]["name"] == "tester/tiny"
-        assert result["model"]["revision"] == hub.repos["tester/tiny"].at("main").oid
-        assert not hub.seen("checkpoint-1")
-        for name, part in {"gated": "is gated", "private": "that you may read", "absent": "that you may read"}.items():
-            with pytest.raises(FileNotFoundError) as caught:
-                evaluate_model(f"other/{name}", data, output=tmp_path / "e.json")
-            says(caught, f"other/{name}", part)
+    hub.add_repo("tester/tiny", files | {"checkpoint-1/model.safetensors": b"not asked for"})
+    hub.add_repo("other/gated", files, gated=True)
+    hub.add_repo("other/private", files, private=True)
+    with pytest.raises(ValueError) as caught:
+        evaluate_model("tester/tiny", data)
+    says(caught, "output is missing", "tester/tiny")
+    result = evaluate_model("tester/tiny", data, output=tmp_path / "e.json", progress=False)
+    assert result["metrics"] == evaluate_model(folder, data, output=tmp_path / "f", progress=False)["metrics"]
+    assert result["model"]["name"] == "tester/tiny"
+    assert result["model"]["revision"] == hub.repos["tester/tiny"].at("main").oid
+    assert not hub.seen("checkpoint-1")
+    for name, part in {"gated": "is gated", "private": "that you may read", "absent": "that you may read"}.items():
+        with pytest.raises(FileNotFoundError) as caught:
+            evaluate_model(f"other/{name}", data, output=tmp_path / "e.json")
+        says(caught, f"other/{name}", part)
 
 
 @pytest.mark.slow

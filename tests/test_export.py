@@ -218,12 +218,9 @@ def test_checkpoint_is_named_after_its_run(source, tmp_path):
     assert not (tmp_path / "plain" / "manifest.json").exists()
 
 
-def test_model_of_the_hub_by_its_id(source, tmp_path, monkeypatch):
-    snapshot = source(name="hub/models--somebody--tiny/snapshots/abc")
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert export_model("somebody/tiny", tmp_path / "plain", "llama")["source"] == {"name": "somebody/tiny"}
+def test_model_of_the_hub_by_its_id(hub, source, tmp_path):
+    hub.add_repo("tester/tiny", {path.name: path.read_bytes() for path in source().iterdir()})
+    assert export_model("tester/tiny", tmp_path / "plain", "llama")["source"] == {"name": "tester/tiny"}
 
 
 @pytest.mark.parametrize("kind", ["tied", "moe"])

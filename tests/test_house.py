@@ -36,6 +36,7 @@ ORDER = [
     "tasks",
     "plots",
     "fit_plots",
+    "markdown",
     "card",
     "settings",
     "callbacks",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hub import Hub, hub_environment
 
 from hf_power.data import load_tokenizer
 from hf_power.text import DataArguments, load_text
@@ -97,6 +98,26 @@ def test_accelerate_launch_pretrain_and_anneal(recipe):
     for (step, lr, loss), (step2, lr2, loss2) in zip(one, two, strict=True):
         assert (step, lr) == (step2, lr2)
         assert loss == pytest.approx(loss2, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_evaluate_and_the_scripts_around_it(recipe, tmp_path):
+    run = tmp_path / "run"
+    launch(sys.executable, "scripts/pretrain.py", recipe / "tiny.yaml", "--output_dir", run)
+    launch(sys.executable, "-m", "accelerate.commands.launch", "scripts/evaluate.py", run, "--batch_size", "3")
+    one = json.loads((run / "eval.json").read_text())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29534"]
+    launch(*torchrun, "scripts/evaluate.py", run, ACCELERATE_USE_CPU="true")
+    two = json.loads((run / "eval.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-6)
+    assert "llama in float32" in launch(sys.executable, "scripts/export.py", run, "--to", "llama")
+    with Hub() as hub:
+        flags = ["--repo", "tester/plain", "--license", "mit"]
+        environment = hub_environment(hub, tmp_path / "home") | {"PYTHONWARNINGS": "ignore"}
+        launch(sys.executable, "scripts/publish.py", tmp_path / "run-llama", *flags, **environment)
+        weights = hub.files("tester/plain")["model.safetensors"]
+    assert weights == (tmp_path / "run-llama" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
