@@ -14,7 +14,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

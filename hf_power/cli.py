@@ -1,6 +1,7 @@
 """The command line: `hf-power VERB`, one small main per verb; scripts/ call the same functions."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -73,8 +74,8 @@ def pretrain(argv: list[str]) -> int:
 
     settings = parse_settings(argv)
     pushes = settings.training.push_to_hub
-    _report(train.pretrain(settings))
-    return _push_report(Path(settings.training.output_dir or "")) if pushes else 0
+    run = train.pretrain(settings)
+    return _report(run, Path(settings.training.output_dir or "") if pushes else None)
 
 
 def anneal(argv: list[str]) -> int:
@@ -92,9 +93,8 @@ def anneal(argv: list[str]) -> int:
     from hf_power import train
 
     run = train.anneal(**vars(options))
-    _report(run)
     folder = Path(options.output_dir or Path(options.checkpoint).parent.with_name(run["name"]))
-    return _push_report(folder) if options.repo else 0
+    return _report(run, folder if options.repo else None)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -133,7 +133,8 @@ def evaluate(argv: list[str]) -> int:
     else:
         tokens = None if options.max_tokens is None else parse_tokens(options.max_tokens, "--max_tokens")
         scores = evaluate_model(options.model, data, max_tokens=tokens, **common)["metrics"]
-    print(scores_text(scores))
+    if _is_first_process():
+        print(scores_text(scores))
     return 0
 
 
@@ -334,14 +335,22 @@ def _push_report(folder: Any) -> int:
     return 0 if complete else INCOMPLETE_PUSH
 
 
-def _report(run: dict[str, Any]) -> None:
-    import math
-
+def _report(run: dict[str, Any], pushed: Any) -> int:
+    """What came of the run, and of its push if `pushed` is its folder; the exit code."""
+    if not _is_first_process():
+        return 0
     loss = run["held_out_loss"]
     print(
         f"{run['name']}: {run['tokens_seen']:,} tokens in {run['train_seconds']:.0f} s, held-out loss {loss:.4f} nats "
         f"per token, perplexity {math.exp(loss):.2f}"
     )
+    return _push_report(pushed) if pushed else 0
+
+
+def _is_first_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
 
 
 def _help_pretrain() -> None:

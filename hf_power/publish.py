@@ -155,7 +155,7 @@ class Publisher:
     @staticmethod
     def staged_in(folder: Path) -> list[Path]:
         """What waits in a run folder, checkpoints first, older ones first."""
-        found = [p for p in (folder / STAGING).glob("*@*") if p.is_dir()]
+        found = list((folder / STAGING).glob("[!.]*@*"))  # a dot: still being staged
         return sorted(found, key=lambda p: ("-tokens@" not in p.name, int(p.name.rpartition("@")[2])))
 
     def open(self) -> None:

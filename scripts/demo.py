@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
     print(
         "\nNext:  is muP right for the shape?  .venv/bin/hf-power coord-check scripts/recipes/demo.yaml\n"
         f"       another tail from any trunk checkpoint:  .venv/bin/hf-power anneal --from {checkpoint} --tokens 5%\n"
+        f"       a plain Llama with the same logits:  .venv/bin/hf-power export {annealed_folder} --to llama\n"
         "       your own text:  .venv/bin/hf-power pretrain scripts/recipes/demo.yaml --dataset my.jsonl --output_dir runs/mine"
     )
     return 0

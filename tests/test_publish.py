@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_power import remote, train
 from hf_power.card import make_card
 from hf_power.checkpoint import problems
-from hf_power.publish import branch_name, publish, short_tokens, without_local_paths
+from hf_power.publish import Publisher, branch_name, publish, short_tokens, without_local_paths
 from hf_power.settings import Settings
 
 BRANCHES = {
@@ -163,7 +163,14 @@ def test_a_checkpoint_folder_is_published_as_a_model(hub, trunk):
     assert "optimizer.pt" not in main
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "slow", "cut", "truncate", "quota", "down", "later"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("500", "503", "slow", "cut", "truncate", "quota")),
+        "down",
+        "later",
+    ],
+)
 def test_under_each_fault_whole_or_told_and_completed_later(hub, trunk, fault):
     before = contents(trunk)
     if fault == "down":
@@ -171,7 +178,7 @@ def test_under_each_fault_whole_or_told_and_completed_later(hub, trunk, fault):
     elif fault == "later":  # the second large file of four
         hub.fault("quota", after=1)
     else:
-        hub.fault(fault, **({"seconds": 0.001} if fault == "slow" else {}))
+        hub.fault(fault, **({"seconds": 4} if fault == "slow" else {}))
     state = publish(trunk, "tester/run", checkpoints="all")
     assert state["complete"] == (fault == "slow")
     if fault != "slow":
@@ -190,6 +197,12 @@ def test_under_each_fault_whole_or_told_and_completed_later(hub, trunk, fault):
     for branch, checkpoint in BRANCHES.items():
         assert hub.files("tester/run", branch)["optimizer.pt"] == before[f"{checkpoint}/optimizer.pt"]
     assert hub.files("tester/run")["model.safetensors"] == before["model.safetensors"]
+
+
+def test_what_is_still_being_staged_is_not_pushed(trunk):
+    for name in (".main@8", "main@12", "trunk-900-tokens@8", "trunk-90-tokens@4"):
+        (trunk / ".push" / name).mkdir(parents=True)
+    assert [p.name for p in Publisher.staged_in(trunk)] == ["trunk-90-tokens@4", "trunk-900-tokens@8", "main@12"]
 
 
 def test_a_damaged_upload_is_sent_again_by_itself(hub, trunk):

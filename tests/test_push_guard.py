@@ -102,7 +102,7 @@ def test_a_run_under_each_fault(hub, pushing, unpushed, monkeypatch, capsys, fau
             hub.down()
         else:
             place = "/commit/|lfs" if fault in ("401", "404", "500") and when != "start" else None
-            hub.fault(fault, match=place, **({"seconds": 0.001} if fault == "slow" else {}))
+            hub.fault(fault, match=place, **({"seconds": 4} if fault == "slow" else {}))
 
     steps = {"middle": 6, "end": 12}
     original = train.PowerTrainer.training_step

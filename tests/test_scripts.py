@@ -121,6 +121,43 @@ def test_accelerate_launch_evaluate_and_the_scripts_around_it(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_push_once(recipe, tmp_path):
+    """The first process pushes; with the Hub down the run is finished all the same, and the launcher fails."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29535"]
+    flags = ["--use_cpu", "True", "--per_device_train_batch_size", "2", "--push_to_hub", "True", "--license", "mit"]
+    flags += ["--hub_strategy", "all_checkpoints"]
+    with Hub() as hub:
+        environment = hub_environment(hub, tmp_path / "home") | {"PYTHONWARNINGS": "ignore"}
+        out = launch(
+            *torchrun,
+            "scripts/pretrain.py",
+            recipe / "tiny.yaml",
+            *flags,
+            "--output_dir",
+            tmp_path / "r",
+            **environment,
+        )
+        assert out.count("tester/r: complete") == 1
+        assert set(hub.repos["tester/r"].branches) == {
+            *("main", "trunk-512-tokens", "trunk-1.024k-tokens", "decay-1.536k-tokens")
+        }
+        hub.down()
+        command = [*torchrun, "scripts/pretrain.py", recipe / "tiny.yaml", *flags, "--output_dir", tmp_path / "down"]
+        failed = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+    assert failed.returncode != 0
+    assert "NOT complete; the model is safe in" in failed.stderr
+    assert (tmp_path / "down" / "model.safetensors").read_bytes() == (tmp_path / "r" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["one import", "hf_power.run", "accelerate launch -m hf_power.run"])
 def test_a_stranger_s_causal_lm_script(corpus, tmp_path, how):
     """Only the command line says power; the learning rate of every step is the closed form."""
