@@ -148,7 +148,7 @@ class Publisher:
             "targets": (_read(folder / STATE_FILE) or {}).get("targets", {}),
         }
         self._opened = False
-        self._lock, self._busy = threading.Lock(), ""
+        self._lock, self._busy = threading.Condition(), ""
         for half in (folder / STAGING).glob(".*"):
             shutil.rmtree(half)
 
@@ -156,7 +156,7 @@ class Publisher:
     def staged_in(folder: Path) -> list[Path]:
         """What waits in a run folder, checkpoints first, older ones first."""
         found = list((folder / STAGING).glob("[!.]*@*"))  # a dot: still being staged
-        return sorted(found, key=lambda p: ("-tokens@" not in p.name, int(p.name.rpartition("@")[2])))
+        return sorted(found, key=lambda p: ("-tokens@" not in p.name, _step(p)))
 
     def open(self) -> None:
         """Create the repository unless it is there, once; see `hf_power.remote.open_repository`."""
@@ -220,7 +220,10 @@ class Publisher:
         Returns:
             The content of push.json.
         """
-        for staged in self.staged_in(self.folder):
+        waiting = self.staged_in(self.folder)
+        for staged in waiting:
+            self.state["targets"][_revision(staged)] = {"step": _step(staged), "status": "waiting"}
+        for staged in waiting:
             with self._lock:
                 if not staged.exists():  # a newer one took its place
                     continue
@@ -229,14 +232,16 @@ class Publisher:
                 if not self._push(staged):
                     break
             finally:
-                self._busy = ""
+                with self._lock:
+                    self._busy = ""
+                    self._lock.notify_all()
         self._save()
         return self.state
 
     def _push(self, staged: Path) -> bool:
         """Whether it makes sense to go on with the next one."""
-        revision = unquote(staged.name.rpartition("@")[0])
-        entry: dict[str, Any] = {"step": int(staged.name.rpartition("@")[2]), "status": "waiting"}
+        revision = _revision(staged)
+        entry: dict[str, Any] = {"step": _step(staged), "status": "waiting"}
         self.state["targets"][revision] = entry
         self._save()
         try:
@@ -278,11 +283,13 @@ class Publisher:
         except BaseException:
             shutil.rmtree(half)
             raise
+        whole = half.with_name(half.name[1:])
         with self._lock:
+            self._lock.wait_for(lambda: self._busy != whole.name)
             for older in (self.folder / STAGING).glob(f"{name}@*"):
-                if older.name == half.name[1:] or not (older.name == self._busy or self.keep_waiting):
+                if older == whole or not (older.name == self._busy or self.keep_waiting):
                     shutil.rmtree(older)
-            half.rename(half.with_name(half.name[1:]))
+            half.rename(whole)
 
 
 def report_text(folder: Path) -> tuple[str, bool]:
@@ -346,6 +353,14 @@ def without_local_paths(content: Any, local: tuple[str, ...] = ()) -> Any:
     if isinstance(content, str) and (content in local or is_local_path(content)):
         return Path(content).name
     return content
+
+
+def _revision(staged: Path) -> str:
+    return unquote(staged.name.rpartition("@")[0])
+
+
+def _step(staged: Path) -> int:
+    return int(staged.name.rpartition("@")[2])
 
 
 def _check(folder: Path, may_lack_weights: bool) -> str:

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,25 @@ def test_what_is_still_being_staged_is_not_pushed(trunk):
     for name in (".main@8", "main@12", "trunk-900-tokens@8", "trunk-90-tokens@4"):
         (trunk / ".push" / name).mkdir(parents=True)
     assert [p.name for p in Publisher.staged_in(trunk)] == ["trunk-90-tokens@4", "trunk-900-tokens@8", "main@12"]
+
+
+def test_a_newer_model_waits_for_the_one_of_the_same_step_that_is_on_its_way(hub, trunk):
+    """The last save and the end of a run stage the same revision and step, the end with a picture more."""
+    picture = trunk / "lr_and_loss.png"
+    picture.rename(trunk.parent / picture.name)
+    publisher = Publisher(trunk, "tester/run", lineage="x", license="mit")
+    publisher.stage_run()
+    hub.fault("slow", match="^PUT ", seconds=100)  # half a second, see the fixture
+    thread = threading.Thread(target=publisher.push_all)
+    thread.start()
+    while not hub.seen("/preupload/"):
+        threading.Event().wait(0.01)
+    (trunk.parent / picture.name).rename(picture)
+    publisher.stage_run()
+    thread.join()
+    assert publisher.push_all()["complete"]
+    assert hub.files("tester/run")["lr_and_loss.png"] == picture.read_bytes()
+    assert len(hub.seen("/commit/")) == 2
 
 
 def test_a_damaged_upload_is_sent_again_by_itself(hub, trunk):

@@ -79,6 +79,8 @@ def test_each_strategy_pushes_what_it_says(hub, pushing, unpushed, strategy, cap
     same_training(folder, unpushed)
     main = hub.files("tester/run")
     assert main["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert main["lr_and_loss.png"] == (folder / "lr_and_loss.png").read_bytes()
+    assert json.loads(main["run.json"])["status"] == "finished"
     assert b"license: apache-2.0" in main["README.md"]
     assert b"fine-tuned" not in main["README.md"]
     assert ("last-checkpoint/optimizer.pt" in main) == (strategy == "checkpoint")
