@@ -11,13 +11,13 @@ demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 fast: .venv/dev
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
 slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -5,21 +5,18 @@ lies in RUN/.push/REVISION@STEP/, as hard links, so rotation cannot take it away
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from hf_power.card import make_card, write_card
-from hf_power.checkpoint import MANIFEST, RUN_FILE, checkpoints, problems, seal
+from hf_power.checkpoint import RUN_FILE, checkpoints, problems
 from hf_power.files import write_json
-from hf_power.markdown import is_local_path
 from hf_power.remote import (
     LAST_CHECKPOINT,
     check_repo_id,
@@ -31,15 +28,12 @@ from hf_power.remote import (
     record,
     with_patience,
 )
+from hf_power.staging import EXPORT_FILE, PRIVATE, TRAINING_STATE, branch_name, link_checkpoint, link_files, read_json
 
 SCHEMA = 1
 STAGING = ".push"
 STATE_FILE = "push.json"
 CHECKPOINTS = ("none", "last", "all")
-EXPORT_FILE = "export.json"
-RECORDS = (RUN_FILE, "recipe.json", "eval.json", EXPORT_FILE, "trainer_state.json")  # may name local paths
-PRIVATE = ("training_args.bin", STATE_FILE, "README.md", ".*")  # README.md: the card is made anew
-TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", MANIFEST)
 
 
 def publish(
@@ -71,7 +65,7 @@ def publish(
         ValueError, FileNotFoundError: bad input, nothing was sent.
     """
     folder = Path(folder)
-    state = _read(folder / STATE_FILE) or {}
+    state = read_json(folder / STATE_FILE) or {}
     staged = any(Publisher.staged_in(folder))
     lineage = _check(folder, may_lack_weights=staged)
     repo_id = repo_id or state.get("repo")
@@ -145,7 +139,7 @@ class Publisher:
             "checkpoints": checkpoints,
             "license": license,
             "complete": False,
-            "targets": (_read(folder / STATE_FILE) or {}).get("targets", {}),
+            "targets": (read_json(folder / STATE_FILE) or {}).get("targets", {}),
         }
         self._opened = False
         self._lock, self._busy = threading.Condition(), ""
@@ -196,22 +190,22 @@ class Publisher:
             source: run folder, export or checkpoint.
             checkpoint: the newest one that goes up: into last-checkpoint/, or named in the card if it has a branch.
         """
-        run = _read(source / RUN_FILE) or {}
+        run = read_json(source / RUN_FILE) or {}
         branch = None
         with self._staging(self.revision, run.get("steps", 0)) as target:
-            _link(source, target, (*PRIVATE, *TRAINING_STATE))
+            link_files(source, target, (*PRIVATE, *TRAINING_STATE))
             if checkpoint is not None and self.state["checkpoints"] == "last":
-                _link_checkpoint(checkpoint, target / LAST_CHECKPOINT)
+                link_checkpoint(checkpoint, target / LAST_CHECKPOINT)
             elif checkpoint is not None:
-                branch = branch_name(_read(checkpoint / RUN_FILE) or {})
+                branch = branch_name(read_json(checkpoint / RUN_FILE) or {})
             write_card(target, license=self.license, repo_id=self.state["repo"], branch=branch)
 
     def stage_checkpoint(self, checkpoint: Path) -> None:
         """Stage a whole checkpoint for a branch of its own."""
-        run = _read(checkpoint / RUN_FILE) or {}
+        run = read_json(checkpoint / RUN_FILE) or {}
         branch = branch_name(run)
         with self._staging(branch, run["steps"]) as target:
-            _link_checkpoint(checkpoint, target)
+            link_checkpoint(checkpoint, target)
             write_card(target, license=self.license, repo_id=self.state["repo"], branch=branch)
 
     def push_all(self) -> dict[str, Any]:
@@ -257,7 +251,7 @@ class Publisher:
 
     def _mirror(self, staged: Path, revision: str, entry: dict[str, Any]) -> None:
         self.open()
-        ours = _read(staged / RUN_FILE) or {}
+        ours = read_json(staged / RUN_FILE) or {}
         if revision == self.revision and ours.get("kind") == "pretrain" and not self.overwrite:
             theirs = record(self.api, self.state["repo"], RUN_FILE, revision) or {}
             if theirs.get("kind") == "anneal":
@@ -294,7 +288,7 @@ class Publisher:
 
 def report_text(folder: Path) -> tuple[str, bool]:
     """What came of the last push, for a person, and whether it is complete."""
-    state = _read(folder / STATE_FILE) or {}
+    state = read_json(folder / STATE_FILE) or {}
     lines = []
     for revision, entry in state["targets"].items():
         size = f", {entry['files']} files, {entry['bytes']:,} bytes" if entry["status"] == "verified" else ""
@@ -311,50 +305,6 @@ def warn(text: str) -> None:
     print(f"push: {text}", file=sys.stderr, flush=True)
 
 
-def branch_name(run: dict[str, Any]) -> str:
-    """The branch of a checkpoint by its run.json: trunk-2.1B-tokens; decay- in the run's own tail, anneal- in a later one.
-
-    >>> branch_name({"kind": "pretrain", "tokens_seen": 2_097_152_000, "schedule": {"decay_start_tokens": None}})
-    'trunk-2.09715B-tokens'
-    """
-    tokens, start = run["tokens_seen"], (run.get("schedule") or {}).get("decay_start_tokens")
-    phase = "trunk" if start is None or tokens <= start else "decay"
-    if run["kind"] == "anneal":
-        phase = "anneal"
-    return f"{phase}-{short_tokens(tokens)}-tokens"
-
-
-def short_tokens(tokens: int) -> str:
-    """A number of tokens to six digits: 2.1B, 1.2288M.
-
-    >>> short_tokens(2_100_000_000), short_tokens(1_228_800), short_tokens(640)
-    ('2.1B', '1.2288M', '640')
-    """
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= factor:
-            return f"{tokens / factor:.6g}{unit}"
-    return str(tokens)
-
-
-def without_local_paths(content: Any, local: tuple[str, ...] = ()) -> Any:
-    """JSON content with the base name in the place of every local path, and without folders of this machine.
-
-    Args:
-        content: of run.json and the like; what its data section calls local is a path, however it looks.
-        local: further texts that are paths.
-    """
-    if isinstance(content, dict):
-        data = content.get("data")
-        if isinstance(data, dict) and data.get("local"):
-            local = (*local, data["dataset"])
-        return {k: without_local_paths(v, local) for k, v in content.items() if not str(k).endswith("_dir")}
-    if isinstance(content, list):
-        return [without_local_paths(value, local) for value in content]
-    if isinstance(content, str) and (content in local or is_local_path(content)):
-        return Path(content).name
-    return content
-
-
 def _revision(staged: Path) -> str:
     return unquote(staged.name.rpartition("@")[0])
 
@@ -367,7 +317,7 @@ def _check(folder: Path, may_lack_weights: bool) -> str:
     """The lineage of what is to be published, after every check that needs no network."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: pass the output of pretrain, anneal or export.")
-    known = _read(folder / RUN_FILE) or _read(folder / EXPORT_FILE)
+    known = read_json(folder / RUN_FILE) or read_json(folder / EXPORT_FILE)
     if not known or "lineage" not in known:
         raise ValueError(
             f"{folder} is no run: it has neither {RUN_FILE} nor {EXPORT_FILE} of pretrain, anneal or export."
@@ -385,41 +335,5 @@ def _weights(folder: Path) -> list[Path]:
     return list(folder.glob("*.safetensors"))
 
 
-def _link_checkpoint(source: Path, target: Path) -> None:
-    """A whole checkpoint but for what is private, sealed anew."""
-    target.mkdir(exist_ok=True)
-    _link(source, target, (*PRIVATE, MANIFEST))
-    for sub in source.iterdir():
-        if sub.is_dir():
-            shutil.copytree(sub, target / sub.name, copy_function=_link_file)
-    known = json.loads((source / MANIFEST).read_text(encoding="utf-8"))["files"]
-    seal(target, known={name: entry for name, entry in known.items() if name not in RECORDS})
-
-
-def _link(source: Path, target: Path, skip: tuple[str, ...]) -> None:
-    """Hard links to the files of a folder; the records are written anew, without local paths."""
-    for path in source.iterdir():
-        if not path.is_file() or any(fnmatch(path.name, pattern) for pattern in skip):
-            continue
-        if path.name in RECORDS:
-            write_json(target / path.name, without_local_paths(_read(path)))
-        else:
-            _link_file(path, target / path.name)
-
-
-def _link_file(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-
-
 def _message(run: dict[str, Any]) -> str:
     return f"{run['kind']}: {run['tokens_seen']:,} tokens, step {run['steps']}" if run else "export"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

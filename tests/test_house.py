@@ -41,6 +41,7 @@ ORDER = [
     "settings",
     "callbacks",
     "remote",
+    "staging",
     "publish",
     "push_guard",
     "train",

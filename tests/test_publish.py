@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_power import remote, train
 from hf_power.card import make_card
 from hf_power.checkpoint import problems
-from hf_power.publish import Publisher, branch_name, publish, short_tokens, without_local_paths
+from hf_power.publish import Publisher, publish
 from hf_power.settings import Settings
 
 BRANCHES = {
@@ -269,35 +269,3 @@ def test_missing_licence(hub, trunk):
     says(caught, "licen", "--license")
     assert publish(trunk, "tester/run", license="mit")["license"] == "mit"
     assert HfApi().model_info("tester/run").card_data.license == "mit"
-
-
-@pytest.mark.parametrize(
-    ("run", "name"),
-    [
-        ({"kind": "pretrain", "tokens_seen": 2_100_000_000, "schedule": None}, "trunk-2.1B-tokens"),
-        ({"kind": "pretrain", "tokens_seen": 900, "schedule": {"decay_start_tokens": 900}}, "trunk-900-tokens"),
-        ({"kind": "pretrain", "tokens_seen": 901, "schedule": {"decay_start_tokens": 900}}, "decay-901-tokens"),
-        ({"kind": "anneal", "tokens_seen": 10**12, "schedule": {"decay_start_tokens": 9}}, "anneal-1T-tokens"),
-    ],
-)
-def test_branch_says_phase_and_tokens(run, name):
-    assert branch_name(run) == name
-
-
-def test_names_of_neighbouring_checkpoints_differ():
-    per_step = 4 * 2**20
-    names = [short_tokens(step * per_step) for step in range(1000, 250_000, 100)]  # up to a trillion
-    assert len(set(names)) == len(names)
-
-
-def test_without_local_paths():
-    content = {
-        "data": {"dataset": "data/mine", "local": True},
-        "settings": {"data": {"dataset": "data/mine", "data_cache_dir": "/cache"}, "model": {"hidden_size": 3}},
-        "other": ["/home/me/x.jsonl", "HuggingFaceFW/fineweb-edu", 3],
-    }
-    assert without_local_paths(content) == {
-        "data": {"dataset": "mine", "local": True},
-        "settings": {"data": {"dataset": "mine"}, "model": {"hidden_size": 3}},
-        "other": ["x.jsonl", "HuggingFaceFW/fineweb-edu", 3],
-    }
