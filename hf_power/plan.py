@@ -285,7 +285,7 @@ def _plan_warnings(plan: dict[str, Any], schedule: PowerLR) -> list[str]:
     warmup_steps = law["warmup_tokens"] // schedule.tokens_per_step
     if warmup_steps < min(FEW_WARMUP_STEPS, steps // 100):
         found.append(
-            f"the proxies' warmup of {law['warmup_tokens']:,} tokens is {warmup_steps} steps of this batch: give the run "
+            f"the recipe's warmup of {law['warmup_tokens']:,} tokens is {warmup_steps} steps of this batch: give the run "
             f"its own, e.g. warmup_steps {min(FEW_WARMUP_STEPS, steps // 100)}."
         )
     for scale in plan["timescales"]:

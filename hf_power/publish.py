@@ -79,6 +79,7 @@ def publish(
         license=license or state.get("license"),
         private=private,
         overwrite=overwrite,
+        revision=state.get("revision", "main"),
     )
     if _weights(folder):
         make_card(folder, license=publisher.license)  # a missing licence is said before anything is sent
@@ -133,13 +134,16 @@ class Publisher:
         self.folder, self.lineage, self.revision = folder, lineage, revision
         self.license, self.private, self.overwrite = license, private, overwrite
         self.keep_waiting = keep_waiting
+        before = read_json(folder / STATE_FILE) or {}
+        same = repo_id in (before.get("repo"), str(before.get("repo")).rpartition("/")[2])
         self.state: dict[str, Any] = {
             "schema": SCHEMA,
             "repo": repo_id,
+            "revision": revision,
             "checkpoints": checkpoints,
             "license": license,
             "complete": False,
-            "targets": (read_json(folder / STATE_FILE) or {}).get("targets", {}),
+            "targets": before["targets"] if same else {},
         }
         self._opened = False
         self._lock, self._busy = threading.Condition(), ""

@@ -114,6 +114,13 @@ def test_twice_sends_nothing(hub, trunk):
     assert not [call for call in hub.log[calls:] if call.method in ("PUT", "DELETE") or "/commit/" in call.path]
 
 
+def test_another_repository_starts_anew(hub, trunk):
+    publish(trunk, "tester/run", checkpoints="all")
+    state = publish(trunk, "tester/other", checkpoints="none")
+    assert (state["complete"], list(state["targets"])) == (True, ["main"])
+    assert hub.files("tester/other").keys() == hub.files("tester/run").keys()
+
+
 def test_last_checkpoint_on_main(hub, trunk):
     publish(trunk, "tester/run", checkpoints="last")
     main = hub.files("tester/run")

@@ -157,6 +157,16 @@ def test_a_hub_that_comes_back_is_used_without_being_asked(hub, pushing, monkeyp
     assert len(branches(hub)) == 3
 
 
+def test_hub_revision_is_where_the_model_goes(hub, pushing):
+    path, folder = pushing("end", hub_revision="dev")
+    hub.down()
+    assert run_verb("pretrain", [str(path)]) == 3
+    hub.up()
+    assert run_verb("publish", [str(folder)]) == 0
+    assert hub.files("tester/run", "dev")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert set(hub.files("tester/run")) == {".gitattributes"}
+
+
 def test_rotation_takes_nothing_away_before_it_is_uploaded(hub, pushing, unpushed):
     path, folder = pushing(save_total_limit=1)
     hub.down()
