@@ -143,7 +143,7 @@ def export(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="hf-power export", description=export.__doc__)
     parser.add_argument("model", help="run folder, checkpoint-N folder, or Hub repository")
     parser.add_argument("--to", required=True, help="llama or mixtral; granite or granitemoe to go back")
-    parser.add_argument("--output_dir", help="default: beside the model, with -llama ...")
+    parser.add_argument("--output_dir", help="default: beside the model (here, if it is of the Hub), with -llama ...")
     parser.add_argument("--dtype", help="float32, bfloat16, ...; default: the model's own")
     parser.add_argument(
         "--like", help="going back: a model or config.json with the multipliers; default: export.json's"
@@ -154,7 +154,8 @@ def export(argv: list[str]) -> int:
     from hf_power.export import export_model, export_text
 
     source = Path(options.model)
-    folder = Path(options.output_dir or source.with_name(f"{source.name}-{options.to}"))
+    beside = source if source.exists() else Path(source.name)  # of the Hub: here
+    folder = Path(options.output_dir or beside.with_name(f"{beside.name}-{options.to}"))
     print(export_text(export_model(options.model, folder, options.to, dtype=options.dtype, like=options.like)))
     print(f"model: {folder}")
     return 0

@@ -43,7 +43,7 @@ def load_metric() -> Any:
     try:
         import evaluate  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
-        raise ImportError('evaluate is needed and not installed: run pip install "hf_power[eval]".') from error
+        raise ImportError('evaluate is needed and not installed: run pip install "hf_power[train]".') from error
     return evaluate.load(str(METRIC), keep_in_memory=True)
 
 

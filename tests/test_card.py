@@ -256,6 +256,17 @@ def test_every_number_is_in_a_file(kind, request, runs):
     assert_clean(text)
 
 
+def test_the_demo_s_card_is_of_the_files_beside_it():
+    folder = Path(__file__).parent.parent / "model_cards" / "demo"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert unexplained(text, folder) == []
+    assert_clean(text)
+    evaluation = read(folder / "eval.json")
+    assert [result.metric_value for result in ModelCard(text).data.eval_results] == [
+        evaluation["metrics"][name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")
+    ]
+
+
 def test_what_an_annealed_card_says(annealed):
     text = card(annealed)
     assert "from the trunk's checkpoint `trunk/checkpoint-8`" in text

@@ -73,6 +73,12 @@ def test_from_the_run_to_a_model_that_others_can_load(hub, sections, tmp_path, c
     assert cli.main(["evaluate", "tester/run-llama", "--output", str(tmp_path / "again.json"), *_data(made)]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["metrics"] == pytest.approx(shown["metrics"])
 
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["export", "tester/run", "--to", "llama"]) == 0
+    weights = (tmp_path / "here" / "run-llama" / "model.safetensors").read_bytes()
+    assert weights == (tmp_path / "run-llama" / "model.safetensors").read_bytes()
+
     texts = []
     for name in ("tester/run", "tester/run-llama"):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
