@@ -83,7 +83,7 @@ def make_card(
         recipe=_read(folder / RECIPE_FILE),
         config=_read(folder / "config.json", schema=None),
     )
-    license = _license(license or run["settings"]["run"]["license"])
+    license = check_license(license or run["settings"]["run"]["license"])
     files = {path.name for path in folder.iterdir()}
     repo = repo_id or folder.resolve().name
     found["derived"] = _derived(found, _counts(folder, found["config"]))
@@ -125,6 +125,19 @@ def write_card(
     return path
 
 
+def check_license(name: Any) -> str:
+    """The licence, if it can be an identifier of the Hub.
+
+    Raises:
+        ValueError: none is given, or it is malformed.
+    """
+    if not name:
+        raise ValueError("the licence of the model is missing: pass --license, or set run.license, e.g. apache-2.0.")
+    if not _LICENSE.fullmatch(name):
+        raise ValueError(f"license must be an identifier of the Hub such as apache-2.0, mit or other, got {name!r}.")
+    return str(name)
+
+
 def _read(path: Path, schema: int | None = SCHEMA) -> Facts:
     """The content of a JSON file; no facts if there is no such file."""
     if not path.is_file():
@@ -144,14 +157,6 @@ def _evaluation(folder: Path) -> Facts:
     evaluation = _read(folder / EVAL_FILE)
     scored = evaluation["model"]["weights_sha256"]
     return Facts() if scored and scored != weights_sha256(folder) else evaluation
-
-
-def _license(name: Any) -> str:
-    if not name:
-        raise ValueError("the licence of the model is missing: pass --license, or set run.license, e.g. apache-2.0.")
-    if not _LICENSE.fullmatch(name):
-        raise ValueError(f"license must be an identifier of the Hub such as apache-2.0, mit or other, got {name!r}.")
-    return str(name)
 
 
 def _counts(folder: Path, config: Facts) -> dict[str, int]:

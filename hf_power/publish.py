@@ -34,6 +34,7 @@ SCHEMA = 1
 STAGING = ".push"
 STATE_FILE = "push.json"
 CHECKPOINTS = ("none", "last", "all")
+DONE = ("verified", "kept")
 
 
 def publish(
@@ -143,7 +144,7 @@ class Publisher:
             "checkpoints": checkpoints,
             "license": license,
             "complete": False,
-            "targets": before["targets"] if same else {},
+            "targets": {k: v for k, v in before["targets"].items() if v["status"] in DONE} if same else {},
         }
         self._opened = False
         self._lock, self._busy = threading.Condition(), ""
@@ -212,6 +213,12 @@ class Publisher:
             link_checkpoint(checkpoint, target)
             write_card(target, license=self.license, repo_id=self.state["repo"], branch=branch)
 
+    def record_failure(self, name: str, error: Exception) -> None:
+        """Report and record that something could not be staged."""
+        with self._lock:
+            self.state["targets"][name] = {"status": "failed", "error": f"could not be staged: {error}"}
+        warn(f"{name} could not be staged ({error}); it is safe where it is, and the rest goes on")
+
     def push_all(self) -> dict[str, Any]:
         """Push all that is staged, each with several attempts; report and record what came of it.
 
@@ -219,8 +226,9 @@ class Publisher:
             The content of push.json.
         """
         waiting = self.staged_in(self.folder)
-        for staged in waiting:
-            self.state["targets"][_revision(staged)] = {"step": _step(staged), "status": "waiting"}
+        with self._lock:
+            for staged in waiting:
+                self.state["targets"][_revision(staged)] = {"step": _step(staged), "status": "waiting"}
         for staged in waiting:
             with self._lock:
                 if not staged.exists():  # a newer one took its place
@@ -266,9 +274,10 @@ class Publisher:
         entry |= {"status": "verified", "commit": commit, "files": len(sizes), "bytes": sum(sizes)}
 
     def _save(self) -> None:
-        states = {entry["status"] for entry in self.state["targets"].values()}
-        self.state["complete"] = states <= {"verified", "kept"} and not self.staged_in(self.folder)
-        write_json(self.folder / STATE_FILE, self.state)
+        with self._lock:
+            states = {entry["status"] for entry in self.state["targets"].values()}
+            self.state["complete"] = states <= set(DONE) and not self.staged_in(self.folder)
+            write_json(self.folder / STATE_FILE, self.state)
 
     @contextlib.contextmanager
     def _staging(self, revision: str, step: int) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
+from hf_power.card import check_license
 from hf_power.publish import Publisher, warn
 from hf_power.remote import explain, is_passing
 
@@ -44,8 +45,7 @@ class PushGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     """
 
     def __init__(self, args: Any, folder: Path, *, lineage: str, license: str | None) -> None:
-        if not license:
-            raise ValueError("push_to_hub needs a licence for the model: set license, e.g. --license apache-2.0.")
+        check_license(license)
         self.strategy, self.folder = HubStrategy(args.hub_strategy), folder
         self.publisher = Publisher(
             folder,
@@ -80,7 +80,7 @@ class PushGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
                 self.publisher.stage_checkpoint(checkpoint)
             self.publisher.stage_model(checkpoint, None if self.strategy == HubStrategy.EVERY_SAVE else checkpoint)
         except Exception as error:  # a full disk, for example: the training is worth more than the push
-            warn(f"{checkpoint.name} could not be staged ({error}); the training goes on")
+            self.publisher.record_failure(checkpoint.name, error)
         self._wake.set()
 
     def finish(self) -> dict[str, Any]:
@@ -89,7 +89,10 @@ class PushGuard(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         Returns:
             The content of push.json.
         """
-        self.publisher.stage_run()
+        try:
+            self.publisher.stage_run()
+        except Exception as error:
+            self.publisher.record_failure(self.folder.name, error)
         self._over = True
         self._wake.set()
         self._thread.join()

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,32 @@ def test_hub_revision_is_where_the_model_goes(hub, pushing):
     assert set(hub.files("tester/run")) == {".gitattributes"}
 
 
+def test_a_checkpoint_that_cannot_be_staged_is_told_and_stops_nothing(hub, pushing, unpushed, monkeypatch, capsys):
+    """A disk that is full for a while; once there is room, `hf-power publish` does what is left."""
+    path, folder = pushing()
+    original = os.link
+
+    def link(source, target):
+        if "checkpoint-8" in str(source):
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    def no_copy(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(shutil, "copy2", no_copy)
+    assert run_verb("pretrain", [str(path)]) == 3
+    said = capsys.readouterr().err
+    assert "push: checkpoint-8 could not be staged" in said
+    assert "NOT complete; the model is safe in" in said
+    same_training(folder, unpushed)
+    monkeypatch.setattr(os, "link", original)
+    assert run_verb("publish", [str(folder)]) == 0
+    assert len(branches(hub)) == 3
+    assert not [p for p in (folder / ".push").iterdir() if p.name.startswith(".")]
+
+
 def test_rotation_takes_nothing_away_before_it_is_uploaded(hub, pushing, unpushed):
     path, folder = pushing(save_total_limit=1)
     hub.down()
@@ -211,7 +238,8 @@ def test_mistakes_are_told_before_the_training(hub, pushing, capsys, monkeypatch
     refused("403", repo="stranger/run")
     hub.add_repo("tester/else", {"README.md": b"---\nlicense: mit\n---\n"})
     refused("holds something else already", repo="tester/else")
-    refused("push_to_hub needs a licence", "--license", flags=["--license", ""])
+    refused("the licence of the model is missing", "--license", flags=["--license", ""])
+    refused("license must be an identifier of the Hub", flags=["--license", "Apache 2"])
     monkeypatch.delenv("HF_TOKEN")
     refused("there is no token for the Hub", "hf auth login")
 
