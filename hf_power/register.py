@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import trainer as hf_trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
@@ -15,6 +16,8 @@ from transformers.trainer_utils import SchedulerType
 from hf_power.schedule import found_tokens_per_step, get_power_schedule
 
 NAME = "power"
+TRAINER_PARTS = ("create_scheduler", "get_total_train_batch_size", "_get_collator_with_removed_columns")
+ENUM_PARTS = ("_member_names_", "_member_map_", "_value2member_map_")
 SAMPLED_EXAMPLES = 64  # padded data: tokens per sequence are averaged over this many examples
 
 
@@ -25,8 +28,9 @@ def register_power_scheduler() -> None:
     teaches Trainer.create_scheduler to find tokens_per_step. Calling it again changes nothing.
 
     Raises:
-        RuntimeError: if another package has registered "power".
+        RuntimeError: if another package has registered "power", or transformers lacks a part that this builds on.
     """
+    _check_parts()
     values: dict[str, Any] = SchedulerType._value2member_map_
     member = values.get(NAME)
     if member is None:
@@ -39,6 +43,17 @@ def register_power_scheduler() -> None:
         )
     if not hasattr(hf_trainer.Trainer.create_scheduler, "_finds_tokens_per_step"):
         hf_trainer.Trainer.create_scheduler = _finding_tokens(hf_trainer.Trainer.create_scheduler)
+
+
+def _check_parts() -> None:
+    """Find a changed part of transformers at import, not in the middle of a run."""
+    for owner, parts in ((hf_trainer.Trainer, TRAINER_PARTS), (SchedulerType, ENUM_PARTS)):
+        for part in parts:
+            if not hasattr(owner, part):
+                raise RuntimeError(
+                    f"hf_power builds on {owner.__name__}.{part}, which transformers {transformers.__version__} does not "
+                    "have: install a version that setup.cfg allows, e.g. transformers==5.23.0."
+                )
 
 
 def _add_member() -> Any:

@@ -43,6 +43,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """The stock Trainer; its logs also hold the tokens seen, tokens per second and the learning rate of every group."""
 
     run: dict[str, Any]
+    first_step: int  # where this process began
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens and group learning rates, so that every tracker in report_to gets them."""
@@ -52,7 +53,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             )
             if start_time is not None:
                 seconds = max(1e-9, datetime.datetime.now().timestamp() - start_time)
-                steps = self.state.global_step - self._initial_global_step
+                steps = self.state.global_step - self.first_step
                 logs["tokens_per_second"] = round(steps * self.run["tokens_per_step"] / seconds, 1)
             base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
             for i, group in enumerate(self.optimizer.param_groups):
@@ -394,7 +395,7 @@ def _trainer(
         optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
         callbacks=[record],
     )
-    trainer.run = run
+    trainer.run, trainer.first_step = run, run["steps"]
     # Blocks have one length, so a mean of means is exact. The other way, a sum over the whole batch's tokens, multiplies a
     # mixture of experts' balancing loss, which is a mean already, by accumulation steps x processes.
     trainer.model_accepts_loss_kwargs = False
