@@ -17,7 +17,6 @@ from hf_power.schedule import found_tokens_per_step, get_power_schedule
 
 NAME = "power"
 TRAINER_PARTS = ("create_scheduler", "get_total_train_batch_size", "_get_collator_with_removed_columns")
-ENUM_PARTS = ("_member_names_", "_member_map_", "_value2member_map_")
 SAMPLED_EXAMPLES = 64  # padded data: tokens per sequence are averaged over this many examples
 
 
@@ -47,13 +46,12 @@ def register_power_scheduler() -> None:
 
 def _check_parts() -> None:
     """Find a changed part of transformers at import, not in the middle of a run."""
-    for owner, parts in ((hf_trainer.Trainer, TRAINER_PARTS), (SchedulerType, ENUM_PARTS)):
-        for part in parts:
-            if not hasattr(owner, part):
-                raise RuntimeError(
-                    f"hf_power builds on {owner.__name__}.{part}, which transformers {transformers.__version__} does not "
-                    "have: install a version that setup.cfg allows, e.g. transformers==5.23.0."
-                )
+    for part in TRAINER_PARTS:
+        if not hasattr(hf_trainer.Trainer, part):
+            raise RuntimeError(
+                f"hf_power builds on Trainer.{part}, which transformers {transformers.__version__} does not have: install "
+                "a version that setup.cfg allows, e.g. transformers==5.23.0."
+            )
 
 
 def _add_member() -> Any:
