@@ -90,6 +90,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint with run.json and seal it."""
         self._count(state)
+        args.distributed_state.wait_for_everyone()  # each process writes its random numbers
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / RUN_FILE, self.run)

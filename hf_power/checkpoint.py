@@ -45,6 +45,11 @@ def problems(folder: Path) -> list[str]:
     return found
 
 
+def saved_under_fsdp(folder: Path) -> bool:
+    """True for a checkpoint whose optimizer only FSDP reads; accelerate names its weights pytorch_model_fsdp."""
+    return any(folder.glob("pytorch_model_fsdp*"))
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint-N folders of a run, newest (largest N) first."""
     numbered = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]

@@ -400,7 +400,10 @@ def _calls_per_optimizer_step(caller: object) -> int:
 
 
 def _max_lr(optimizer: torch.optim.Optimizer) -> float:
-    lr = optimizer.defaults.get("lr")
+    inner: Any = optimizer
+    while not hasattr(inner, "defaults"):  # DeepSpeed's wrapper does not show them
+        inner = inner.optimizer
+    lr = inner.defaults.get("lr")
     if lr is None or not float(lr) > 0:
         raise ValueError(
             f"the power schedule takes its cap from the optimizer's own lr, got {lr}: build the optimizer with lr=eta_max "

@@ -1,5 +1,6 @@
 """Recipe + config + data -> a Trainer's run: pretrain, resume, anneal."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ProgressCallback,
-    Trainer,
     set_seed,
 )
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_power import data as hf_data
 from hf_power import plots
 from hf_power.callbacks import RunRecord, TokenProgress
-from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems
+from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems, saved_under_fsdp
 from hf_power.evaluate import EVAL_FILE
 from hf_power.files import write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
 from hf_power.plan import describe_run, warnings_for
+from hf_power.power_trainer import PowerTrainer
 from hf_power.push_guard import PushGuard, refuse_sharded
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
@@ -37,40 +40,6 @@ from hf_power.settings import Settings, parse_tokens
 from hf_power.text import load_text, require_datasets
 
 SCHEMA = 1
-
-
-class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """The stock Trainer; its logs also hold the tokens seen, tokens per second and the learning rate of every group."""
-
-    run: dict[str, Any]
-    first_step: int  # where this process began
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens and group learning rates, so that every tracker in report_to gets them."""
-        if "learning_rate" in logs and "initial_lr" in self.optimizer.param_groups[0]:
-            logs["tokens"] = self.run["tokens_seen"] + (
-                (self.state.global_step - self.run["steps"]) * self.run["tokens_per_step"]
-            )
-            if start_time is not None:
-                seconds = max(1e-9, datetime.datetime.now().timestamp() - start_time)
-                steps = self.state.global_step - self.first_step
-                logs["tokens_per_second"] = round(steps * self.run["tokens_per_step"] / seconds, 1)
-            base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
-            for i, group in enumerate(self.optimizer.param_groups):
-                name = group.get("name", f"group{i}")
-                logs[f"lr/{name}"] = logs["learning_rate"] * float(base_lrs[i]) / float(base_lrs[0])
-        super().log(logs, start_time)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss of the text alone: without the balancing loss that a mixture of experts adds in training."""
-        config = self.model.config
-        balancing = getattr(config, "output_router_logits", False)
-        config.output_router_logits = False
-        try:
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        finally:
-            config.output_router_logits = balancing
-        return metrics
 
 
 def pretrain(settings: Settings) -> dict[str, Any]:
@@ -171,6 +140,8 @@ def _train(
     require_datasets()
     plots.require_matplotlib()
     args = settings.training
+    if args.deepspeed_plugin is not None:
+        _refuse_own_optimizer(args.deepspeed_plugin.deepspeed_config)
     per_step = _tokens_per_step(settings)
     if recipe is not None and args.lr_scheduler_type != "power":
         _use_known_horizon(settings, recipe, per_step)
@@ -183,10 +154,11 @@ def _train(
     with args.main_process_first(desc="data"):
         train, held_out, tokenizer = _data(settings, run, resume, recipe)
     set_seed(args.seed)
-    model = build_model(settings, tokenizer)
-    run["parameters"] = model.num_parameters()
-    run["parameters_without_embeddings"] = model.num_parameters(exclude_embeddings=True)
-    run["flops_per_token"] = flops_per_token(model.config, settings.data.block_size)
+    with _whole_tensors(args):
+        model = build_model(settings, tokenizer)
+        run["parameters"] = model.num_parameters()
+        run["parameters_without_embeddings"] = model.num_parameters(exclude_embeddings=True)
+        run["flops_per_token"] = flops_per_token(model.config, settings.data.block_size)
     args.ignore_data_skip = True  # the data begin at the checkpoint's tokens already
     if args.should_save:
         print(describe_run(run, args.max_steps - run["steps"], _disk(args, run), schedule), flush=True)
@@ -194,6 +166,8 @@ def _train(
         for warning in warnings_for(recipe, **shape) if recipe else ():
             print(f"  WARNING      {warning}", flush=True)
     trainer = _trainer(settings, folder, model, tokenizer, train, held_out, RunRecord(run, folder, recipe))
+    if resume:
+        _refuse_other_engine(resume, trainer.is_fsdp_enabled)
     if pushes:
         refuse_sharded(getattr(trainer.accelerator.state, "fsdp_plugin", None))
     if guard:
@@ -242,6 +216,32 @@ def _refuse_other_run(folder: Path) -> None:
             f"the output folder {folder} holds a run already: pass --resume_from_checkpoint true to go on with it, or "
             "another --output_dir."
         )
+
+
+def _refuse_own_optimizer(deepspeed: dict[str, Any]) -> None:
+    for part, ours in (("optimizer", "muP's parameter groups"), ("scheduler", "the run's learning-rate schedule")):
+        if part in deepspeed:
+            raise ValueError(
+                f"the DeepSpeed config brings its own {part}, which would replace {ours}: take the section {part} out of it."
+            )
+
+
+def _refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
+    if sharding != saved_under_fsdp(checkpoint):
+        was, now = ("without FSDP", "under it") if sharding else ("under FSDP", "without it")
+        raise ValueError(
+            f"the checkpoint {checkpoint} was saved {was} and this run is {now}, which cannot read its optimizer: go on "
+            "with the accelerate config that it was trained with, on any number of processes."
+        )
+
+
+@contextlib.contextmanager
+def _whole_tensors(args: Any) -> Iterator[None]:
+    """ZeRO 3 would build models of empty tensors, and muP needs their shapes; DeepSpeed shards when training begins."""
+    unset_hf_deepspeed_config()
+    yield
+    if args.deepspeed_plugin is not None:
+        set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
 
 
 def _verify(checkpoint: Path) -> None:
@@ -412,6 +412,8 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, recipe: Re
     run["held_out_loss"] = metrics["eval_loss"]
     run["status"] = "finished" if trainer.state.global_step >= trainer.args.max_steps else "stopped"
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    if trainer.is_fsdp_enabled:  # checkpoints may be shards, the finished model is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.model.config.use_cache = True  # the Trainer turned it off for training; the saved model is for use
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
