@@ -8,6 +8,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.logging import tqdm
 
 from hf_power.checkpoint import RUN_FILE, seal
+from hf_power.experts import MEASURES
 from hf_power.files import write_json
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.schedule import PowerLR
@@ -82,7 +83,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         """Add a point to the loss curve."""
         if not self._over:
             self._count(state)
-        keys = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+        keys = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", *MEASURES)
         point = {key: float(logs[key]) for key in keys if logs and key in logs}
         if "loss" in point or "eval_loss" in point:
             self.run["loss_curve"].append({"step": state.global_step, "tokens": self.run["tokens_seen"], **point})

@@ -9,12 +9,15 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_power.experts import ExpertLoad
+
 
 class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """The stock Trainer; its logs also hold the tokens seen, tokens per second and the learning rate of every group."""
 
     run: dict[str, Any]
     first_step: int  # where this process began
+    expert_load: ExpertLoad | None = None  # of a mixture of experts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens and group learning rates, so that every tracker in report_to gets them."""
@@ -30,6 +33,8 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             for i, group in enumerate(self.optimizer.param_groups):
                 name = group.get("name", f"group{i}")
                 logs[f"lr/{name}"] = logs["learning_rate"] * float(base_lrs[i]) / float(base_lrs[0])
+            if self.expert_load is not None:
+                logs |= self.expert_load.read()
         super().log(logs, start_time)
 
     def evaluation_loop(

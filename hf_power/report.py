@@ -9,11 +9,14 @@ from typing import Any
 from hf_power import fit_plots, plots
 from hf_power.files import write_json
 from hf_power.fit import fit_law, fit_laws
+from hf_power.footprint import scale_table, table_text
 from hf_power.plan import make_plan, plan_text
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.rows import read_csv, read_rows
 from hf_power.settings import SECTIONS, Settings, load_yaml, parse_tokens
 from hf_power.trunks import ROWS_FILE
+
+DEVICES = (8, 64, 512)  # for which a plan says memory and days
 
 
 def fit_sweep(
@@ -101,7 +104,7 @@ def plan_run(
     if (target is None) == (parameters is None):
         raise ValueError(f"a plan needs either --target or --parameters, got {target!r} and {parameters!r}.")
     loaded = Recipe.load(recipe)
-    numbers = {"tokens": parse_tokens(tokens, "--tokens")}
+    numbers: dict[str, Any] = {"tokens": parse_tokens(tokens, "--tokens")}
     numbers["tokens_per_step"] = parse_tokens(tokens_per_step, "--tokens_per_step")
     if target is not None:
         settings = _settings(target)
@@ -111,6 +114,21 @@ def plan_run(
         what = {"parameters": parse_tokens(parameters or 0, "--parameters"), "block_size": block_size or 4096}
     plan = make_plan(loaded, **numbers, **what, **hardware, proxies=loaded.provenance.get("proxies"))
     text = plan_text(plan)
+    sequences = numbers["tokens_per_step"] // what["block_size"]
+    if rows := [count for count in DEVICES if target is not None and sequences % count == 0]:
+        most = settings.training.per_device_train_batch_size
+        speed: dict[str, Any] = {
+            name: hardware[name] for name in ("flops_per_device", "utilisation") if name in hardware
+        }
+        given: dict[str, Any] = {
+            "block_size": what["block_size"],
+            "per_device_batch_size": most,
+            "devices": tuple(rows),
+        }
+        plan["scale"] = scale_table(config, **numbers, **given, **speed)
+        text += (
+            f"\non H100-like devices, activations recomputed (! does not fit into 80 GB):\n{table_text(plan['scale'])}"
+        )
     if output_dir is not None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +139,8 @@ def plan_run(
 
 
 def _settings(path: str) -> Settings:
-    """Settings of a YAML, for its model and data sections."""
+    """Settings of a YAML, for its model and data sections and its batch per device."""
     flat = load_yaml(path)
     names = {section: [f.name for f in dataclasses.fields(SECTIONS[section])] for section in ("model", "data")}
+    names["training"] = ["per_device_train_batch_size"]
     return Settings.from_dict({section: {n: flat[n] for n in each if n in flat} for section, each in names.items()})

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import LlamaConfig, MixtralConfig, TrainingArguments
 
+from hf_power.experts import refuse_reentrant
 from hf_power.mup import mup_config
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
@@ -206,6 +207,7 @@ class Settings:
             raise ValueError(f"tokens must be positive, got {self.run.tokens!r}.")
         parse_tokens(self.run.max_eval_tokens, "max_eval_tokens")
         config = self.model.config()
+        refuse_reentrant(config, self.training.activation_checkpointing_kwargs)
         if self.mup.mup:
             mup_config(config, **self.mup.arguments())
         kwargs = self.training.lr_scheduler_kwargs or {}

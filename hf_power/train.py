@@ -26,6 +26,7 @@ from hf_power import plots
 from hf_power.callbacks import RunRecord, TokenProgress
 from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems, saved_under_fsdp
 from hf_power.evaluate import EVAL_FILE
+from hf_power.experts import ExpertLoad, MeasureExperts
 from hf_power.files import write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
@@ -396,6 +397,9 @@ def _trainer(
         callbacks=[record],
     )
     trainer.run, trainer.first_step = run, run["steps"]
+    if getattr(model.config, "num_local_experts", None):
+        trainer.expert_load = ExpertLoad(model)
+        trainer.add_callback(MeasureExperts(trainer.expert_load))
     # Blocks have one length, so a mean of means is exact. The other way, a sum over the whole batch's tokens, multiplies a
     # mixture of experts' balancing loss, which is a mean already, by accumulation steps x processes.
     trainer.model_accepts_loss_kwargs = False

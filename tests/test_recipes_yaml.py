@@ -181,6 +181,26 @@ def test_plan_of_the_papers_recipe(name, tmp_path):
     assert plan["cap_ends_tokens"] == pytest.approx((4 * 1024 / 0.02) ** (1 / 0.51), rel=1e-6)
 
 
+def test_plan_says_memory_and_days(tmp_path):
+    """PowerLM-3B, fully sharded over 64 devices: 16 bytes per parameter shared out, and what one device computes with."""
+    Recipe(warmup_tokens=10**9).save(tmp_path / "recipe.json")
+    target = str(ROOT / "scripts/recipes/powerlm-3b.yaml")
+    text = plan_run(
+        str(tmp_path / "recipe.json"),
+        tokens="1.25T",
+        tokens_per_step=str(TOKENS_PER_STEP),
+        target=target,
+        output_dir=tmp_path,
+    )
+    rows = {row["devices"]: row for row in json.loads((tmp_path / "plan.json").read_text())["scale"]}
+    assert list(rows) == [8, 64, 512]
+    assert rows[64]["steps"] == math.ceil(1.25e12 / TOKENS_PER_STEP)
+    assert rows[64]["bytes"]["full"] > 16 * 3_510_819_072 / 64
+    assert rows[8]["days"] / rows[64]["days"] == pytest.approx(8)
+    assert (rows[64]["fits"]["none"], rows[64]["fits"]["full"]) == (False, True)
+    assert "84.5!" in text
+
+
 def small(name, corpus, folder, *flags):
     """A run of the recipe that a core can make: another size and other data, everything else as it stands."""
     given = settings(

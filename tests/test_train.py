@@ -106,6 +106,9 @@ def test_balancing_loss_is_no_larger_with_accumulation_and_not_in_the_held_out_l
         out = model(blocks, labels=blocks)
     loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
     assert run["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
+    last = next(point for point in reversed(run["loss_curve"]) if "loss" in point)
+    assert last["aux_loss"] == pytest.approx(2, rel=0.1)
+    assert 1 <= last["load_max"] <= 2  # of 4 experts, of which each token takes 2
     assert float(out.loss - loss) == pytest.approx(0.1 * 2, rel=0.1)  # nearly balanced: num_experts_per_tok
 
 
