@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 from hf_power.checkpoint import RUN_FILE
 from hf_power.data import collate_blocks, load_tokenizer, pack, spread_blocks, tokenizer_fingerprint
 from hf_power.files import write_json
-from hf_power.locate import find_model
+from hf_power.locate import find_model, weights_sha256
 from hf_power.machine import hardware, versions
 from hf_power.metrics.token_bytes import token_bytes
 from hf_power.text import PYTHON_STDLIB, DataArguments, load_text
@@ -84,6 +84,7 @@ def evaluate_model(
     metric, accelerator = load_metric(), Accelerator()
     with accelerator.main_process_first():
         folder, about = find_model(model)
+    about["weights_sha256"] = weights_sha256(folder)
     path = output_path(folder, about, output)
     config = AutoConfig.from_pretrained(folder).get_text_config()
     _check_block_size(config, data.block_size)

@@ -95,6 +95,7 @@ def export_model(
             'exported model is near the source, not equal to it; preset "power_of_two" of mup_config would be exact.',
             stacklevel=2,
         )
+    run = _read_json(folder / RUN_FILE, "a run folder") if (folder / RUN_FILE).exists() else {}
     content = {
         "schema": SCHEMA,
         "from": config.model_type,
@@ -105,8 +106,8 @@ def export_model(
         "head_dim": _head_dim(config),
         "tied": bool(config.tie_word_embeddings),
         "source_config": {key: value for key, value in raw.items() if key != "_name_or_path"},
-        "source": {"name": about["name"]} | _of_run(folder, "tokens_seen"),
-        "lineage": _of_run(folder, "lineage").get("lineage") or uuid.uuid4().hex,
+        "source": {"name": about["name"]} | ({"tokens_seen": run["tokens_seen"]} if "tokens_seen" in run else {}),
+        "lineage": run.get("lineage") or uuid.uuid4().hex,
         "versions": _versions(),
     }
     factors = folded if to in PLAIN_FAMILIES else {kind: 1 / factor for kind, factor in folded.items()}
@@ -257,12 +258,6 @@ def _target_config(config: Any, donor: Any, to: str, dtype: str) -> Any:
         if getattr(donor, "mup", None) is not None:
             fields["mup"] = donor.mup
     return family(**fields | {"architectures": [f"{FAMILIES[to]}ForCausalLM"], "dtype": dtype})
-
-
-def _of_run(folder: Path, key: str) -> dict[str, Any]:
-    """What the run.json of the source says of one thing, if it has one."""
-    run = _read_json(folder / RUN_FILE, "a run folder") if (folder / RUN_FILE).exists() else {}
-    return {name: value for name, value in run.items() if name == key}
 
 
 def _versions() -> dict[str, str]:

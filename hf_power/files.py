@@ -33,6 +33,14 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file; None if there is no such file."""
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:

@@ -25,8 +25,7 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         model: folder, or Hub repository.
 
     Returns:
-        The folder, and {"name": of the folder or repository, "revision": commit (Hub only), "model_type",
-        "weights_sha256"}.
+        The folder, and {"name": of the folder or repository, "revision": commit (Hub only), "model_type"}.
 
     Raises:
         ValueError: a folder without config or weights, or a checkpoint that is not as it was sealed.
@@ -53,7 +52,7 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         raise ValueError(
             f"{folder / 'config.json'} is no config of a model: pass a folder that was saved whole."
         ) from error
-    return folder, about | {"weights_sha256": weights_sha256(folder)}
+    return folder, about
 
 
 def weights_sha256(folder: Path) -> str:

@@ -16,7 +16,8 @@ from urllib.parse import quote, unquote
 
 from hf_power.card import make_card, write_card
 from hf_power.checkpoint import RUN_FILE, checkpoints, problems
-from hf_power.files import write_json
+from hf_power.export import EXPORT_FILE
+from hf_power.files import read_json, write_json
 from hf_power.remote import (
     LAST_CHECKPOINT,
     check_repo_id,
@@ -28,7 +29,7 @@ from hf_power.remote import (
     record,
     with_patience,
 )
-from hf_power.staging import EXPORT_FILE, PRIVATE, TRAINING_STATE, branch_name, link_checkpoint, link_files, read_json
+from hf_power.staging import PRIVATE, TRAINING_STATE, branch_name, link_checkpoint, link_files
 
 SCHEMA = 1
 STAGING = ".push"

@@ -18,7 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_power.files import git_blob_id, sha256
+from hf_power.files import git_blob_id, read_json, sha256
 
 WAITS = (5.0, 20.0)  # seconds before the second and third attempt, besides the waits of the client itself
 SILENCE = 60.0  # seconds without a byte after which a request is given up; the client itself waits for ever
@@ -93,13 +93,10 @@ def open_repository(api: HfApi, repo_id: str, *, private: bool | None, lineage: 
 
 def record(api: HfApi, repo_id: str, name: str, revision: str = "main") -> dict[str, Any] | None:
     """The content of a JSON file of the repository; None if there is no such file."""
-    import json
-
     if not api.file_exists(repo_id, name, revision=revision):
         return None
     path = hf_hub_download(repo_id, name, revision=revision, token=api.token, endpoint=api.endpoint)
-    content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    return content
+    return read_json(Path(path))
 
 
 def mirror(api: HfApi, repo_id: str, revision: str, folder: Path, message: str) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_power.checkpoint import MANIFEST, RUN_FILE, seal
-from hf_power.files import write_json
+from hf_power.evaluate import EVAL_FILE
+from hf_power.export import EXPORT_FILE
+from hf_power.files import read_json, write_json
 from hf_power.markdown import is_local_path
+from hf_power.recipe import FILE_NAME
 
-EXPORT_FILE = "export.json"
-RECORDS = (RUN_FILE, "recipe.json", "eval.json", EXPORT_FILE, "trainer_state.json")  # may name local paths
+RECORDS = (RUN_FILE, FILE_NAME, EVAL_FILE, EXPORT_FILE, "trainer_state.json")  # may name local paths
 PRIVATE = ("training_args.bin", "push.json", "README.md", ".*")  # README.md: the card is made anew
 TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", MANIFEST)
 
@@ -88,11 +90,3 @@ def _link_file(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None if there is no such file."""
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 
 from hf_power.evaluate import DTYPES, SCHEMA, output_path, write_eval
-from hf_power.locate import find_model
+from hf_power.locate import find_model, weights_sha256
 from hf_power.machine import hardware, versions
 
 # The paper's mean of six, and its perplexity of WikiText. Its "ARC" is one number: which of the two sets it is, or their
@@ -70,6 +70,7 @@ def run_tasks(
     state = PartialState()
     with state.main_process_first():
         folder, about = find_model(model)
+    about["weights_sha256"] = weights_sha256(folder)
     path = output_path(folder, about, output)
     with state.main_process_first():
         manager, leaves = _load_tasks(names, tasks_dir)
