@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 # process (benchmarks/throughput.py).
 export GOMP_SPINCOUNT ?= 30000
 
-.PHONY: demo test slow fast check style
+.PHONY: demo test slow fast check style oldest newest
 demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
@@ -29,6 +29,13 @@ style: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The fast tests with the oldest versions that setup.cfg allows, and with the newest that the registry has.
+oldest: .venv-oldest/dev
+	.venv-oldest/bin/python -m pytest -n auto -m "not slow"
+
+newest: .venv-newest/dev
+	.venv-newest/bin/python -m pytest -n auto -m "not slow"
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -39,3 +46,14 @@ style: .venv/dev
 .venv/dev: .venv/bin/python setup.cfg constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@ .venv/train
+
+.venv-oldest/dev: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	touch $@
+
+# torch alone is pinned: a newer one brings gigabytes of CUDA.
+.venv-newest/dev: setup.cfg
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 -e ".[dev]"
+	touch $@

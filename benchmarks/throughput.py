@@ -184,21 +184,23 @@ def main():
     }
     cpu = tune_cpu(args)
     parts["throughput, ours / by hand (tokens per second)"] = throughput(options.pairs, options.steps)
+    rows = []
+    for name, found in parts.items():
+        ratios = [row["ratio"] for row in found]
+        rows.append([name, *(f"{f(ratios):.3f}" for f in (statistics.median, min, max)), len(found)])
     command = f"python benchmarks/throughput.py --pairs {options.pairs} --steps {options.steps}"
-    result = {"command": command, "versions": versions(), "hardware": hardware(args) | cpu, "parts": parts}
-    write_json(ROOT / "benchmarks/results/throughput.json", result)
-    lines = [
-        f"`{command}`, {result['hardware']}",
-        "",
-        "| ratio | median | min | max | pairs |",
-        "|---|---|---|---|---|",
-    ]
-    for name, rows in parts.items():
-        ratios = [row["ratio"] for row in rows]
-        cells = [f"{f(ratios):.3f}" for f in (statistics.median, min, max)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(rows)} |")
-    (ROOT / "benchmarks/results/throughput.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    report("throughput", command, hardware(args) | cpu, parts, ("ratio", "median", "min", "max", "pairs"), rows)
+
+
+def report(name, command, machine, parts, columns, rows):
+    """Write NAME.json with the raw rows of each part and NAME.md with a table, and print the table."""
+    result = {"command": command, "versions": versions(), "hardware": machine, "parts": parts}
+    write_json(ROOT / f"benchmarks/results/{name}.json", result)
+    table = [columns, ["---"] * len(columns), *rows]
+    lines = [f"`{command}`, {machine}", "", *(f"| {' | '.join(map(str, cells))} |" for cells in table)]
+    text = "\n".join(lines)
+    (ROOT / f"benchmarks/results/{name}.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """hf_power: find the learning rate on small models, keep it for every batch size, token budget and model size."""
 
+from hf_power.callbacks import SealCheckpoints
 from hf_power.coord_check import coord_check
 from hf_power.mup import MupAdamW, mup_config, mup_init_, mup_param_groups
 from hf_power.recipe import Recipe
@@ -11,6 +12,7 @@ __all__ = [
     "MupAdamW",
     "PowerLR",
     "Recipe",
+    "SealCheckpoints",
     "__version__",
     "coord_check",
     "get_power_schedule",

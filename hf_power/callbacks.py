@@ -1,5 +1,6 @@
 """Trainer callbacks: a progress bar in tokens, the record of the run, sealed checkpoints."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.logging import tqdm
 
-from hf_power.checkpoint import RUN_FILE, seal
+from hf_power.checkpoint import MANIFEST, RUN_FILE, SAVING, checkpoints, remove_leftovers, rotate, seal
 from hf_power.experts import MEASURES
-from hf_power.files import write_json
+from hf_power.files import free_bytes, write_json
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.schedule import PowerLR
 
@@ -89,15 +90,13 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
             self.run["loss_curve"].append({"step": state.global_step, "tokens": self.run["tokens_seen"], **point})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the checkpoint with run.json and seal it."""
+        """Complete the checkpoint with run.json."""
         self._count(state)
-        args.distributed_state.wait_for_everyone()  # each process writes its random numbers
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(checkpoint / RUN_FILE, self.run)
             if self.recipe is not None:
                 self.recipe.save(checkpoint / FILE_NAME)
-            seal(checkpoint)
             write_json(self.folder / RUN_FILE, self.run)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,3 +109,95 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.run["steps"] = state.global_step
         self.run["tokens_seen"] = self._tokens_at_start + steps * self.run["tokens_per_step"]
         self.run["train_seconds"] = round(self._seconds_before + time.monotonic() - self._started, 3)
+
+
+class SealCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Seals each checkpoint of a Trainer, stops before a save that the disk cannot hold, and rotates after the seal.
+
+    Takes save_total_limit out of the Trainer's arguments while it trains, because the Trainer deletes older checkpoints
+    before the new one is sealed. Callbacks that add files to a checkpoint go before this one.
+
+    Args:
+        background: hash beside the training; the next save and the end of the training wait for it. False where something
+            after this callback reads the manifest at once.
+    """
+
+    def __init__(self, background: bool = True) -> None:
+        self.background = background
+        self._limit: int | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the rotation and remove what a killed save left."""
+        self._limit, args.save_total_limit = args.save_total_limit, None
+        if state.is_world_process_zero:
+            for name in remove_leftovers(Path(args.output_dir)):
+                print(f"{name} is removed: its saving was not finished")
+        args.distributed_state.wait_for_everyone()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Before a save: wait for the last seal, see that the disk has room, and mark the folder as unfinished.
+
+        Raises:
+            OSError: less is free than a checkpoint takes.
+        """
+        if not control.should_save:
+            return
+        self.wait()
+        run = Path(args.output_dir)
+        _require_space(run, model)
+        if state.is_world_process_zero:
+            checkpoint = run / f"checkpoint-{state.global_step}"
+            if not (checkpoint / MANIFEST).exists():
+                checkpoint.mkdir(parents=True, exist_ok=True)  # another process may begin to save before this one
+                (checkpoint / SAVING).touch()
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint when every process has written its part."""
+        args.distributed_state.wait_for_everyone()  # each process writes its random numbers
+        if not state.is_world_process_zero:
+            return
+        self.wait()
+        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._thread = threading.Thread(target=self._seal, args=(checkpoint, best), name="seal")
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the last seal and give the limit back."""
+        self.wait()
+        args.save_total_limit = self._limit
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being sealed; raise what went wrong with the last."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _seal(self, checkpoint: Path, best: Path | None) -> None:
+        try:
+            seal(checkpoint)
+            if self._limit is not None and self._limit > 0:
+                rotate(checkpoint.parent, self._limit, best, known=checkpoint)
+        except BaseException as error:  # for the training's thread
+            self._error = error
+
+
+def _require_space(run: Path, model: Any) -> None:
+    last = checkpoints(run)[:1]
+    parts = [p.stat().st_size for folder in last for p in folder.rglob("*") if p.is_file()]
+    needed = int(1.05 * (sum(parts) or 12 * sum(p.numel() for p in model.parameters())))
+    missing = needed - free_bytes(run)
+    if missing > 0:
+        raise OSError(
+            f"the disk of {run} has {missing / 1e6:,.1f} MB too little for the next checkpoint: free some space and go on "
+            "with --resume_from_checkpoint true."
+        )

@@ -24,6 +24,7 @@ from hf_power.plan import warnings_for
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.schedule import TOKENS_PER_BETA
+from hf_power.schema import read_object, refused_by, shown
 from hf_power.text import PYTHON_STDLIB
 
 SCHEMA = 1
@@ -88,28 +89,29 @@ def make_card(
     repo = repo_id or folder.resolve().name
     found["derived"] = _derived(found, _counts(folder, found["config"]))
     card_data = _card_data(found, license, repo.rpartition("/")[2])
-    card: ModelCard = ModelCard.from_template(
-        card_data,
-        template_path=str(TEMPLATE),
-        **as_markdown(found),
-        title=heading_text(repo.rpartition("/")[2]),
-        license=license,
-        repo=json.dumps(repo),
-        branch=json.dumps(branch) if branch else "",
-        metric_names=METRICS,
-        stage=_stage(run["schedule"], run["tokens_seen"] or 0),
-        dataset=_dataset_text(run["data"], run),
-        eval_dataset=_dataset_text(found["evaluation"]["data"], run),
-        is_local=_is_local(run["data"], run),
-        beyond=_beyond(folder, found),
-        by_hand=[
-            f"`{name}`" for name in TUNED if run["schedule"].get(name, getattr(PAPER, name)) != getattr(PAPER, name)
-        ],
-        has_weights=bool(weight_files(folder)),
-        has_tokenizer="tokenizer_config.json" in files,
-        has_picture="lr_and_loss.png" in files,
-        is_checkpoint="trainer_state.json" in files,
-    )
+    with refused_by(f"the records of {folder}"):
+        card: ModelCard = ModelCard.from_template(
+            card_data,
+            template_path=str(TEMPLATE),
+            **as_markdown(found),
+            title=heading_text(repo.rpartition("/")[2]),
+            license=license,
+            repo=json.dumps(repo),
+            branch=json.dumps(branch) if branch else "",
+            metric_names=METRICS,
+            stage=_stage(run["schedule"], run["tokens_seen"] or 0),
+            dataset=_dataset_text(run["data"], run),
+            eval_dataset=_dataset_text(found["evaluation"]["data"], run),
+            is_local=_is_local(run["data"], run),
+            beyond=_beyond(folder, found),
+            by_hand=[
+                f"`{name}`" for name in TUNED if run["schedule"].get(name, getattr(PAPER, name)) != getattr(PAPER, name)
+            ],
+            has_weights=bool(weight_files(folder)),
+            has_tokenizer="tokenizer_config.json" in files,
+            has_picture="lr_and_loss.png" in files,
+            is_checkpoint="trainer_state.json" in files,
+        )
     card.text = _EMPTY_SECTION.sub("", re.sub(r"\n{3,}", "\n\n", card.text))
     return card
 
@@ -133,23 +135,16 @@ def check_license(name: Any) -> str:
     """
     if not name:
         raise ValueError("the licence of the model is missing: pass --license, or set run.license, e.g. apache-2.0.")
-    if not _LICENSE.fullmatch(name):
-        raise ValueError(f"license must be an identifier of the Hub such as apache-2.0, mit or other, got {name!r}.")
+    if not isinstance(name, str) or not _LICENSE.fullmatch(name):
+        raise ValueError(
+            f"license must be an identifier of the Hub such as apache-2.0, mit or other, got {shown(name)}."
+        )
     return str(name)
 
 
 def _read(path: Path, schema: int | None = SCHEMA) -> Facts:
     """The content of a JSON file; no facts if there is no such file."""
-    if not path.is_file():
-        return Facts()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is not JSON ({error}): restore it, or leave it out of the folder.") from error
-    if not isinstance(content, dict) or (schema is not None and content.get("schema") != schema):
-        got = content.get("schema") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} is not of schema {schema}, got {got!r}: write it with this version of hf_power.")
-    return Facts(known_facts(content))
+    return Facts(known_facts(read_object(path, schema=schema))) if path.is_file() else Facts()
 
 
 def _evaluation(folder: Path) -> Facts:
@@ -162,7 +157,8 @@ def _evaluation(folder: Path) -> Facts:
 def _counts(folder: Path, config: Facts) -> dict[str, int]:
     if config["model_type"] not in FAMILIES:
         return {}
-    counts = count_parameters(AutoConfig.from_pretrained(folder))
+    with refused_by(str(folder / "config.json")):
+        counts = count_parameters(AutoConfig.from_pretrained(folder))
     if counts["active_parameters"] == counts["parameters"]:
         del counts["active_parameters"]
     return counts

@@ -1,14 +1,17 @@
 """Checkpoints that can be trusted: sealed by a manifest, verified before use, newest intact one first."""
 
-import json
+import os
 import re
-from pathlib import Path
+import shutil
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_power.files import sha256, write_json
+from hf_power.files import flush, sha256, write_json
+from hf_power.schema import read_object, shown
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # what the run was and how far it got, in the run folder and in every checkpoint
+SAVING = ".saving"  # in a checkpoint from before its first file until it is sealed
 SCHEMA = 1
 
 
@@ -17,32 +20,39 @@ def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
 
     A folder without it was not finished. Entries of files that are known already are taken from `known`.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and not p.name.endswith(".tmp"))
-    names = {p.relative_to(folder).as_posix(): p for p in files}
+    inside = sorted(p for p in folder.rglob("*") if p.name not in (MANIFEST, SAVING) and not p.name.endswith(".tmp"))
+    inside = [p for p in inside if p.exists()]  # no link to nothing
+    names = {p.relative_to(folder).as_posix(): p for p in inside if p.is_file()}
     entries = {name: (known or {}).get(name) or _entry(path) for name, path in names.items()}
+    for path in [*inside, folder, folder.parent]:
+        flush(path)
     write_json(folder / MANIFEST, {"schema": SCHEMA, "files": entries})
+    flush(folder)
+    (folder / SAVING).unlink(missing_ok=True)
 
 
 def problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = manifest["files"].items()
-        wanted = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+        entries = sealed(folder)
     except FileNotFoundError:
         return [f"{MANIFEST} is missing, so its saving was not finished"]
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
+    except ValueError:
         return [f"{MANIFEST} cannot be read"]
-    found = []
-    for path, (size, digest) in wanted.items():
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        elif sha256(path) != digest:
-            found.append(f"{name} has other content than when it was sealed")
-    return found
+    found = {name: _problem(folder, name, entry) for name, entry in entries.items()}
+    return [f"{name} {what}" for name, what in found.items() if what]
+
+
+def sealed(folder: Path) -> dict[str, Any]:
+    """The entries of a checkpoint's manifest, file name -> {"bytes", "sha256"}, as they are written there.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: it is none of this schema.
+    """
+    table = {"files": (dict, None), "files.*": (dict, None)}
+    content: dict[str, Any] = read_object(folder / MANIFEST, table, schema=SCHEMA, required=("files",))["files"]
+    return content
 
 
 def saved_under_fsdp(folder: Path) -> bool:
@@ -73,6 +83,55 @@ def newest_intact(run: Path) -> tuple[Path, dict[str, list[str]]]:
         f"there is nothing to resume from in {run}" + (f" ({details})" if details else "") + ": "
         "leave out --resume_from_checkpoint to start anew in an empty folder."
     )
+
+
+def remove_leftovers(run: Path) -> list[str]:
+    """Delete the checkpoints whose saving began under our eyes and was not finished; returns their names."""
+    found = [p for p in checkpoints(run) if (p / SAVING).exists() and not (p / MANIFEST).exists()]
+    for folder in found:
+        shutil.rmtree(folder)
+    return [folder.name for folder in found]
+
+
+def rotate(run: Path, limit: int, keep: Path | None = None, known: Path | None = None) -> list[str]:
+    """Delete the oldest sealed checkpoints beyond `limit`, and only those that have two newer intact ones.
+
+    Args:
+        run: the run folder.
+        limit: how many sealed checkpoints stay; 1 counts as 2.
+        keep: one that stays in any case, such as the best.
+        known: one that is intact for certain and is not hashed again, such as that which was just sealed.
+
+    Returns:
+        The names of those deleted.
+    """
+    folders = [p for p in checkpoints(run) if (p / MANIFEST).exists()]
+    if len(folders) <= limit:
+        return []
+    intact = 0
+    removed = []
+    for place, folder in enumerate(folders):
+        if intact >= 2 and place >= limit and folder != keep:
+            shutil.rmtree(folder)
+            removed.append(folder.name)
+        elif intact < 2:
+            intact += folder == known or not problems(folder)
+    return removed
+
+
+def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    pure, path, size = PurePosixPath(name), folder / name, entry.get("bytes")
+    try:
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a zero byte, or half a surrogate pair
+        inside = False
+    if not inside or pure.is_absolute() or ".." in pure.parts:
+        return "lies outside of the folder"
+    if not os.path.isfile(path):
+        return "is missing"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes instead of {shown(size)}"
+    return None if sha256(path) == entry.get("sha256") else "has other content than when it was sealed"
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, load_yaml, unknown_flag
+from hf_power.bad_numbers import NonFiniteError
+from hf_power.schema import one_line, raised_by_us, refused_by
+from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, flatten, load_yaml, unknown_flag
+from hf_power.signals import SIGNALS, StoppedBySignalError
 
 INCOMPLETE_PUSH = 3  # exit code
 
@@ -24,14 +28,28 @@ def main(argv: list[str] | None = None) -> int:
 def run_verb(verb: str, argv: list[str] | None = None, function: Callable[[list[str]], int] | None = None) -> int:
     """Run a verb, or a function under its name: a user's mistake becomes one sentence on stderr and exit code 2.
 
+    A run that a signal has stopped ends with 128 + its number, one that has lost its numbers with 1, each with a sentence.
     An error that was not raised by hf_power itself is a bug, or a library's, and keeps its traceback.
     """
     try:
         return (function or VERBS[verb])(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if not _raised_by_us(error):
-            raise
+    except StoppedBySignalError as stopped:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the process ends: another one would only hide the exit code
+        print(f"hf-power {verb}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except NonFiniteError as error:
         print(f"hf-power {verb}: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        if raised_by_us(error):
+            said = str(error)
+        elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+            # a folder for a file, a loop of links, no right
+            said = f"{error.filename} cannot be used: {error.strerror}."
+        else:
+            raise
+        print(f"hf-power {verb}: {one_line(said)}", file=sys.stderr)
         return 2
 
 
@@ -53,7 +71,8 @@ def parse_settings(argv: list[str]) -> Settings:
 
     parser = Parser(tuple(SECTIONS.values()), allow_abbrev=False)
     parser.set_defaults(**TRAINING_DEFAULTS | values)
-    parsed = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    with refused_by("settings"):
+        parsed = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     unknown = parsed[-1]
     if unknown:
         raise ValueError(unknown_flag(unknown[0].lstrip("-").split("=")[0]))
@@ -123,7 +142,7 @@ def evaluate(argv: list[str]) -> int:
     from hf_power.tasks import NAMED_TASKS, run_tasks
 
     own, scored = data_of_run(model)
-    parser.set_defaults(max_tokens=scored, **own)
+    parser.set_defaults(max_tokens=scored, **flatten({"data": own}, f"{model}/run.json"))
     data, options = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     common = {"batch_size": options.batch_size, "dtype": options.dtype, "output": options.output}
     if options.tasks is not None:
@@ -197,6 +216,22 @@ def publish(argv: list[str]) -> int:
         overwrite=options.overwrite,
     )
     return _push_report(Path(options.run))
+
+
+def doctor(argv: list[str]) -> int:
+    """What is intact in a run, and what can be resumed: doctor RUN [--json]."""
+    parser = argparse.ArgumentParser(prog="hf-power doctor", description=doctor.__doc__)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--json", action="store_true", help="the same for a program")
+    options = parser.parse_args(argv)
+    import json
+    from pathlib import Path
+
+    from hf_power.doctor import examine, examined_text
+
+    result = examine(Path(options.run))
+    print(json.dumps(result, indent=2) if options.json else examined_text(result))
+    return 0 if result["resume"] else 1
 
 
 def coord_check(argv: list[str]) -> int:
@@ -367,13 +402,6 @@ def _help_pretrain() -> None:
     print("\nand every other argument of transformers.TrainingArguments.")
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("hf_power")
-
-
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "anneal": anneal,
@@ -386,6 +414,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "fit": fit,
     "plan": plan,
     "verify": verify,
+    "doctor": doctor,
 }
 
 

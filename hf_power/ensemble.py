@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import get_scheduler, set_seed
 
 from hf_power import data as hf_data
+from hf_power.evaluate import block_losses
 from hf_power.mup import MupAdamW
 from hf_power.schedule import found_tokens_per_step
 from hf_power.settings import Settings
@@ -192,14 +193,14 @@ class Ensemble:
 
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
-        """Held-out loss of every member in nats per token; nan for one that is not alive."""
+        """Held-out loss of every member in nats per token, of the text alone; nan for one that is not alive."""
         self.check_alive()
         losses = []
         for model, alive in zip(self.models, self.alive, strict=True):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for blocks in torch.split(self.held_out, EVAL_BLOCKS) if alive else ():
                 with torch.autocast(self.device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext():
-                    total += model(input_ids=blocks, labels=blocks).loss.double() * len(blocks)
+                    total += block_losses(model, blocks).double().sum()
             losses.append(float(total) / len(self.held_out) if alive else math.nan)
         return losses
 

@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import time
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from hf_power.files import write_json
 from hf_power.locate import find_model, weights_sha256
 from hf_power.machine import hardware, versions
 from hf_power.metrics.token_bytes import token_bytes
+from hf_power.schema import EVALUATION, read_object, read_run, refused_by
 from hf_power.text import PYTHON_STDLIB, DataArguments, load_text
 
 SCHEMA = 1
@@ -86,7 +86,8 @@ def evaluate_model(
         folder, about = find_model(model)
     about["weights_sha256"] = weights_sha256(folder)
     path = output_path(folder, about, output)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    with refused_by(str(folder / "config.json")):
+        config = AutoConfig.from_pretrained(folder).get_text_config()
     _check_block_size(config, data.block_size)
     with accelerator.main_process_first():
         blocks, tokenizer, provenance = _held_out_blocks(folder, data, max_tokens, config.vocab_size)
@@ -120,7 +121,7 @@ def data_of_run(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], int | N
     path = Path(folder) / RUN_FILE
     if not path.is_file():
         return {}, None
-    run = json.loads(path.read_text(encoding="utf-8"))
+    run = read_run(Path(folder), required=("settings.data", "data.held_out_tokens"))
     return run["settings"]["data"], run["data"]["held_out_tokens"]
 
 
@@ -164,12 +165,9 @@ def _read_eval(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is no {EVAL_FILE} of schema {SCHEMA}: delete it, or name another output.")
-    return content
+        return read_object(path, EVALUATION)
+    except ValueError as error:
+        raise ValueError(f"{path} is no {EVAL_FILE} of schema {SCHEMA}: delete it, or name another output.") from error
 
 
 def _check_numbers(batch_size: int, max_tokens: int | None, dtype: str | None, block_size: int) -> None:
@@ -269,6 +267,15 @@ def _sequence_sums(network: Any, blocks: torch.Tensor, sizes: np.ndarray | None)
         size = -1 if sizes is None else int(sizes[wanted.cpu().numpy()].sum())
         sums.append((float(nll.cpu().double().sum()), len(wanted), int(correct), size))
     return sums
+
+
+def block_losses(model: Any, blocks: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each block in nats per token, shape (blocks): of the text alone.
+
+    A mixture of experts' own loss has its balancing loss added.
+    """
+    logits = model(input_ids=blocks).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none").mean(dim=1)
 
 
 def ngram_losses(train_blocks: Any, held_out_blocks: Any, vocab_size: int) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Granite and GraniteMoe as plain Llama and Mixtral, and back: muP's multipliers move into the weights."""
 
-import json
 import math
 import os
 import platform
@@ -30,6 +29,7 @@ from hf_power.fold import (
 )
 from hf_power.locate import find_model
 from hf_power.proof import DTYPES, FAMILIES, fixed_logits, proof_rule
+from hf_power.schema import read_object, refused_by, shown
 from hf_power.version import __version__
 
 SCHEMA = 1
@@ -95,7 +95,9 @@ def export_model(
             'exported model is near the source, not equal to it; preset "power_of_two" of mup_config would be exact.',
             stacklevel=2,
         )
-    run = _read_json(folder / RUN_FILE, "a run folder") if (folder / RUN_FILE).exists() else {}
+    run = (
+        read_object(folder / RUN_FILE, schema=None, remedy="pass a run folder") if (folder / RUN_FILE).exists() else {}
+    )
     content = {
         "schema": SCHEMA,
         "from": config.model_type,
@@ -160,21 +162,9 @@ def _check_arguments(output: Path, to: str, dtype: str | None, like: Any) -> Non
         )
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}: pass {what}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: pass {what}.")
-    return content
-
-
 def _read_config(folder: Path, to: str) -> tuple[Any, dict[str, Any]]:
     """The config of the source, known to have a counterpart in the family `to`, and its config.json."""
-    raw = _read_json(folder / "config.json", "the folder of a model")
+    raw = read_object(folder / "config.json", schema=None, remedy="pass the folder of a model")
     family = raw.get("model_type")
     counterpart = (PLAIN | MUP).get(str(family))
     if counterpart is None:
@@ -185,7 +175,8 @@ def _read_config(folder: Path, to: str) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{folder} is a {family} model and exports to {counterpart}, not to {to}: pass {counterpart}.")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter beside the model: merge it into the weights and save the result.")
-    config = _config_class(str(family)).from_dict(raw)
+    with refused_by(str(folder / "config.json")):
+        config = _config_class(str(family)).from_dict(raw)
     for name in ("sliding_window", "router_jitter_noise", "attention_bias"):
         if getattr(config, name, None) and not (name == "attention_bias" and "llama" in (family, to)):
             raise ValueError(
@@ -217,13 +208,14 @@ def _donor(folder: Path, like: str | os.PathLike[str] | None, config: Any, to: s
         )
     if like is None:
         where = folder / EXPORT_FILE
-        raw = _read_json(where, "the folder of an exported model").get("source_config", {})
+        raw = read_object(where, schema=None, remedy="pass the folder of an exported model").get("source_config", {})
     else:
         where = Path(like) / "config.json" if Path(like).is_dir() else Path(like)
-        raw = _read_json(where, f"the folder or config.json of a {to} model as like")
+        raw = read_object(where, schema=None, remedy=f"pass the folder or config.json of a {to} model as like")
     if raw.get("model_type") != to:
         raise ValueError(f"{where} has the multipliers of model type {raw.get('model_type')!r}, not {to!r}: pass like.")
-    donor = _config_class(to).from_dict(raw)
+    with refused_by(str(where)):
+        donor = _config_class(to).from_dict(raw)
     _check_multipliers(donor, where)
     shapes = [{name: getattr(c, name, None) for name in SHAPE} | {"head_dim": _head_dim(c)} for c in (config, donor)]
     for name, value in shapes[0].items():
@@ -272,7 +264,12 @@ def _tensor_files(folder: Path, config: Any, to: str) -> dict[str, Path]:
     A tied head that was saved beside the embedding is left out, as save_pretrained does.
     """
     if (folder / INDEX).exists():
-        shards = _read_json(folder / INDEX, "a folder that was saved whole").get("weight_map", {}).values()
+        index = read_object(folder / INDEX, schema=None, remedy="pass a folder that was saved whole")
+        shards = index.get("weight_map", {}).values()
+        if beyond := next((shard for shard in shards if Path(shard).name != shard), None):
+            raise ValueError(
+                f"{folder / INDEX} names {shown(beyond)}, which is no file beside it: do not use the folder."
+            )
         paths = [folder / shard for shard in sorted(set(shards))]
     else:
         paths = [folder / WEIGHTS]

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from hf_power.schema import read_object
 
 
 @contextmanager
@@ -34,11 +37,30 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None if there is no such file."""
+    """The content of a JSON file; None if there is no such file.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    remedy = "restore the file, or delete it if it can be made anew"
+    return read_object(path, {}, schema=None, remedy=remedy)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk of a path that need not be there yet."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

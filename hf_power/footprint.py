@@ -127,6 +127,9 @@ def activation_bytes(
                               of its largest matrix; or of experts the largest of 3 K e h, K e (2 f - h), in place of what
                               is freed by then, and the gradient of all their gates and ups
 
+    A run of hf_power stays below that: it takes a large loss in chunks (`hf_power.speed.chunk_loss_`), and its experts follow
+    autocast, which is not counted here.
+
     The rotary tables, token ids and labels (no multiple of h) are left out. On a CPU "saved" is within 1.2 % of what
     autograd holds, "peak" within 4 % of what is alive at once, for small Granite and GraniteMoe models in each compute.
 

@@ -1,7 +1,6 @@
 """A model by its name: a folder on this disk, or a repository of the Hub."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_power.checkpoint import MANIFEST, problems
+from hf_power.schema import read_object
 
 
 def find_model(model: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -47,8 +47,10 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             "folders, or an export."
         )
     try:
-        about["model_type"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        config = {"model_type": (str, None)}
+        raw = read_object(folder / "config.json", config, schema=None, required=("model_type",))
+        about["model_type"] = raw["model_type"]
+    except ValueError as error:
         raise ValueError(
             f"{folder / 'config.json'} is no config of a model: pass a folder that was saved whole."
         ) from error

@@ -9,7 +9,11 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_power.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
+from hf_power.checkpoint import RUN_FILE
+from hf_power.evaluate import block_losses
 from hf_power.experts import ExpertLoad
+from hf_power.files import write_json
 
 
 class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -18,6 +22,31 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     run: dict[str, Any]
     first_step: int  # where this process began
     expert_load: ExpertLoad | None = None  # of a mixture of experts
+    bad_numbers: BadNumbers
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As the stock one; a loss that is not finite makes every gradient so, and with it the norm on all processes."""
+        computed = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if return_outputs:
+            return poison_if_not_finite(computed[0]), computed[1]
+        return poison_if_not_finite(computed)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the stock one; what is not finite stays out of the sum that is logged."""
+        return self.bad_numbers.finite_loss(super().training_step(model, inputs, num_items_in_batch))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm; a step whose norm is not finite is skipped: by the fused optimizer on the device, without a wait."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        bad = self.bad_numbers.bad_step(grad_norm)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
+            return grad_norm  # fp16 skips by itself; DeepSpeed has stepped already
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = bad
+        elif bool(bad):  # the others can only be asked from here
+            optimizer.zero_grad(set_to_none=True)
+        return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens and group learning rates, so that every tracker in report_to gets them."""
@@ -35,7 +64,27 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 logs[f"lr/{name}"] = logs["learning_rate"] * float(base_lrs[i]) / float(base_lrs[0])
             if self.expert_load is not None:
                 logs |= self.expert_load.read()
+        self.bad_numbers.read(self.state.global_step, self.accelerator.gather)
+        if "loss" in logs:
+            self.bad_numbers.correct(logs)
+            for warning in self.bad_numbers.warnings(logs, self.state.global_step):
+                if self.args.should_save:
+                    print(f"  WARNING      {warning}", flush=True)
         super().log(logs, start_time)
+        self._stop_if_too_many()
+
+    def _stop_if_too_many(self) -> None:
+        if not self.bad_numbers.stop_at:
+            return
+        folder = Path(self.args.output_dir)
+        self.run["status"] = "failed"
+        if self.args.should_save:
+            write_json(folder / RUN_FILE, self.run)
+        raise self.bad_numbers.error(folder)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """FLOPs of a micro-batch from the run's own count; the stock one walks over all parameters each time."""
+        return float(inputs["input_ids"].numel() * self.run["flops_per_token"])
 
     def evaluation_loop(
         self,
@@ -52,17 +101,22 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """
         model, rows = self.model.eval(), []
         for batch in dataloader:
-            blocks = batch["input_ids"]
             with torch.no_grad(), self.compute_loss_context_manager():
-                logits = model(input_ids=blocks).logits[:, :-1].float()
-            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none").mean(dim=1)
-            rows.append(self.accelerator.gather_for_metrics(nll).cpu())
+                losses = block_losses(model, batch["input_ids"])
+            rows.append(self.accelerator.gather_for_metrics(losses).cpu())
         losses = torch.cat(rows).double()
         metrics = {f"{metric_key_prefix}_loss": float(losses.mean())}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(losses))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the stock one, which under FSDP saves tied weights twice, and beside shards neither config nor tokenizer."""
+        """As the stock one, which under FSDP saves tied weights twice, and beside shards neither config nor tokenizer.
+
+        Raises:
+            NonFiniteError: weights that are not finite, or too many skipped steps: nothing is saved.
+        """
+        self.bad_numbers.read(self.state.global_step, self.accelerator.gather)
+        self._stop_if_too_many()
+        refuse_non_finite(self.model, Path(self.args.output_dir))
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return

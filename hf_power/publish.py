@@ -29,6 +29,7 @@ from hf_power.remote import (
     record,
     with_patience,
 )
+from hf_power.schema import PUSH, read_object
 from hf_power.staging import PRIVATE, TRAINING_STATE, branch_name, link_checkpoint, link_files
 
 SCHEMA = 1
@@ -67,7 +68,7 @@ def publish(
         ValueError, FileNotFoundError: bad input, nothing was sent.
     """
     folder = Path(folder)
-    state = read_json(folder / STATE_FILE) or {}
+    state = _state(folder)
     staged = any(Publisher.staged_in(folder))
     lineage = _check(folder, may_lack_weights=staged)
     repo_id = repo_id or state.get("repo")
@@ -136,7 +137,7 @@ class Publisher:
         self.folder, self.lineage, self.revision = folder, lineage, revision
         self.license, self.private, self.overwrite = license, private, overwrite
         self.keep_waiting = keep_waiting
-        before = read_json(folder / STATE_FILE) or {}
+        before = _state(folder)
         same = repo_id in (before.get("repo"), str(before.get("repo")).rpartition("/")[2])
         self.state: dict[str, Any] = {
             "schema": SCHEMA,
@@ -302,7 +303,7 @@ class Publisher:
 
 def report_text(folder: Path) -> tuple[str, bool]:
     """What came of the last push, for a person, and whether it is complete."""
-    state = read_json(folder / STATE_FILE) or {}
+    state = _state(folder)
     lines = []
     for revision, entry in state["targets"].items():
         size = f", {entry['files']} files, {entry['bytes']:,} bytes" if entry["status"] == "verified" else ""
@@ -317,6 +318,12 @@ def report_text(folder: Path) -> tuple[str, bool]:
 def warn(text: str) -> None:
     """Say something about the push, at once, beside the training's own output."""
     print(f"push: {text}", file=sys.stderr, flush=True)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """push.json; {} before the first push."""
+    path, parts = folder / STATE_FILE, ("repo", "complete", "targets")
+    return read_object(path, PUSH, required=parts, remedy="delete it to push anew") if path.is_file() else {}
 
 
 def _revision(staged: Path) -> str:

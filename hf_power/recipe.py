@@ -1,6 +1,5 @@
 """The tuned numbers and where they came from, as recipe.json."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from hf_power.files import write_json
 from hf_power.mup import FAMILIES, PRESETS
 from hf_power.schedule import DECAY_SHAPES, LAW, TOKENS_PER_BETA, power_law
+from hf_power.schema import fits, parse_json, shown
 
 SCHEMA = 1
 FILE_NAME = "recipe.json"
@@ -85,12 +85,12 @@ class Recipe:
             _number(name, getattr(self, name))
         for name in OPTIONAL_NUMBERS:
             if getattr(self, name) is not None and _number(name, getattr(self, name)) <= 0 and name != "warmup_tokens":
-                raise ValueError(f"recipe: {name} must be positive or null, got {getattr(self, name)!r}.")
+                raise ValueError(f"recipe: {name} must be positive or null, got {shown(getattr(self, name))}.")
         for name in WHOLE_NUMBERS:
             if (getattr(self, name) or 0) % 1:
-                raise ValueError(f"recipe: {name} must be a whole number, got {getattr(self, name)!r}.")
+                raise ValueError(f"recipe: {name} must be a whole number, got {shown(getattr(self, name))}.")
         if not isinstance(self.preset, str) or not isinstance(self.provenance, dict):
-            raise ValueError(f"recipe: preset must be a name and provenance a mapping, got {self.preset!r}.")
+            raise ValueError(f"recipe: preset must be a name and provenance a mapping, got {shown(self.preset)}.")
         if self.a <= 0 or self.b >= 0 or self.max_lr <= 0 or self.base_width < 1:
             raise ValueError(
                 "recipe: a, max_lr and base_width must be positive and b negative, got "
@@ -101,7 +101,7 @@ class Recipe:
         if self.model_type is not None:
             _choice("model_type", self.model_type, tuple(FAMILIES))
         if not (self.tokenizer is None or isinstance(self.tokenizer, str)):
-            raise ValueError(f"recipe: tokenizer must be a fingerprint or null, got {self.tokenizer!r}.")
+            raise ValueError(f"recipe: tokenizer must be a fingerprint or null, got {shown(self.tokenizer)}.")
         if not 0 <= self.decay_ratio <= 1 or (self.warmup_tokens or 0) < 0 or self.weight_decay < 0:
             raise ValueError(
                 "recipe: decay_ratio must lie between 0 and 1, warmup_tokens and weight_decay must not be negative, got "
@@ -136,18 +136,16 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "recipe") -> "Recipe":
         """Parse the text of a recipe.json; `source` names it in errors."""
-        try:
-            content = json.loads(text)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{source} is not JSON ({error}): write it with Recipe.save.") from error
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{source} is not a recipe of schema {SCHEMA}, got {found!r}: write it with Recipe.save.")
+        content = parse_json(text if isinstance(text, bytes) else text.encode(), source, "write it with Recipe.save")
+        if not isinstance(content, dict) or not fits(content.get("schema"), int) or content["schema"] != SCHEMA:
+            found = shown(content.get("schema") if isinstance(content, dict) else type(content).__name__)
+            raise ValueError(f"{source} is not a recipe of schema {SCHEMA}, got {found}: write it with Recipe.save.")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(content) - known - {"schema"})
         missing = sorted(known - set(content))
         if unknown or missing:
-            raise ValueError(f"{source} has unknown keys {unknown} or lacks {missing}: write it with Recipe.save.")
+            what = f"has unknown keys {shown(unknown)} or lacks {missing}"
+            raise ValueError(f"{source} {what}: write it with Recipe.save.")
         return cls(**{k: v for k, v in content.items() if k != "schema"})
 
     @classmethod
@@ -278,27 +276,24 @@ def _proxies_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> float:
-    try:
-        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
-            return value
-    except OverflowError:  # an integer beyond the floats
-        pass
-    raise ValueError(f"recipe: {name} must be a finite number, got {value!r}.")
+    if fits(value, float) and math.isfinite(value):
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"recipe: {name} must be a finite number, got {shown(value)}.")
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in tuple(choices):
-        raise ValueError(f"recipe: {name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise ValueError(f"recipe: {name} must be one of {', '.join(choices)}, got {shown(value)}.")
 
 
 def _pair(name: str, value: Any) -> None:
     if not isinstance(value, list) or len(value) != 2 or _number(name, value[0]) > _number(name, value[1]):
-        raise ValueError(f"recipe: {name} must be a list [low, high], got {value!r}.")
+        raise ValueError(f"recipe: {name} must be a list [low, high], got {shown(value)}.")
 
 
 def _mapping(name: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, dict) or not set(value) <= set(known):
-        raise ValueError(f"recipe: {name} must be a mapping with keys out of {', '.join(known)}, got {value!r}.")
+        raise ValueError(f"recipe: {name} must be a mapping with keys out of {', '.join(known)}, got {shown(value)}.")
 
 
 def _check_laws(laws: Any) -> None:
@@ -306,11 +301,11 @@ def _check_laws(laws: Any) -> None:
     for schedule, law in laws.items():
         name = f"laws.{schedule}"
         if not isinstance(law, dict) or set(law) != set(LAW):
-            raise ValueError(f"recipe: {name} must be a mapping with the keys {', '.join(LAW)}, got {law!r}.")
+            raise ValueError(f"recipe: {name} must be a mapping with the keys {', '.join(LAW)}, got {shown(law)}.")
         for key, value in law.items():
             positive = key in ("a", "critical_batch_tokens")
             if not (value is None and key == LAW[-1]) and _number(f"{name}.{key}", value) <= 0 and positive:
-                raise ValueError(f"recipe: {name}.{key} must be positive, got {value!r}.")
+                raise ValueError(f"recipe: {name}.{key} must be positive, got {shown(value)}.")
 
 
 def _check_intervals(intervals: Any) -> None:
@@ -327,7 +322,7 @@ def _check_samples(samples: Any) -> None:
         )
     for sample in samples:
         if not isinstance(sample, list) or len(sample) != 3 or _number("samples", sample[0]) <= 0:
-            raise ValueError(f"recipe: a sample must be a list [a > 0, b, batch_exponent], got {sample!r}.")
+            raise ValueError(f"recipe: a sample must be a list [a > 0, b, batch_exponent], got {shown(sample)}.")
         for value in sample[1:]:
             _number("samples", value)
 
@@ -335,7 +330,7 @@ def _check_samples(samples: Any) -> None:
 def _check_validity(validity: Any) -> None:
     _mapping("validity", validity, ("widths", "tokens_per_step", "tokens", "extrapolates_to"))
     if not isinstance(validity.get("widths", []), list):
-        raise ValueError(f"recipe: validity.widths must be a list of widths, got {validity['widths']!r}.")
+        raise ValueError(f"recipe: validity.widths must be a list of widths, got {shown(validity['widths'])}.")
     for width in validity.get("widths", []):
         _number("validity.widths", width)
     for name in ("tokens_per_step", "tokens"):

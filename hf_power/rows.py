@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_power.schema import LARGEST_INTEGER, check_keys, shown
+
 SCHEMA = 1
 STATUSES = ("finished", "diverged", "failed")
 
@@ -45,6 +47,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "data": (dict,),
     "versions": (dict,),
     "hardware": (dict,),
+}
+_NESTED = {
+    "data.tokenizer": (str | None, None),
+    "settings.mup": (dict, None),
+    "settings.mup.preset": (str | None, None),
 }
 _POSITIVE = ("tokens_per_step", "tokens", "learning_rate")
 
@@ -101,7 +108,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[
             continue
         try:
             row = json.loads(line)
-        except ValueError:  # not JSON, or cut within a character
+        except (ValueError, RecursionError):  # not JSON, or cut within a character
             problems.append(f"line {number} is cut off and not used")
             continue
         _check_row(row, f"line {number} of {path}")
@@ -116,9 +123,11 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[
 
 
 def _check_row(row: Any, where: str) -> None:
-    if not isinstance(row, dict) or row.get("schema") != SCHEMA or isinstance(row["schema"], bool):
+    if not isinstance(row, dict) or type(row.get("schema")) is not int or row["schema"] != SCHEMA:
         found = row.get("schema") if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} is not a row of schema {SCHEMA}, got {found!r}: write rows with hf-power sweep.")
+        raise ValueError(
+            f"{where} is not a row of schema {SCHEMA}, got {shown(found)}: write rows with hf-power sweep."
+        )
     missing = [name for name in _TYPES if name not in row]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}: write rows with hf-power sweep.")
@@ -126,14 +135,17 @@ def _check_row(row: Any, where: str) -> None:
         value = row[name]
         if not isinstance(value, types) or isinstance(value, bool):
             wanted = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}; write rows with hf-power sweep.")
+            raise ValueError(f"{where}: {name} must be {wanted}, got {shown(value)}; write rows with hf-power sweep.")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise ValueError(f"{where}: {name} must be below 2**63, got {shown(value)}; remove the line.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{where}: {name} is {value}, which is not finite; write null and a reason.")
+    check_keys(row, _NESTED, where, "write rows with hf-power sweep")
     for name in _POSITIVE:
         if not row[name] > 0:
             raise ValueError(f"{where}: {name} must be positive, got {row[name]!r}; write rows with hf-power sweep.")
     if row["status"] not in STATUSES:
-        raise ValueError(f"{where}: status must be one of {', '.join(STATUSES)}, got {row['status']!r}.")
+        raise ValueError(f"{where}: status must be one of {', '.join(STATUSES)}, got {shown(row['status'])}.")
     if (row["status"] == "finished") != (row["loss"] is not None):
         raise ValueError(
             f"{where}: a row has a loss if and only if it is finished, got {row['status']}, {row['loss']}."

@@ -4,21 +4,22 @@ import dataclasses
 import difflib
 import enum
 import inspect
-import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, MixtralConfig, TrainingArguments
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainingArguments
 
 from hf_power.experts import refuse_reentrant
 from hf_power.mup import mup_config
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
+from hf_power.schema import fits, kinds_of, parse_json, refused_by, shown
 from hf_power.text import DataArguments
 
+DEEPEST = 50  # levels of a YAML; PyYAML's time grows with their square
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 # Of this machine, secret, or said anew by whoever trains on.
 _NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "recipe", "push_to_hub"}
@@ -56,17 +57,25 @@ class ModelArguments:
         family, shape = families[self.model_type], dataclasses.asdict(self)
         shape = {k: v for k, v in shape.items() if k not in ("model_type", "model_config") and v is not None}
         known = {f.name for f in dataclasses.fields(family)}
-        extra = self.model_config if isinstance(self.model_config, dict) else json.loads(self.model_config or "{}")
+        extra = self.model_config or {}
+        if isinstance(extra, str):
+            extra = parse_json(extra.encode(errors="replace"), "model_config", "give a mapping of config arguments")
+        if not isinstance(extra, dict):
+            raise ValueError(f"model_config must be a mapping of config arguments, got {shown(extra)}: correct it.")
         for name in extra:
             if name not in known:
                 raise ValueError(unknown_key(f"model_config.{name}", name, sorted(known)))
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: correct it.")
         if self.hidden_size % self.num_attention_heads and "head_dim" not in extra:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
                 "change one of them."
             )
         shape.setdefault("num_key_value_heads", self.num_attention_heads)
-        return family(**numbers | {k: v for k, v in shape.items() if k in known} | extra)
+        with refused_by("the model's config"):
+            return family(**numbers | {k: v for k, v in shape.items() if k in known} | extra)
 
 
 @dataclass
@@ -96,6 +105,7 @@ class RunArguments:
     tokens: str | None = field(default=None, metadata={"help": "Length of the run, e.g. 30M or 2.1B tokens."})
     recipe: str | None = field(default=None, metadata={"help": "recipe.json or Hub repository with tuned numbers."})
     max_eval_tokens: str = field(default="200k", metadata={"help": "Held-out tokens used in an evaluation."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row without a finite gradient: stop."})
     license: str | None = field(default=None, metadata={"help": "Of the model, e.g. apache-2.0; a push needs one."})
 
 
@@ -140,7 +150,8 @@ class Settings:
         for name, kind in SECTIONS.items():
             names = {f.name for f in dataclasses.fields(kind)}
             values = (TRAINING_DEFAULTS if name == "training" else {}) | flat
-            parts[name] = kind(**{k: v for k, v in values.items() if k in names})
+            with refused_by("settings"):
+                parts[name] = kind(**{k: v for k, v in values.items() if k in names})
         return cls(**parts, given=frozenset(name for name, value in flat.items() if value is not None))
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -194,7 +205,7 @@ class Settings:
         return lengths
 
     def check(self) -> None:
-        """Every check that needs no data and no model.
+        """Every check that needs no data and no weights.
 
         Raises:
             ValueError: a missing or impossible value, in one sentence.
@@ -207,6 +218,7 @@ class Settings:
             raise ValueError(f"tokens must be positive, got {self.run.tokens!r}.")
         parse_tokens(self.run.max_eval_tokens, "max_eval_tokens")
         config = self.model.config()
+        self._check_layer()
         refuse_reentrant(config, self.training.activation_checkpointing_kwargs)
         if self.mup.mup:
             mup_config(config, **self.mup.arguments())
@@ -216,6 +228,13 @@ class Settings:
             for name in kwargs:
                 if name not in known:
                     raise ValueError(unknown_key(f"lr_scheduler_kwargs.{name}", name, known))
+
+    def _check_layer(self) -> None:
+        """Build one layer without weights: much of a config is only refused by the model's own code."""
+        config = self.model.config(vocab_size=2**20)  # the tokenizer's is not known yet
+        config.num_hidden_layers = 1
+        with refused_by("the model's config"), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -241,9 +260,35 @@ def read_yaml(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no settings file at {path}: pass one of scripts/recipes or your own.")
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        text = Path(path).read_text(encoding="utf-8-sig")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError("it is nested too deep, so flatten it")
+            if isinstance(event, yaml.AliasEvent):  # a few of them grow without bounds when they are written out
+                raise ValueError(f"the alias *{event.anchor} is not taken, write its value out")
+        return yaml.load(text, Loader=_unique_keys())
+    # PyYAML's constructors raise any of these for a tagged scalar that is none, such as !!bool x.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:300].rstrip(".")
+        raise ValueError(f"{path} is not YAML: {why}.") from error
+
+
+def _unique_keys() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader that refuses a key that is there twice, of which PyYAML takes the last in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ValueError(f"the key {key} is there twice{str(node.start_mark).rstrip()}")
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def flatten(sections: Any, source: str) -> dict[str, Any]:
@@ -255,7 +300,7 @@ def flatten(sections: Any, source: str) -> dict[str, Any]:
         if section not in SECTIONS:
             raise ValueError(unknown_key(f"{source}: section {section}", str(section), list(SECTIONS)))
         if not isinstance(values, dict):
-            raise ValueError(f"{source}: section {section} must hold keys and values, got {values!r}.")
+            raise ValueError(f"{source}: section {section} must hold keys and values, got {shown(values)}.")
         hints = typing.get_type_hints(SECTIONS[section])
         names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
         for key, value in values.items():
@@ -276,7 +321,7 @@ def parse_tokens(value: str | int | float, name: str) -> int:
     try:
         return round(float(text[:-1] if factor > 1 else text) * factor)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be a number of tokens such as 30M or 2.1B, got {value!r}.") from error
+        raise ValueError(f"{name} must be a number of tokens such as 30M or 2.1B, got {shown(value)}.") from error
 
 
 def unknown_key(what: str, name: str, known: list[str]) -> str:
@@ -294,28 +339,21 @@ def unknown_flag(name: str) -> str:
 
 def _typed(what: str, value: Any, hint: Any) -> Any:
     """The value, as one of the types that the hint allows (YAML reads 2e-2 as a string)."""
-    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(arm) or arm for arm in arms]
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if kind is typing.Any or (kind is bool and isinstance(value, bool)):
-            return value
-        if kind in (int, float) and isinstance(value, int | kind) and not isinstance(value, bool):
-            return value
-        if kind in (str, dict, list) and isinstance(value, kind):
-            return value
-        if isinstance(kind, type) and issubclass(kind, enum.Enum) and isinstance(value, str):
-            return value
-    if str in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+    kinds = kinds_of(hint)
+    if fits(value, hint) and value == value:
+        return value
+    if isinstance(value, str) and any(isinstance(kind, type) and issubclass(kind, enum.Enum) for kind in kinds):
+        return value
+    if str in kinds and fits(value, float):
         return str(value)
     if float in kinds and isinstance(value, str):
         try:
-            return float(value)
+            if (number := float(value)) == number:
+                return number
         except ValueError:
             pass
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
-    raise ValueError(f"{what} must be {names}, got {value!r}.")
+    raise ValueError(f"{what} must be {names}, got {shown(value)}.")
 
 
 def _agree(name: str, recipe: Any, given: Any) -> None:

@@ -1,13 +1,12 @@
 """What of a run folder may leave this machine, under which name, linked into a folder of its own."""
 
-import json
 import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hf_power.checkpoint import MANIFEST, RUN_FILE, seal
+from hf_power.checkpoint import MANIFEST, RUN_FILE, seal, sealed
 from hf_power.evaluate import EVAL_FILE
 from hf_power.export import EXPORT_FILE
 from hf_power.files import read_json, write_json
@@ -70,8 +69,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
     for sub in source.iterdir():
         if sub.is_dir():
             shutil.copytree(sub, target / sub.name, copy_function=_link_file)
-    known = json.loads((source / MANIFEST).read_text(encoding="utf-8"))["files"]
-    seal(target, known={name: entry for name, entry in known.items() if name not in RECORDS})
+    seal(target, known={name: entry for name, entry in sealed(source).items() if name not in RECORDS})
 
 
 def link_files(source: Path, target: Path, skip: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from hf_power.fit import fit_law
 from hf_power.grid import SCHEDULES, Grid, Group, Job, few_digits, job_tokens, next_job
 from hf_power.machine import keep_freed_memory
 from hf_power.rows import SCHEMA, read_rows
+from hf_power.schema import read_object
 from hf_power.text import require_datasets
 from hf_power.trunks import ROWS_FILE, Bench, prepare, run_group, sweep_rows
 
@@ -140,7 +141,7 @@ def _same_grid(bench: Bench) -> None:
     }
     path = bench.folder / GRID_FILE
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path, schema=None, remedy="restore it, or name another --output_dir")
         for key, value in json.loads(json.dumps(made)).items():
             if before.get(key) != value:
                 raise ValueError(

@@ -2,15 +2,14 @@
 
 import contextlib
 import datetime
-import json
 import math
 import os
-import shutil
+import signal
 import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import (
@@ -23,11 +22,12 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 
 from hf_power import data as hf_data
 from hf_power import plots
-from hf_power.callbacks import RunRecord, TokenProgress
+from hf_power.bad_numbers import BadNumbers
+from hf_power.callbacks import RunRecord, SealCheckpoints, TokenProgress
 from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems, saved_under_fsdp
 from hf_power.evaluate import EVAL_FILE
 from hf_power.experts import ExpertLoad, MeasureExperts
-from hf_power.files import write_json
+from hf_power.files import free_bytes, write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
@@ -37,7 +37,10 @@ from hf_power.push_guard import PushGuard, refuse_sharded
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.schedule import PowerLR
+from hf_power.schema import read_run
 from hf_power.settings import Settings, parse_tokens
+from hf_power.signals import StopOnSignal, StoppedBySignalError
+from hf_power.speed import speed_up_
 from hf_power.text import load_text, require_datasets
 
 SCHEMA = 1
@@ -57,6 +60,8 @@ def pretrain(settings: Settings) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: bad input, before any training.
+        StoppedBySignalError: SIGTERM or SIGINT to any process; a checkpoint is sealed, and the process should end.
+        NonFiniteError: run.max_skipped_steps steps in a row without a finite loss and gradient.
     """
     recipe = settings.apply_recipe()
     settings.check()
@@ -160,6 +165,7 @@ def _train(
         run["parameters"] = model.num_parameters()
         run["parameters_without_embeddings"] = model.num_parameters(exclude_embeddings=True)
         run["flops_per_token"] = flops_per_token(model.config, settings.data.block_size)
+    speed_up_(model, args, settings.data.block_size)
     args.ignore_data_skip = True  # the data begin at the checkpoint's tokens already
     if args.should_save:
         print(describe_run(run, args.max_steps - run["steps"], _disk(args, run), schedule), flush=True)
@@ -171,9 +177,21 @@ def _train(
         _refuse_other_engine(resume, trainer.is_fsdp_enabled)
     if pushes:
         refuse_sharded(getattr(trainer.accelerator.state, "fsdp_plugin", None))
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    trainer.add_callback(SealCheckpoints(background=not guard))  # the guard reads the manifest at once
     if guard:
         trainer.add_callback(guard)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    stopped = False
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        # a run that is done has only to finish
+        stopped = stop.received > 0 and trainer.state.global_step < args.max_steps
+        if stopped:
+            _stopped(trainer, run, folder, stop.received)
+    finally:
+        if not stopped:  # else the process is about to end: a second signal must not be its end in between
+            stop.restore()
     _finish(trainer, run, folder, recipe)
     if guard:
         guard.finish()
@@ -253,7 +271,11 @@ def _verify(checkpoint: Path) -> None:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_run(folder, required=("tokens_seen", "tokens_per_step", "steps", "settings"))
+    if "decay_start_tokens" not in (run.get("schedule") or {"decay_start_tokens": None}):
+        raise ValueError(
+            f"{folder / RUN_FILE} lacks schedule.decay_start_tokens: take a checkpoint that hf_power wrote."
+        )
     return run
 
 
@@ -313,6 +335,8 @@ def _new_run(
         "hardware": hardware(settings.training),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "loss_curve": before.get("loss_curve", []),
+        "skipped_steps": before.get("skipped_steps", []),
+        "loss_spikes": before.get("loss_spikes", []),
     }
 
 
@@ -397,6 +421,7 @@ def _trainer(
         callbacks=[record],
     )
     trainer.run, trainer.first_step = run, run["steps"]
+    trainer.bad_numbers = BadNumbers(run, settings.run.max_skipped_steps, settings.data.block_size)
     if getattr(model.config, "num_local_experts", None):
         trainer.expert_load = ExpertLoad(model)
         trainer.add_callback(MeasureExperts(trainer.expert_load))
@@ -428,11 +453,22 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, recipe: Re
         plots.plot_lr_and_loss(run, folder / "lr_and_loss.png")
 
 
+def _stopped(trainer: PowerTrainer, run: dict[str, Any], folder: Path, number: int) -> NoReturn:
+    """The run's record says so; no evaluation, no model, no push: whoever sent the signal does not wait for them."""
+    run["status"] = "stopped"
+    if trainer.is_world_process_zero():
+        write_json(folder / RUN_FILE, run)
+    checkpoint, name = folder / f"checkpoint-{run['steps']}", signal.Signals(number).name
+    raise StoppedBySignalError(
+        number,
+        f"stopped by {name} after step {run['steps']}: go on from {checkpoint} with --resume_from_checkpoint true.",
+    )
+
+
 def _disk(args: Any, run: dict[str, Any]) -> tuple[int, int]:
     """Bytes that the run will write (fp32: weights and two moments per checkpoint), and bytes free."""
     steps = args.max_steps - run["steps"]
     every = args.save_steps if args.save_steps >= 1 else args.max_steps * args.save_steps
     written = math.ceil(steps / every) if args.save_strategy == "steps" else 1
-    kept = min(written, args.save_total_limit or written)
-    parent = next(p for p in [Path(args.output_dir).resolve(), *Path(args.output_dir).resolve().parents] if p.exists())
-    return run["parameters"] * (12 * kept + 4), shutil.disk_usage(parent).free
+    kept = min(written, max(2, args.save_total_limit or written))  # rotation leaves two
+    return run["parameters"] * (12 * kept + 4), free_bytes(Path(args.output_dir))

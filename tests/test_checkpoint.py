@@ -1,9 +1,12 @@
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from hf_power.checkpoint import MANIFEST, checkpoints, newest_intact, problems, seal
+from hf_power.checkpoint import MANIFEST, SAVING, checkpoints, newest_intact, problems, remove_leftovers, rotate, seal
 
 
 @pytest.fixture
@@ -59,3 +62,55 @@ def test_nothing_intact(run, tmp_path):
         FileNotFoundError, match=r"nothing to resume from in .*checkpoint-100: manifest.json is missing.*"
     ):
         newest_intact(run)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "sub/rng.pth", MANIFEST])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_damage_to_any_file_is_found(run, name, damage):
+    path = run / "checkpoint-100" / name
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-2] if damage == "truncated" else bytes([content[0] ^ 1]) + content[1:])
+    found, broken = newest_intact(run)
+    assert found.name == "checkpoint-10"
+    assert len(broken["checkpoint-100"]) == 1
+    assert broken["checkpoint-100"][0].startswith(name)
+
+
+def test_rotation_leaves_two_intact_ones(run):
+    (run / "checkpoint-100" / "model.safetensors").unlink()
+    assert rotate(run, 1) == []  # only two are intact
+    seal(run / "checkpoint-100")
+    assert rotate(run, 1, keep=run / "checkpoint-9") == []
+    assert rotate(run, 3) == []
+    assert rotate(run, 1) == ["checkpoint-9"]
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_a_seal(run):
+    folder = run / "checkpoint-200"
+    folder.mkdir()
+    for name in ("a", "b", SAVING):
+        (folder / name).write_bytes(b"content")
+    code = """
+import sys, time
+from pathlib import Path
+from hf_power import checkpoint
+hash_of = checkpoint.sha256
+def slow(path):
+    if path.name == "b":
+        print("middle", flush=True)
+        time.sleep(60)
+    return hash_of(path)
+checkpoint.sha256 = slow
+checkpoint.seal(Path(sys.argv[1]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"middle\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert newest_intact(run)[0].name == "checkpoint-100"
+    assert remove_leftovers(run) == ["checkpoint-200"]
+    assert not folder.exists()

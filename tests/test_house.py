@@ -11,12 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "hf_power"
 
 # A module may import those before it only; version and the exports of __init__ stand outside the order.
 ORDER = [
+    "schema",
     "files",
     "schedule",
     "register",
     "mup",
     "experts",
     "flops",
+    "speed",
     "footprint",
     "coord_check",
     "rows",
@@ -42,6 +44,9 @@ ORDER = [
     "card",
     "settings",
     "callbacks",
+    "doctor",
+    "bad_numbers",
+    "signals",
     "remote",
     "staging",
     "publish",

@@ -8,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from processes import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_power.data import load_tokenizer
@@ -30,7 +32,7 @@ import os
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 def record(optimizer, args, kwargs):
-    with open(os.environ["RATES"], "a") as file:
+    with open(os.environ["RATES"] + os.environ.get("RANK", ""), "a") as file:
         file.write(f"{float(optimizer.param_groups[0]['lr'])!r}\\n")
 
 register_optimizer_step_pre_hook(record)
@@ -41,18 +43,18 @@ def law(n, tokens_per_step=TOKENS, a=4.0, b=-0.51):
     return min(CAP, a * tokens_per_step / 4096 * n**b) if n else CAP
 
 
-def closed_form(warmup=0, tail=1, before=0):
+def closed_form(warmup=0, tail=1, before=0, tokens=TOKENS):
     """Rates of STEPS steps: linear warmup to the law, the law, IBM's exponential tail; lengths in steps."""
     rates = []
     for step in range(STEPS):
-        n, end = before + step * TOKENS, before + (STEPS - tail) * TOKENS
+        n, end = before + step * tokens, before + (STEPS - tail) * tokens
         if step < warmup:
-            rates.append(step / warmup * law(warmup * TOKENS))
+            rates.append(step / warmup * law(warmup * tokens, tokens))
         elif n < end:
-            rates.append(law(n))
+            rates.append(law(n, tokens))
         else:
-            x = (n - end) / (tail * TOKENS)
-            rates.append(law(end) * (math.e * math.exp(-x) - 1) / (math.e - 1))
+            x = (n - end) / (tail * tokens)
+            rates.append(law(end, tokens) * (math.e * math.exp(-x) - 1) / (math.e - 1))
     return pytest.approx(rates, rel=1e-9, abs=1e-12)
 
 
@@ -75,13 +77,17 @@ def rates(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(RECORDER)
 
-    def launch(*command, **environment):
+    def launch(*command, processes=1, **environment):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "RATES": str(tmp_path / "rates.txt")}
         env |= {"PYTHONPATH": str(tmp_path / "site"), "HF_HOME": str(tmp_path / "home"), **environment}
         arguments = [sys.executable, *(str(part) for part in command)]
         out = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
         assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
-        return [float(line) for line in (tmp_path / "rates.txt").read_text().split()]
+        files = sorted(tmp_path.glob("rates.txt*"))
+        assert len(files) == processes
+        ranks = [[float(line) for line in file.read_text().split()] for file in files]
+        assert all(rank == ranks[0] for rank in ranks)
+        return ranks[0]
 
     return launch
 
@@ -154,6 +160,16 @@ def test_continual_pretraining(checkpoint, rates, tmp_path):
     got = rates(*RUN, "clm.py", *flags)
     assert got[0] == pytest.approx(4.0 * TOKENS / 4096 * 1e9**-0.51, rel=1e-9)
     assert got == closed_form(before=1_000_000_000)
+
+
+def test_a_trainer_script_on_two_processes(checkpoint, rates, tmp_path):
+    """Each process has its own batch: a step has twice the tokens, and both processes have the same rates."""
+    (tmp_path / "clm.py").write_text(CONTINUE)
+    config = Path(__file__).parent.parent / "scripts" / "accelerate" / "cpu.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", free_port()]
+    flags = trainer_flags(model_name_or_path=checkpoint, lr_scheduler_kwargs='{"tokens_seen": 1000000}')
+    got = rates(*launcher, *RUN, "clm.py", *flags, processes=2)
+    assert got == closed_form(before=1_000_000, tokens=2 * TOKENS)
 
 
 @LAUNCHERS

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from hub import Hub, hub_environment
+from processes import free_port
 from safetensors.torch import load_file
 from sentences import says
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,8 +64,11 @@ def watched_init(self, *args, callbacks=(), **kwargs):
 
 Trainer.__init__ = watched_init
 
+import os
+from hf_power import speed
 from hf_power.cli import run_verb
 
+speed.LOGITS_BYTES = int(os.environ.get("LOGITS_BYTES", speed.LOGITS_BYTES))
 sys.exit(run_verb("pretrain"))
 """
 
@@ -103,12 +106,6 @@ def launch(*command, fails=False, **env):
     )
     assert (out.returncode != 0) == fails, out.stdout[-3000:] + out.stderr[-3000:]
     return out.stdout + out.stderr
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def accelerate(config, *command, **env):
@@ -288,6 +285,73 @@ def test_shards_are_one_model(base, two_shards):
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=0)
         assert not (folder / "manifest.json").exists() or problems(folder) == []
+
+
+@pytest.mark.slow
+def test_losses_in_chunks_reach_a_sharded_head(base, two_shards):
+    """The head is sharded with the embedding; 64 tokens of a process in four chunks, computed again in the backward pass."""
+    vocabulary = json.loads((two_shards / "config.json").read_text())["vocab_size"]
+    assert "sharded to the end" in sharded(
+        base, ["--output_dir", base / "chunked"], LOGITS_BYTES=str(4 * 16 * vocabulary)
+    )
+    same(base / "chunked", two_shards)
+
+
+def experts_run(base, name, coefficient, **training):
+    """The run with experts in place of its MLP and this coefficient of their balancing loss, on one process in `one`."""
+    folder = base / name
+    folder.mkdir()
+    sections = yaml.safe_load((base / "tiny.yaml").read_text())
+    sections["model"] |= {"model_type": "mixtral", "intermediate_size": 16, "num_local_experts": 4}
+    sections["model"]["model_config"] = {"output_router_logits": True, "router_aux_loss_coef": coefficient}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(sections))
+    train.pretrain(settings_of(folder, output_dir=str(folder / "one"), **training))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def halves(base):
+    """Experts that are balanced within each half of a batch: `one` accumulates two, `two` has them on two processes."""
+    folder = experts_run(base, "halves", 0.1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert "sharded to the end" in sharded(folder, ["--output_dir", folder / "two"])
+    return folder
+
+
+@pytest.mark.slow
+def test_shards_of_experts_are_one_model(base):
+    """Without the balancing loss; with it they are not, for it is of each process's share (next test)."""
+    folder = experts_run(base, "experts", 0.0)
+    assert "sharded to the end" in sharded(folder, ["--output_dir", folder / "two"])
+    same(folder / "two", folder / "one")
+    weights, whole = load_file(folder / "two" / "model.safetensors"), load_file(folder / "one" / "model.safetensors")
+    assert weights.keys() == whole.keys()
+    assert {tensor.shape[0] for tensor in weights.values() if tensor.ndim == 3} == {4}
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_balancing_loss_is_of_each_share_of_the_batch(halves):
+    """So two processes are one that accumulates as many shares; one that takes the batch whole is 3e-3 nats off."""
+    one, two = halves / "one", halves / "two"
+    same(two, one)
+    names = [group["name"] for group in record(two)["groups"]]
+    assert sorted(names) == ["embedding", "hidden", "router", "vector"]
+    logs = json.loads((two / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    logs = [entry for entry in logs if "lr/router" in entry]
+    assert len(logs) == STEPS
+    for entry, alone in zip(logs, (p for p in record(one)["loss_curve"] if "aux_loss" in p), strict=True):
+        rates = [entry["lr/embedding"], 2 * entry["lr/hidden"], 2 * entry["lr/router"], entry["lr/vector"]]
+        assert rates == pytest.approx([entry["learning_rate"]] * 4, rel=1e-12)
+        for measure in ("aux_loss", "router_entropy_nats"):  # the first process measures its share, the first half
+            assert entry[measure] == pytest.approx(alone[measure], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_shards_of_experts_resume(halves):
+    folder = stopped(halves / "two", halves / "resumed")
+    sharded(halves, ["--resume_from_checkpoint", "true", "--output_dir", folder])
+    same(folder, halves / "one", 2e-5)
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ def test_rotation_takes_nothing_away_before_it_is_uploaded(hub, pushing, unpushe
     path, folder = pushing(save_total_limit=1)
     hub.down()
     assert run_verb("pretrain", [str(path)]) == 3
-    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-12"]
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12"}  # never below two
     hub.up()
     assert run_verb("publish", [str(folder)]) == 0
     for step, branch in zip(

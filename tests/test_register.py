@@ -14,7 +14,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
+from processes import SHARED_BATCHES
 from sentences import says
 from transformers import (
     DataCollatorWithFlattening,
@@ -592,13 +594,14 @@ def test_split_batches_divide_the_batch_over_the_processes(tmp_path, monkeypatch
     assert find_tokens_per_step(trainer) == 2 * 3 * LENGTH
 
 
-def test_tensor_parallel_processes_share_their_tokens(tmp_path, monkeypatch):
+@SHARED_BATCHES
+def test_processes_that_share_a_batch_share_its_tokens(tmp_path, monkeypatch, sizes, data_parallel):
+    """A step of 8 processes has 2 sequences for each data-parallel group, whatever splits a sequence or a matrix."""
     trainer = Trainer(tiny_model(), arguments(tmp_path), train_dataset=packed())
     monkeypatch.setattr(TrainingArguments, "world_size", 8)
-    assert find_tokens_per_step(trainer) == 8 * 2 * LENGTH
-    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
-    monkeypatch.setattr(trainer, "get_cp_size", lambda: 2)
-    assert find_tokens_per_step(trainer) == 2 * 2 * LENGTH
+    # what Accelerator.parallelism_config reads; Trainer's own get_tp_size, get_cp_size and get_sp_size are the stock ones
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**sizes))
+    assert find_tokens_per_step(trainer) == data_parallel * 2 * LENGTH
 
 
 TWO_PROCESSES = """
