@@ -8,7 +8,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils.logging import tqdm
 
-from hf_power.checkpoint import MANIFEST, RUN_FILE, SAVING, checkpoints, remove_leftovers, rotate, seal
+from hf_power.checkpoint import MANIFEST, RUN_FILE, SAVING, checkpoint_bytes, remove_leftovers, rotate, seal
 from hf_power.experts import MEASURES
 from hf_power.files import free_bytes, write_json
 from hf_power.recipe import FILE_NAME, Recipe
@@ -152,6 +152,7 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is
             if not (checkpoint / MANIFEST).exists():
                 checkpoint.mkdir(parents=True, exist_ok=True)  # another process may begin to save before this one
                 (checkpoint / SAVING).touch()
+        args.distributed_state.wait_for_everyone()  # nobody writes into a folder that is not marked
 
     on_epoch_end = on_step_end
 
@@ -173,11 +174,15 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.wait()
         args.save_total_limit = self._limit
 
-    def wait(self) -> None:
-        """Return when no checkpoint is being sealed; raise what went wrong with the last."""
+    def join(self) -> None:
+        """Return when no checkpoint is being sealed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being sealed; raise what went wrong with the last."""
+        self.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -192,9 +197,7 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 def _require_space(run: Path, model: Any) -> None:
-    last = checkpoints(run)[:1]
-    parts = [p.stat().st_size for folder in last for p in folder.rglob("*") if p.is_file()]
-    needed = int(1.05 * (sum(parts) or 12 * sum(p.numel() for p in model.parameters())))
+    needed = checkpoint_bytes(run, sum(p.numel() for p in model.parameters() if p.requires_grad))
     missing = needed - free_bytes(run)
     if missing > 0:
         raise OSError(

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,6 +56,28 @@ def sealed(folder: Path) -> dict[str, Any]:
     return content
 
 
+def missing_parts(folder: Path) -> list[str]:
+    """What an intact checkpoint lacks for a run to go on as if it had not stopped; an empty list if nothing."""
+    names = {PurePosixPath(name).parts[0] for name in sealed(folder)}
+    if any(name.startswith("global_step") for name in names):  # DeepSpeed's engine has all but the Trainer's part
+        needed = {"trainer_state.json": ["trainer_state.json"], "run.json": [RUN_FILE]}
+    else:
+        needed = {
+            "weights": ["model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*"],
+            "optimizer": ["optimizer.pt", "optimizer.bin", "optimizer_[0-9]*"],
+            "scheduler.pt": ["scheduler.pt"],
+            "random numbers (rng_state)": ["rng_state*.pth"],
+            "trainer_state.json": ["trainer_state.json"],
+            "run.json": [RUN_FILE],
+        }
+    return [part for part, patterns in needed.items() if not any(fnmatch(name, p) for name in names for p in patterns)]
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a checkpoint's saving began under our eyes and did not come to its end."""
+    return not (folder / MANIFEST).exists() and ((folder / SAVING).exists() or not any(folder.iterdir()))
+
+
 def saved_under_fsdp(folder: Path) -> bool:
     """True for a checkpoint whose optimizer only FSDP reads; accelerate names its weights pytorch_model_fsdp."""
     return any(folder.glob("pytorch_model_fsdp*"))
@@ -85,9 +108,16 @@ def newest_intact(run: Path) -> tuple[Path, dict[str, list[str]]]:
     )
 
 
+def checkpoint_bytes(run: Path, parameters: int) -> int:
+    """Bytes that the next checkpoint takes: as the last one, or fp32 weights and two moments, and 5 % more."""
+    last = [folder for folder in checkpoints(run) if (folder / MANIFEST).exists()][:1]
+    parts = [p.stat().st_size for folder in last for p in folder.rglob("*") if p.is_file()]
+    return int(1.05 * (sum(parts) or 12 * parameters))
+
+
 def remove_leftovers(run: Path) -> list[str]:
     """Delete the checkpoints whose saving began under our eyes and was not finished; returns their names."""
-    found = [p for p in checkpoints(run) if (p / SAVING).exists() and not (p / MANIFEST).exists()]
+    found = [p for p in checkpoints(run) if unfinished(p)]
     for folder in found:
         shutil.rmtree(folder)
     return [folder.name for folder in found]

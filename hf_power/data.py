@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_power.text import SPLIT_SEED, STREAM_PROBE_ROWS, DataArguments
+from hf_power.text import SPLIT_SEED, STREAM_PROBE_ROWS, DataArguments, cache_folder
 
 END_OF_TEXT = "<|endoftext|>"  # eos, bos and unk of a trained tokenizer
 TOKENIZER_CHARACTERS = 20_000_000  # a tokenizer is trained on this much text at most, about 20 MB
 DOCUMENTS_PER_BATCH = 1000  # packed together; what is left over, less than one block, is dropped
+FINGERPRINT_BLOCKS = 1024
 STREAM_SHUFFLE_BLOCKS = 10_000  # shuffle buffer of a stream: 80 MB of int64 at 1024 tokens per block
 
 
@@ -62,13 +63,11 @@ def load_tokenizer(args: DataArguments, train: Any) -> PreTrainedTokenizerBase:
 
 def _trained_tokenizer(args: DataArguments, train: Any) -> str:
     """Folder of the cached tokenizer, which is trained first if it is not there."""
-    import datasets
-
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if args.vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest} (bytes and eos), got {args.vocab_size}: raise it.")
     recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
-    cache = Path(args.data_cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "hf_power_tokenizers"
+    cache = cache_folder(args) / "hf_power_tokenizers"
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if not folder.exists():
         tokenizer = _train_bpe(_sample_text(train), args.vocab_size)
@@ -183,7 +182,7 @@ def pack_both(
         {
             "dataset": args.dataset,
             "local": Path(args.dataset).exists(),
-            "fingerprint": fingerprint(blocks),
+            "fingerprint": blocks_fingerprint(blocks),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "held_out_tokens": len(scored) * block,
         },
@@ -337,6 +336,18 @@ def collate_blocks(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch
     """
     input_ids = torch.from_numpy(np.stack([example["input_ids"] for example in examples])).long()
     return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def blocks_fingerprint(blocks: Any) -> str:
+    """A short id of packed blocks, of their content alone: 16 hexadecimal digits, the same wherever the files lie.
+
+    It is the SHA-256 of how many blocks there are and of up to FINGERPRINT_BLOCKS of them at even distances, so a change in
+    one document may go unseen where the number of blocks stays. Of a stream, see `fingerprint`.
+    """
+    if not hasattr(blocks, "__len__"):
+        return fingerprint(blocks)
+    some = np.asarray(spread_blocks(blocks, FINGERPRINT_BLOCKS)[:]["input_ids"], dtype="<i4")
+    return hashlib.sha256(f"{len(blocks)}, ".encode() + some.tobytes()).hexdigest()[:16]
 
 
 def fingerprint(dataset: Any) -> str:

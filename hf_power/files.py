@@ -1,15 +1,19 @@
 """Files that are there whole or not at all, and their hashes."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hf_power.schema import read_object
+
+_HELD: set[Path] = set()  # locks of this process
 
 
 @contextmanager
@@ -73,3 +77,60 @@ def git_blob_id(path: Path) -> str:
     """The id under which git keeps a file: SHA-1 of "blob SIZE", a zero byte and the content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def only_one(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process however that ends; the folder is made, and goes if it stays empty.
+
+    Where the file system has no locks, nothing is held.
+
+    Raises:
+        ValueError: it is held already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / name
+    taken = f"another run is at work in {folder}: wait for its end, or take another folder."
+    if path in _HELD:  # the system's lock is of the process, and is no bar within it
+        raise ValueError(taken)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(
+                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # of this process alone: its children do not inherit it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise ValueError(taken) from error
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its holder has removed it in between
+    _HELD.add(path)
+    try:
+        yield
+    finally:
+        _HELD.discard(path)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, says that the disk or a quota is full.
+
+    safetensors and torch keep the system's number in their text only; torch's writer not even there.
+    """
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in seen:
+        seen.append(at)
+        at = at.__cause__ or at.__context__
+    signs = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
+    return any(
+        getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(s in str(e) for s in signs) for e in seen
+    )

@@ -10,10 +10,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_power.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
+from hf_power.callbacks import SealCheckpoints
 from hf_power.checkpoint import RUN_FILE
 from hf_power.evaluate import block_losses
 from hf_power.experts import ExpertLoad
 from hf_power.files import write_json
+
+
+NUMBERS = ("weight_decay", "betas", "eps")  # of a parameter group; the rate is the schedule's
 
 
 class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -23,6 +27,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     first_step: int  # where this process began
     expert_load: ExpertLoad | None = None  # of a mixture of experts
     bad_numbers: BadNumbers
+    seals: SealCheckpoints
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """As the stock one; a loss that is not finite makes every gradient so, and with it the norm on all processes."""
@@ -73,6 +78,13 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().log(logs, start_time)
         self._stop_if_too_many()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the stock one; but of AdamW only the moments are the checkpoint's, its numbers are today's arguments."""
+        today = [{name: group[name] for name in NUMBERS if name in group} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, numbers in zip(self.optimizer.param_groups, today, strict=True):
+            group.update(numbers)
+
     def _stop_if_too_many(self) -> None:
         if not self.bad_numbers.stop_at:
             return
@@ -80,6 +92,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.run["status"] = "failed"
         if self.args.should_save:
             write_json(folder / RUN_FILE, self.run)
+        self.seals.join()  # so that the last checkpoint can be named
         raise self.bad_numbers.error(folder)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
@@ -116,6 +129,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         """
         self.bad_numbers.read(self.state.global_step, self.accelerator.gather)
         self._stop_if_too_many()
+        self.seals.join()
         refuse_non_finite(self.model, Path(self.args.output_dir))
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)

@@ -22,10 +22,8 @@ from hf_power.text import DataArguments
 DEEPEST = 50  # levels of a YAML; PyYAML's time grows with their square
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 # Of this machine, secret, or said anew by whoever trains on.
-_NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "recipe", "push_to_hub"}
-_NOT_RECORDED |= {
-    f"hub_{name}" for name in ("token", "model_id", "strategy", "private_repo", "always_push", "revision")
-}
+NOT_RECORDED = {"output_dir", "resume_from_checkpoint", "recipe", "push_to_hub", "allow_changed"}
+NOT_RECORDED |= {f"hub_{name}" for name in ("token", "model_id", "strategy", "private_repo", "always_push", "revision")}
 
 
 @dataclass
@@ -106,6 +104,12 @@ class RunArguments:
     recipe: str | None = field(default=None, metadata={"help": "recipe.json or Hub repository with tuned numbers."})
     max_eval_tokens: str = field(default="200k", metadata={"help": "Held-out tokens used in an evaluation."})
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row without a finite gradient: stop."})
+    allow_changed: str | None = field(
+        default=None,
+        metadata={
+            "help": "On resume: settings, a,b, that may differ though they make another run (dataset, seed ...)."
+        },
+    )
     license: str | None = field(default=None, metadata={"help": "Of the model, e.g. apache-2.0; a push needs one."})
 
 
@@ -158,7 +162,7 @@ class Settings:
         """The sections with the values that were given, without output paths and tokens; `from_dict` reads it back."""
         sections: dict[str, dict[str, Any]] = {}
         for section, kind in SECTIONS.items():
-            names = [f.name for f in dataclasses.fields(kind) if f.name in self.given - _NOT_RECORDED]
+            names = [f.name for f in dataclasses.fields(kind) if f.name in self.given - NOT_RECORDED]
             values = {name: getattr(getattr(self, section), name) for name in names}
             sections[section] = {k: v.value if isinstance(v, enum.Enum) else v for k, v in values.items()}
         return sections
@@ -217,6 +221,7 @@ class Settings:
         if parse_tokens(self.run.tokens, "tokens") < 1:
             raise ValueError(f"tokens must be positive, got {self.run.tokens!r}.")
         parse_tokens(self.run.max_eval_tokens, "max_eval_tokens")
+        self.allowed_changes()
         config = self.model.config()
         self._check_layer()
         refuse_reentrant(config, self.training.activation_checkpointing_kwargs)
@@ -228,6 +233,19 @@ class Settings:
             for name in kwargs:
                 if name not in known:
                     raise ValueError(unknown_key(f"lr_scheduler_kwargs.{name}", name, known))
+
+    def allowed_changes(self) -> set[str]:
+        """The names in ``run.allow_changed``.
+
+        Raises:
+            ValueError: one that is no setting.
+        """
+        names = {name.strip() for name in (self.run.allow_changed or "").split(",")} - {""}
+        known = [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind)]
+        for name in names:
+            if name.split(".")[0] not in known:
+                raise ValueError(unknown_key(f"allow_changed: {name}", name, known))
+        return names
 
     def _check_layer(self) -> None:
         """Build one layer without weights: much of a config is only refused by the model's own code."""

@@ -1,14 +1,12 @@
 """Run a grid of small models: rows of measurements, in an order that survives being killed."""
 
-import fcntl
 import json
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from hf_power.files import write_json
+from hf_power.files import only_one, write_json
 from hf_power.fit import fit_law
 from hf_power.grid import SCHEDULES, Grid, Group, Job, few_digits, job_tokens, next_job
 from hf_power.machine import keep_freed_memory
@@ -59,7 +57,7 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     stages = [list(groups)] if groups is not None else stages_of(grid)
     check_budget(grid, stages)
-    with _only_one(folder, state.process_index):
+    with only_one(folder, f".lock-{state.process_index}"):  # two would train everything twice
         with state.main_process_first():
             bench = prepare(grid, folder)
             _same_grid(bench)
@@ -114,17 +112,6 @@ def check_budget(grid: Grid, stages: list[list[Group]]) -> None:
             replace(group, max_tokens=int(grid.max_tokens * job_tokens(grid, job) / sum(start)))
             for group, job in zip(stage, start_jobs(grid, stage), strict=True)
         ]
-
-
-@contextmanager
-def _only_one(folder: Path, rank: int) -> Iterator[None]:
-    """Hold the folder's lock: two sweeps in one folder would train everything twice."""
-    with open(folder / f".lock-{rank}", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another sweep is running in {folder}: wait for it, or take another folder.") from error
-        yield
 
 
 def _same_grid(bench: Bench) -> None:

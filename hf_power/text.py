@@ -98,6 +98,20 @@ def load_text(args: DataArguments) -> tuple[Any, Any]:
     return parts
 
 
+def cache_folder(args: DataArguments) -> Path:
+    """Where text and tokens are stored."""
+    import datasets
+
+    return Path(args.data_cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+
+
+def source_bytes(args: DataArguments) -> int:
+    """Bytes of the files that the text comes from; 0 for a dataset of the Hub, which is not known before it is there."""
+    if args.dataset == PYTHON_STDLIB:
+        return sum(len(text.encode()) for _, text in _python_sources(Path(sysconfig.get_paths()["stdlib"])))
+    return sum(Path(file).stat().st_size for file in _local_files(args.dataset))
+
+
 def _load_python_stdlib(args: DataArguments) -> tuple[Any, Any]:
     import datasets  # type: ignore[import-untyped, unused-ignore]
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     ProgressCallback,
@@ -24,10 +25,10 @@ from hf_power import data as hf_data
 from hf_power import plots
 from hf_power.bad_numbers import BadNumbers
 from hf_power.callbacks import RunRecord, SealCheckpoints, TokenProgress
-from hf_power.checkpoint import RUN_FILE, checkpoints, newest_intact, problems, saved_under_fsdp
+from hf_power.checkpoint import RUN_FILE, checkpoint_bytes, newest_intact, remove_leftovers
 from hf_power.evaluate import EVAL_FILE
 from hf_power.experts import ExpertLoad, MeasureExperts
-from hf_power.files import free_bytes, write_json
+from hf_power.files import disk_is_full, free_bytes, only_one, read_json, write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
@@ -36,12 +37,21 @@ from hf_power.power_trainer import PowerTrainer
 from hf_power.push_guard import PushGuard, refuse_sharded
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
+from hf_power.resume import (
+    TOKENIZER,
+    changes,
+    checkpoint_to_resume,
+    other_data,
+    read_record,
+    refuse_other_engine,
+    refuse_other_run,
+    verify,
+)
 from hf_power.schedule import PowerLR
-from hf_power.schema import read_run
 from hf_power.settings import Settings, parse_tokens
 from hf_power.signals import StopOnSignal, StoppedBySignalError
 from hf_power.speed import speed_up_
-from hf_power.text import load_text, require_datasets
+from hf_power.text import cache_folder, load_text, require_datasets, source_bytes
 
 SCHEMA = 1
 
@@ -66,8 +76,8 @@ def pretrain(settings: Settings) -> dict[str, Any]:
     recipe = settings.apply_recipe()
     settings.check()
     folder = Path(settings.training.output_dir or "")
-    resume = _checkpoint_to_resume(settings, folder)
-    return _train(settings, folder, "pretrain", resume, _read_run(resume) if resume else {}, recipe)
+    resume = checkpoint_to_resume(settings, folder)
+    return _train(settings, folder, "pretrain", resume, read_record(resume) if resume else {}, recipe)
 
 
 def anneal(
@@ -97,8 +107,8 @@ def anneal(
         ValueError, FileNotFoundError: no intact checkpoint there, or an impossible length.
     """
     source = Path(checkpoint)
-    _verify(source)
-    trunk = _read_run(source)
+    verify(source)
+    trunk = read_record(source)
     start = trunk["tokens_seen"]
     schedule = trunk.get("schedule")
     if schedule is None:
@@ -129,7 +139,7 @@ def anneal(
         settings.training.push_to_hub, settings.training.hub_model_id = True, repo
     if dataset is not None:
         settings.data.dataset = dataset
-    _refuse_other_run(folder)
+    refuse_other_run(folder)
     recipe = Recipe.load(source / RECIPE_FILE) if (source / RECIPE_FILE).exists() else None
     return _train(settings, folder, "anneal", source, trunk, recipe)
 
@@ -154,11 +164,33 @@ def _train(
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
     schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
+    changed = changes(settings, run, before, resume) if resume and kind == "pretrain" else []
+    with (
+        only_one(folder) if args.process_index == 0 else contextlib.nullcontext(),
+        _full_disk_told(settings, run, folder),
+    ):
+        return _train_alone(settings, run, folder, resume, before, recipe, schedule, changed)
+
+
+def _train_alone(
+    settings: Settings,
+    run: dict[str, Any],
+    folder: Path,
+    resume: Path | None,
+    before: dict[str, Any],
+    recipe: Recipe | None,
+    schedule: PowerLR | None,
+    changed: list[str],
+) -> dict[str, Any]:
+    """All that takes time or writes, while no other run is at work in the folder."""
+    args = settings.training
     pushes = args.push_to_hub
     guard = _push_guard(settings, run, folder)
     tune_cpu(args)
     with args.main_process_first(desc="data"):
         train, held_out, tokenizer = _data(settings, run, resume, recipe)
+    if resume and (other := other_data(settings, run, before)):
+        changed.append(other)
     set_seed(args.seed)
     with _whole_tensors(args):
         model = build_model(settings, tokenizer)
@@ -169,17 +201,24 @@ def _train(
     args.ignore_data_skip = True  # the data begin at the checkpoint's tokens already
     if args.should_save:
         print(describe_run(run, args.max_steps - run["steps"], _disk(args, run), schedule), flush=True)
-        shape = {"tokens": run["total_tokens"], "tokens_per_step": per_step, "width": settings.model.hidden_size}
+        for phrase in changed:
+            print(f"  changed      {phrase}", flush=True)
+        shape = {
+            "tokens": run["total_tokens"],
+            "tokens_per_step": run["tokens_per_step"],
+            "width": settings.model.hidden_size,
+        }
         for warning in warnings_for(recipe, **shape) if recipe else ():
             print(f"  WARNING      {warning}", flush=True)
     trainer = _trainer(settings, folder, model, tokenizer, train, held_out, RunRecord(run, folder, recipe))
     if resume:
-        _refuse_other_engine(resume, trainer.is_fsdp_enabled)
+        refuse_other_engine(resume, trainer.is_fsdp_enabled)
     if pushes:
         refuse_sharded(getattr(trainer.accelerator.state, "fsdp_plugin", None))
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    trainer.add_callback(SealCheckpoints(background=not guard))  # the guard reads the manifest at once
+    trainer.seals = SealCheckpoints(background=not guard)  # the guard reads the manifest at once
+    trainer.add_callback(trainer.seals)
     if guard:
         trainer.add_callback(guard)
     stopped = False
@@ -190,12 +229,47 @@ def _train(
         if stopped:
             _stopped(trainer, run, folder, stop.received)
     finally:
+        trainer.seals.join()
         if not stopped:  # else the process is about to end: a second signal must not be its end in between
             stop.restore()
     _finish(trainer, run, folder, recipe)
     if guard:
         guard.finish()
     return run
+
+
+@contextlib.contextmanager
+def _full_disk_told(settings: Settings, run: dict[str, Any], folder: Path) -> Iterator[None]:
+    """A disk that fills up, as one sentence: how much is missing, and what is safe; half a checkpoint is removed.
+
+    Raises:
+        OSError: in place of what the writer raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        if settings.training.process_index == 0:
+            remove_leftovers(folder)
+        if "parameters" in run:
+            disk, needed, what = folder, checkpoint_bytes(folder, run["parameters"]), "a checkpoint takes"
+        else:
+            disk, needed, what = (
+                cache_folder(settings.data),
+                3 * source_bytes(settings.data),
+                "text and tokens take about",
+            )
+        free = free_bytes(disk)
+        try:
+            safe = f"{newest_intact(folder)[0].name} is intact"
+        except FileNotFoundError:
+            safe = "no checkpoint was finished before"
+        raise OSError(
+            f"the disk of {disk} is full: {what} {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free, "
+            f"{max(0, needed - free) / 1e6:,.1f} MB are missing; {safe}: free some space and go on with "
+            "--resume_from_checkpoint true."
+        ) from error
 
 
 def build_model(settings: Settings, tokenizer: Any) -> Any:
@@ -211,47 +285,12 @@ def build_model(settings: Settings, tokenizer: Any) -> Any:
     return mup_init_(AutoModelForCausalLM.from_config(mup_config(config, **settings.mup.arguments())))
 
 
-def _checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
-    """The verified checkpoint that the settings ask for, or None for a new run in a folder that holds none."""
-    wanted = settings.training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        _refuse_other_run(folder)
-        return None
-    if str(wanted).lower() != "true":
-        checkpoint = Path(str(wanted))
-        if checkpoint.resolve().parent != folder.resolve():
-            _refuse_other_run(folder)
-        _verify(checkpoint)
-        return checkpoint
-    found, broken = newest_intact(folder)
-    for name, what in broken.items():
-        print(f"{name} is not used: {', '.join(what)}")
-    return found
-
-
-def _refuse_other_run(folder: Path) -> None:
-    if (folder / RUN_FILE).exists() or checkpoints(folder):
-        raise ValueError(
-            f"the output folder {folder} holds a run already: pass --resume_from_checkpoint true to go on with it, or "
-            "another --output_dir."
-        )
-
-
 def _refuse_own_optimizer(deepspeed: dict[str, Any]) -> None:
     for part, ours in (("optimizer", "muP's parameter groups"), ("scheduler", "the run's learning-rate schedule")):
         if part in deepspeed:
             raise ValueError(
                 f"the DeepSpeed config brings its own {part}, which would replace {ours}: take the section {part} out of it."
             )
-
-
-def _refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
-    if sharding != saved_under_fsdp(checkpoint):
-        was, now = ("without FSDP", "under it") if sharding else ("under FSDP", "without it")
-        raise ValueError(
-            f"the checkpoint {checkpoint} was saved {was} and this run is {now}, which cannot read its optimizer: go on "
-            "with the accelerate config that it was trained with, on any number of processes."
-        )
 
 
 @contextlib.contextmanager
@@ -261,22 +300,6 @@ def _whole_tensors(args: Any) -> Iterator[None]:
     yield
     if args.deepspeed_plugin is not None:
         set_hf_deepspeed_config(args.deepspeed_plugin.hf_ds_config)
-
-
-def _verify(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint at {checkpoint}: pass a checkpoint-N folder of a run.")
-    if found := problems(checkpoint):
-        raise ValueError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    run = read_run(folder, required=("tokens_seen", "tokens_per_step", "steps", "settings"))
-    if "decay_start_tokens" not in (run.get("schedule") or {"decay_start_tokens": None}):
-        raise ValueError(
-            f"{folder / RUN_FILE} lacks schedule.decay_start_tokens: take a checkpoint that hf_power wrote."
-        )
-    return run
 
 
 def _tail_length(tokens: str, start: int, tokens_per_step: int) -> int:
@@ -313,7 +336,7 @@ def _new_run(
     """What run.json says before the first step."""
     total = parse_tokens(settings.run.tokens or 0, "tokens")
     seen = before.get("tokens_seen", 0)
-    if total <= seen:
+    if total < seen or (total == seen and not _only_to_finish(folder, resume)):
         raise ValueError(
             f"the checkpoint has seen {seen:,} tokens, the run is to have {total:,}: raise tokens to train on."
         )
@@ -338,6 +361,13 @@ def _new_run(
         "skipped_steps": before.get("skipped_steps", []),
         "loss_spikes": before.get("loss_spikes", []),
     }
+
+
+def _only_to_finish(folder: Path, resume: Path | None) -> bool:
+    """Whether a run was stopped between its last checkpoint and its finished model."""
+    if resume is None or resume.resolve().parent != folder.resolve():
+        return False
+    return bool((read_json(folder / RUN_FILE) or {}).get("status") != "finished")
 
 
 def _push_guard(settings: Settings, run: dict[str, Any], folder: Path) -> PushGuard | None:
@@ -386,7 +416,15 @@ def _data(
     """Training blocks from the run's position on, held-out blocks, tokenizer."""
     args, block = settings.training, settings.data.block_size
     train_text, held_out_text = load_text(settings.data)
-    tokenizer = AutoTokenizer.from_pretrained(resume) if resume else hf_data.load_tokenizer(settings.data, train_text)
+    if resume and not settings.allowed_changes() & TOKENIZER:
+        tokenizer = AutoTokenizer.from_pretrained(resume)
+    else:
+        tokenizer = hf_data.load_tokenizer(settings.data, train_text)
+    if resume and len(tokenizer) != (size := AutoConfig.from_pretrained(resume).vocab_size):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model of {resume} {size}: pass one of as many tokens, or "
+            "the model's own."
+        )
     fingerprint = hf_data.tokenizer_fingerprint(tokenizer)
     if recipe is not None and recipe.tokenizer not in (None, fingerprint):
         raise ValueError(
@@ -401,7 +439,7 @@ def _data(
     if settings.data.streaming:
         return hf_data.stream_blocks(train, seed=args.seed, start=start), held_out, tokenizer
     run["data"]["train_tokens"] = len(train) * block
-    steps = args.max_steps - run["steps"]
+    steps = max(1, args.max_steps - run["steps"])  # a run that has only to finish reads none, but its loader needs one
     stop = start + steps * run["tokens_per_step"] // block
     return hf_data.BlockStream(train, seed=args.seed, start=start, stop=stop), held_out, tokenizer
 
@@ -447,10 +485,10 @@ def _finish(trainer: PowerTrainer, run: dict[str, Any], folder: Path, recipe: Re
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         (folder / EVAL_FILE).unlink(missing_ok=True)  # of the weights that were there before
-        write_json(folder / RUN_FILE, run)
         if recipe is not None:
             recipe.save(folder / RECIPE_FILE)
         plots.plot_lr_and_loss(run, folder / "lr_and_loss.png")
+        write_json(folder / RUN_FILE, run)  # last: it says that the run is finished
 
 
 def _stopped(trainer: PowerTrainer, run: dict[str, Any], folder: Path, number: int) -> NoReturn:

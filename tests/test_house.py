@@ -43,6 +43,7 @@ ORDER = [
     "markdown",
     "card",
     "settings",
+    "resume",
     "callbacks",
     "doctor",
     "bad_numbers",

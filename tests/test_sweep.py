@@ -1,4 +1,3 @@
-import fcntl
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from sentences import says
 from hf_power import sweep, train, trunks
 from hf_power.cost import estimate, estimate_text
 from hf_power.ensemble import Ensemble
+from hf_power.files import only_one
 from hf_power.fit import fit_law
 from hf_power.grid import SCHEDULES, Grid, few_digits, job_tokens
 from hf_power.rows import read_rows
@@ -369,7 +369,7 @@ def test_only_one_sweep_in_a_folder(make_grid, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Ensemble, "step", meeting)
     run_sweep(make_grid(), tmp_path, workers=1)
-    says(seen[0], f"another sweep is running in {tmp_path}", "wait for it, or take another folder")
+    says(seen[0], f"another run is at work in {tmp_path}", "wait for its end, or take another folder")
     run_sweep(make_grid(), tmp_path, workers=1)
 
 
@@ -614,7 +614,7 @@ def test_processes_of_accelerate_share_a_folder(make_grid, tmp_path, workers):
         assert process.wait(timeout=300) == 0, folder.with_suffix(".log").read_text()[-3000:]
     finally:
         process.terminate()  # the launcher ends its processes
-    assert {p.name for p in folder.glob(".lock-*")} == {".lock-0", ".lock-1"}
+    assert not list(folder.glob(".lock*"))
     rows = rows_in(folder)
     assert by_id(rows) == by_id(run_sweep(grid, tmp_path / "one", workers=1))
     assert len(rows) == len((folder / "sweep.jsonl").read_text().splitlines())
@@ -624,5 +624,5 @@ def test_lock_is_given_back_when_a_sweep_fails(make_grid, tmp_path, monkeypatch)
     monkeypatch.setattr(sweep, "prepare", lambda grid, folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_sweep(make_grid(), tmp_path, workers=1)
-    with open(tmp_path / ".lock-0") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with only_one(tmp_path, ".lock-0"):
+        pass

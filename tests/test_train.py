@@ -258,7 +258,6 @@ def test_refusals_come_before_anything_is_written(trunk, sections, tmp_path):
         assert not (tmp_path / "new").exists() or not any((tmp_path / "new").iterdir())
 
     start("holds a run already: pass --resume_from_checkpoint true", output_dir=str(folder))
-    start("there is nothing to resume from", FileNotFoundError, resume_from_checkpoint="true")
     start("holds a run already", output_dir=str(folder.parent / "trunk"), resume_from_checkpoint="other/checkpoint-4")
     start("there is no checkpoint at nowhere: pass", FileNotFoundError, resume_from_checkpoint="nowhere")
     start(
