@@ -16,7 +16,6 @@ from hf_power.evaluate import block_losses
 from hf_power.experts import ExpertLoad
 from hf_power.files import write_json
 
-
 NUMBERS = ("weight_decay", "betas", "eps")  # of a parameter group; the rate is the schedule's
 
 
