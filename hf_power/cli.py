@@ -51,6 +51,8 @@ def run_verb(verb: str, argv: list[str] | None = None, function: Callable[[list[
         elif isinstance(error, OSError) and error.filename is not None and error.strerror:
             # a folder for a file, a loop of links, no right
             said = f"{error.filename} cannot be used: {error.strerror}."
+        elif isinstance(error, FileNotFoundError):  # a stream's, of which it says the name only
+            said = f"there is no {error}: restore it and give the same command again."
         else:
             raise
         print(f"hf-power {verb}: {one_line(said)}", file=sys.stderr)

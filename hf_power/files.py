@@ -114,7 +114,8 @@ def only_one(folder: Path, name: str = ".lock") -> Iterator[None]:
         yield
     finally:
         _HELD.discard(path)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now
+            path.unlink()
         os.close(descriptor)
         with suppress(OSError):
             folder.rmdir()

@@ -425,7 +425,7 @@ def _trainer(
         optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
         callbacks=[record],
     )
-    trainer.run, trainer.first_step = run, run["steps"]
+    trainer.run, trainer.record, trainer.first_step = run, record, run["steps"]
     trainer.bad_numbers = BadNumbers(run, settings.run.max_skipped_steps, settings.data.block_size)
     if getattr(model.config, "num_local_experts", None):
         trainer.expert_load = ExpertLoad(model)
