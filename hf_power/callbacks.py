@@ -64,7 +64,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         """Start the clock; list the parameter groups as the optimizer has them."""
-        self._started, self._steps_at_start, self._over = time.monotonic(), state.global_step, False
+        self.started, self._steps_at_start, self._over = time.monotonic(), state.global_step, False
         self._tokens_at_start = self.run["tokens_seen"]
         optimizer = lr_scheduler.optimizer
         self.run["groups"] = [
@@ -108,7 +108,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         steps = state.global_step - self._steps_at_start
         self.run["steps"] = state.global_step
         self.run["tokens_seen"] = self._tokens_at_start + steps * self.run["tokens_per_step"]
-        self.run["train_seconds"] = round(self._seconds_before + time.monotonic() - self._started, 3)
+        self.run["train_seconds"] = round(self._seconds_before + time.monotonic() - self.started, 3)
 
 
 class SealCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_power.bad_numbers import NonFiniteError
+from hf_power.disk import disk_is_full
 from hf_power.schema import one_line, raised_by_us, refused_by
 from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, flatten, load_yaml, unknown_flag
 from hf_power.signals import SIGNALS, StoppedBySignalError
@@ -41,12 +42,17 @@ def run_verb(verb: str, argv: list[str] | None = None, function: Callable[[list[
     except NonFiniteError as error:
         print(f"hf-power {verb}: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        if raised_by_us(error):
+    except Exception as error:
+        system = getattr(error, "errno", None) is not None  # not our sentence, wherever it was raised
+        if isinstance(error, ValueError | OSError | ImportError) and raised_by_us(error) and not system:
             said = str(error)
+        elif disk_is_full(error):
+            said = "the disk is full: free some space and give the same command again, what was finished is kept."
         elif isinstance(error, OSError) and error.filename is not None and error.strerror:
             # a folder for a file, a loop of links, no right
             said = f"{error.filename} cannot be used: {error.strerror}."
+        elif isinstance(error, FileNotFoundError):  # a stream's, of which it says the name only
+            said = f"there is no {error}: restore it and give the same command again."
         else:
             raise
         print(f"hf-power {verb}: {one_line(said)}", file=sys.stderr)

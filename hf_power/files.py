@@ -127,23 +127,8 @@ def only_one(folder: Path, name: str = ".lock") -> Iterator[None]:
         yield
     finally:
         _HELD.discard(path)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now
+            path.unlink()
         os.close(descriptor)
         with suppress(OSError):
             folder.rmdir()
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that the disk or a quota is full.
-
-    safetensors and torch keep the system's number in their text only; torch's writer not even there.
-    """
-    seen: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in seen:
-        seen.append(at)
-        at = at.__cause__ or at.__context__
-    signs = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
-    return any(
-        getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(s in str(e) for s in signs) for e in seen
-    )

@@ -1,6 +1,6 @@
 """The stock Trainer, with the tokens in its logs and with held-out losses and saved models that can be trusted."""
 
-import datetime
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_power.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
-from hf_power.callbacks import SealCheckpoints
+from hf_power.callbacks import RunRecord, SealCheckpoints
 from hf_power.checkpoint import RUN_FILE
 from hf_power.evaluate import block_losses
 from hf_power.experts import ExpertLoad
 from hf_power.files import write_json
-
 
 NUMBERS = ("weight_decay", "betas", "eps")  # of a parameter group; the rate is the schedule's
 
@@ -28,6 +27,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     expert_load: ExpertLoad | None = None  # of a mixture of experts
     bad_numbers: BadNumbers
     seals: SealCheckpoints
+    record: RunRecord
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """As the stock one; a loss that is not finite makes every gradient so, and with it the norm on all processes."""
@@ -60,7 +60,9 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 (self.state.global_step - self.run["steps"]) * self.run["tokens_per_step"]
             )
             if start_time is not None:
-                seconds = max(1e-9, datetime.datetime.now().timestamp() - start_time)
+                seconds = max(
+                    1e-9, time.monotonic() - self.record.started
+                )  # start_time is the wall clock's, which jumps
                 steps = self.state.global_step - self.first_step
                 logs["tokens_per_second"] = round(steps * self.run["tokens_per_step"] / seconds, 1)
             base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]

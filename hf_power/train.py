@@ -25,10 +25,11 @@ from hf_power import data as hf_data
 from hf_power import plots
 from hf_power.bad_numbers import BadNumbers
 from hf_power.callbacks import RunRecord, SealCheckpoints, TokenProgress
-from hf_power.checkpoint import RUN_FILE, checkpoint_bytes, newest_intact, remove_leftovers
+from hf_power.checkpoint import RUN_FILE
+from hf_power.disk import full_disk_told
 from hf_power.evaluate import EVAL_FILE
 from hf_power.experts import ExpertLoad, MeasureExperts
-from hf_power.files import disk_is_full, free_bytes, only_one, read_json, write_json
+from hf_power.files import free_bytes, only_one, read_json, write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
@@ -51,7 +52,7 @@ from hf_power.schedule import PowerLR
 from hf_power.settings import Settings, parse_tokens
 from hf_power.signals import StopOnSignal, StoppedBySignalError
 from hf_power.speed import speed_up_
-from hf_power.text import cache_folder, load_text, require_datasets, source_bytes
+from hf_power.text import load_text, require_datasets
 
 SCHEMA = 1
 
@@ -167,7 +168,7 @@ def _train(
     changed = changes(settings, run, before, resume) if resume and kind == "pretrain" else []
     with (
         only_one(folder) if args.process_index == 0 else contextlib.nullcontext(),
-        _full_disk_told(settings, run, folder),
+        full_disk_told(settings, run, folder),
     ):
         return _train_alone(settings, run, folder, resume, before, recipe, schedule, changed)
 
@@ -236,40 +237,6 @@ def _train_alone(
     if guard:
         guard.finish()
     return run
-
-
-@contextlib.contextmanager
-def _full_disk_told(settings: Settings, run: dict[str, Any], folder: Path) -> Iterator[None]:
-    """A disk that fills up, as one sentence: how much is missing, and what is safe; half a checkpoint is removed.
-
-    Raises:
-        OSError: in place of what the writer raised.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        if settings.training.process_index == 0:
-            remove_leftovers(folder)
-        if "parameters" in run:
-            disk, needed, what = folder, checkpoint_bytes(folder, run["parameters"]), "a checkpoint takes"
-        else:
-            disk, needed, what = (
-                cache_folder(settings.data),
-                3 * source_bytes(settings.data),
-                "text and tokens take about",
-            )
-        free = free_bytes(disk)
-        try:
-            safe = f"{newest_intact(folder)[0].name} is intact"
-        except FileNotFoundError:
-            safe = "no checkpoint was finished before"
-        raise OSError(
-            f"the disk of {disk} is full: {what} {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free, "
-            f"{max(0, needed - free) / 1e6:,.1f} MB are missing; {safe}: free some space and go on with "
-            "--resume_from_checkpoint true."
-        ) from error
 
 
 def build_model(settings: Settings, tokenizer: Any) -> Any:
@@ -458,7 +425,7 @@ def _trainer(
         optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
         callbacks=[record],
     )
-    trainer.run, trainer.first_step = run, run["steps"]
+    trainer.run, trainer.record, trainer.first_step = run, record, run["steps"]
     trainer.bad_numbers = BadNumbers(run, settings.run.max_skipped_steps, settings.data.block_size)
     if getattr(model.config, "num_local_experts", None):
         trainer.expert_load = ExpertLoad(model)

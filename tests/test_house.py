@@ -44,6 +44,7 @@ ORDER = [
     "card",
     "settings",
     "resume",
+    "disk",
     "callbacks",
     "doctor",
     "bad_numbers",
