@@ -1,0 +1,160 @@
+"""What it costs to lose nothing: python benchmarks/durability.py [--pairs 5] [--steps 400]; rows go to benchmarks/results/.
+
+1. The demo's trunk (its model, data and rate of saves) with everything that guards a run, over the same without: no seal,
+   no guard against bad numbers, no signal handlers, no lock; wall seconds of `pretrain`, in turn in one process. The CPU
+   seconds, those of the sealing thread included, are in the rows.
+2. Of each save in the guarded runs: the seconds that the training waits for sealing, hashing, fsync and rotation, over
+   the seconds of the save itself.
+
+Both legs end with the same weights, or the comparison stops. Medians over pairs and over saves, with a 95 % interval by
+bootstrap.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from overhead import median_and_interval
+from safetensors.torch import load_file
+from throughput import ROOT, report
+from transformers import Trainer, TrainerCallback
+
+from hf_power import train
+from hf_power.callbacks import SealCheckpoints
+from hf_power.cli import parse_settings
+from hf_power.machine import hardware, tune_cpu
+from hf_power.power_trainer import PowerTrainer
+
+SAVES = []  # seconds of a save, and those that the training waited for its seal
+
+
+class NoSeal(TrainerCallback):
+    """In the place of SealCheckpoints."""
+
+    def __init__(self, background=True):
+        pass
+
+    def join(self):
+        pass
+
+
+class NoStop(TrainerCallback):
+    """In the place of StopOnSignal."""
+
+    received = 0
+
+    def restore(self):
+        pass
+
+
+class TimedSeal(SealCheckpoints):
+    """Counts the seconds that it keeps the training from going on."""
+
+    waited = 0.0
+
+    def _timed(self, method, *args, **kwargs):
+        started = time.perf_counter()
+        getattr(SealCheckpoints, method)(self, *args, **kwargs)
+        self.waited += time.perf_counter() - started
+
+    def on_step_end(self, *args, **kwargs):
+        self._timed("on_step_end", *args, **kwargs)
+
+    def on_save(self, *args, **kwargs):
+        self._timed("on_save", *args, **kwargs)
+
+    def on_train_end(self, *args, **kwargs):
+        self._timed("on_train_end", *args, **kwargs)
+
+
+@contextlib.contextmanager
+def guarded():
+    """The library as it is, but for the clock at its saves."""
+    plain = Trainer._save_checkpoint, train.SealCheckpoints
+
+    def save(trainer, *args, **kwargs):
+        started = time.perf_counter()
+        plain[0](trainer, *args, **kwargs)
+        SAVES.append({"seconds": time.perf_counter() - started, "seals": trainer.seals})
+
+    Trainer._save_checkpoint, train.SealCheckpoints = save, TimedSeal
+    try:
+        yield
+    finally:
+        Trainer._save_checkpoint, train.SealCheckpoints = plain
+
+
+@contextlib.contextmanager
+def bare():
+    """Without seals, guards, signal handlers and lock."""
+    names = ("compute_loss", "training_step", "_get_grad_norm", "save_model", "_stop_if_too_many")
+    methods = {name: PowerTrainer.__dict__[name] for name in names}
+    plain = train.SealCheckpoints, train.StopOnSignal, train.only_one
+    for name in names:
+        setattr(PowerTrainer, name, getattr(Trainer, name, lambda trainer: None))
+    train.SealCheckpoints, train.StopOnSignal, train.only_one = NoSeal, NoStop, contextlib.nullcontext
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(PowerTrainer, name, method)
+        train.SealCheckpoints, train.StopOnSignal, train.only_one = plain
+
+
+def run(leg, steps):
+    """Wall and CPU seconds of a run, and its weights."""
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder, leg(), contextlib.redirect_stdout(io.StringIO()):
+        settings = parse_settings([str(ROOT / "scripts/recipes/demo.yaml"), "--output_dir", f"{folder}/run"])
+        per_step = settings.training.per_device_train_batch_size * settings.data.block_size
+        settings.run.tokens, settings.run.max_eval_tokens = str(steps * per_step), "10k"
+        settings.training.disable_tqdm = True
+        started, cpu = time.perf_counter(), time.process_time()
+        train.pretrain(settings)
+        seconds = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+        return seconds, load_file(Path(folder) / "run/model.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = parse_settings([str(ROOT / "scripts/recipes/demo.yaml"), "--output_dir", folder])
+    cpu = tune_cpu(settings.training)
+    run(guarded, 2)
+    SAVES.clear()
+    pairs, saves = [], []
+    for pair in range(options.pairs):
+        legs = {"guarded": guarded, "bare": bare}
+        found = {name: run(legs[name], options.steps) for name in (list(legs) if pair % 2 else list(legs)[::-1])}
+        weights = [weights for _, weights in found.values()]
+        if not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]):
+            sys.exit("the two legs did not end with the same weights")
+        row = {name: seconds for name, (seconds, _) in found.items()}
+        pairs.append(row | {"ratio": row["guarded"]["wall_s"] / row["bare"]["wall_s"]})
+        waited, number = SAVES[0]["seals"].waited, len(SAVES)
+        for save in SAVES:
+            share = waited / number
+            saves.append({"save_s": save["seconds"], "waited_s": share, "ratio": share / save["seconds"]})
+        SAVES.clear()
+    parts = {
+        "pretrain with all guards / without (wall seconds)": pairs,
+        "waiting for the seal / the save itself (seconds)": saves,
+    }
+    rows = []
+    for name, found in parts.items():
+        value = median_and_interval([row["ratio"] for row in found])
+        rows.append([name, f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})", len(found)])
+    command = f"python benchmarks/durability.py --pairs {options.pairs} --steps {options.steps}"
+    machine = hardware(settings.training) | cpu
+    report("durability", command, machine, parts, ("what", "ratio (95 %)", "rows"), rows)
+
+
+if __name__ == "__main__":
+    main()
