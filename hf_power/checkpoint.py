@@ -122,7 +122,7 @@ def remove_leftovers(run: Path) -> list[str]:
     """
     found = [p for p in checkpoints(run) if unfinished(p)]
     for folder in found:
-        shutil.rmtree(folder)
+        _remove(folder)
     for path in temporaries(run):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in checkpoints(run):
@@ -150,13 +150,18 @@ def rotate(run: Path, limit: int, keep: Path | None = None, known: Path | None =
     removed = []
     for place, folder in enumerate(folders):
         if intact >= 2 and place >= limit and folder != keep:
-            gone = temporary_name(folder)  # a kill in the middle leaves nothing that looks like a checkpoint
-            os.rename(folder, gone)
-            shutil.rmtree(gone)
+            _remove(folder)
             removed.append(folder.name)
         elif intact < 2:
             intact += folder == known or not problems(folder)
     return removed
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    gone = temporary_name(folder)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
 
 
 def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
