@@ -199,6 +199,9 @@ def attempt(launch, verb, fault, out, sessions):
         end(in_sessions(sessions))
         process.wait(PATIENCE)
         code, lines = None, [f"did not end within {PATIENCE} s"]
+    except BaseException:
+        end(in_sessions(sessions))
+        raise
     else:
         code = process.returncode
         lines = [line for line in log.read_bytes()[said:].decode(errors="replace").split("\n") if line.strip()]
