@@ -292,9 +292,9 @@ def differences(out, whole, limit, tolerance=0.0):
         found.append("the loss curve has other numbers")
     if not tolerance and (out / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes():
         found.append("the weights differ")
-    last = run["steps"]
     every = run["settings"]["training"]["save_steps"]
-    kept = [f"checkpoint-{step}" for step in range(last, 0, -every)][: max(2, limit)]
+    steps = [run["steps"], *range((run["steps"] - 1) // every * every, 0, -every)][: max(2, limit)]
+    kept = [f"checkpoint-{step}" for step in steps]
     if [p.name for p in checkpoints(out)] != kept:
         found.append(f"the checkpoints are {', '.join(p.name for p in checkpoints(out))}")
     return found + [f"{name} is left over" for name in sorted(files(out) - files(whole))]

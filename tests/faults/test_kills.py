@@ -99,6 +99,17 @@ def test_killed_again_and_again_it_ends_the_same(base, request, launch, faults, 
     assert [row["wrong"] for row in rows if not campaign.holds([row])] == []
 
 
+def test_an_anneal_goes_on_too(base):
+    source = str(campaign.checkpoints(base / "whole")[-1])
+    verb = ["anneal", "--from", source, "--tokens", "4096", "--resume_from_checkpoint", "true", "--output_dir"]
+    campaign.whole_run(Forked, [*verb, str(base / "annealed")], base / "annealed")
+    out, faults = base / "tail", armed(weights=1, seal=2, state=4, model=1)
+    rows = campaign.interrupted(Forked, [*verb, str(out)], faults, out, print)
+    assert [row["hit"] for row in rows] == [True] * len(faults) + [False], rows[-1]
+    rows = campaign.judged(rows, campaign.differences(out, base / "annealed", 3))
+    assert [row["wrong"] for row in rows if not campaign.holds([row])] == []
+
+
 def test_a_sweep_killed_while_it_writes(base):
     verb = campaign.sweep(base / "sweep", 1)
     campaign.whole_run(Forked, verb, base / "sweep")
