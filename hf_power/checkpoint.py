@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_power.files import flush, sha256, write_json
+from hf_power.files import flush, sha256, temporaries, temporary_name, write_json
 from hf_power.schema import read_object, shown
 
 MANIFEST = "manifest.json"
@@ -124,10 +124,18 @@ def checkpoint_bytes(run: Path, parameters: int) -> int:
 
 
 def remove_leftovers(run: Path) -> list[str]:
-    """Delete the checkpoints whose saving began under our eyes and was not finished; returns their names."""
+    """Delete the checkpoints whose saving began under our eyes and was not finished; returns their names.
+
+    With them goes what a killed process has left under a temporary name, and the mark of one that was sealed all the same.
+    """
     found = [p for p in checkpoints(run) if unfinished(p)]
     for folder in found:
-        shutil.rmtree(folder)
+        _remove(folder)
+    for path in temporaries(run):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in checkpoints(run):
+        if (folder / MANIFEST).exists():
+            (folder / SAVING).unlink(missing_ok=True)
     return [folder.name for folder in found]
 
 
@@ -150,11 +158,18 @@ def rotate(run: Path, limit: int, keep: Path | None = None, known: Path | None =
     removed = []
     for place, folder in enumerate(folders):
         if intact >= 2 and place >= limit and folder != keep:
-            shutil.rmtree(folder)
+            _remove(folder)
             removed.append(folder.name)
         elif intact < 2:
             intact += folder == known or not problems(folder)
     return removed
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    gone = temporary_name(folder)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
 
 
 def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:

@@ -112,6 +112,7 @@ def anneal(argv: list[str]) -> int:
     parser.add_argument("--decay_shape", help="exponential, linear, 1-sqrt or cosine; default: the trunk's")
     parser.add_argument("--repo", help="push the finished model there: user/name on the Hub")
     parser.add_argument("--dataset", help="where the trunk's data lie now; default: where the trunk read them")
+    parser.add_argument("--resume_from_checkpoint", help="true: go on with the tail that was begun there, if it was")
     options = parser.parse_args(argv)
     from pathlib import Path
 

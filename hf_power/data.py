@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_power.machine import children_end_with_us
 from hf_power.text import SPLIT_SEED, STREAM_PROBE_ROWS, DataArguments, cache_folder
 
 END_OF_TEXT = "<|endoftext|>"  # eos, bos and unk of a trained tokenizer
@@ -216,13 +217,14 @@ def _map_in_parallel(dataset: Any, function: Any, options: dict[str, Any], num_p
     num_proc = max(1, min(num_proc, len(dataset) // DOCUMENTS_PER_BATCH))
     shared = len(dataset) - len(dataset) % (num_proc * DOCUMENTS_PER_BATCH) if num_proc > 1 else 0
     parts = [(range(shared), num_proc), (range(shared, len(dataset)), None)]
-    return datasets.concatenate_datasets(
-        [
-            dataset.select(rows).map(function, num_proc=processes, desc="Tokenizing and packing", **options)
-            for rows, processes in parts
-            if rows
-        ]
-    )
+    with children_end_with_us():
+        return datasets.concatenate_datasets(
+            [
+                dataset.select(rows).map(function, num_proc=processes, desc="Tokenizing and packing", **options)
+                for rows, processes in parts
+                if rows
+            ]
+        )
 
 
 def _pack_batch(rows: Any, *, block_size: int, tokenizer_json: str, eos_id: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_power.schema import read_object
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 _HELD: set[Path] = set()  # locks of this process
 
@@ -23,12 +26,22 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     A reader sees the old file or the whole new one, never half of it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """What a file or folder is called before it is there, or while it is being removed."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """Everything in a folder that has a temporary name: where nothing else is at work, what killed processes left."""
+    return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

@@ -3,7 +3,10 @@
 import ctypes
 import os
 import platform
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +40,33 @@ def keep_freed_memory() -> bool:
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+
+
+_libc: Any = None  # while children are to end with this process
+
+
+@contextmanager
+def children_end_with_us() -> Iterator[None]:
+    """What is forked in this block is killed when the thread that forked it ends, however that happens; Linux only.
+
+    datasets' workers and the manager of their queue would otherwise wait for ever for a parent that was killed.
+    """
+    global _libc
+    _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    try:
+        yield
+    finally:
+        _libc = None
+
+
+def _end_with_parent() -> None:
+    if _libc is not None:
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        _libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_with_parent)
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from hf_power.files import only_one, write_json
+from hf_power.files import only_one, temporaries, write_json
 from hf_power.fit import fit_law
 from hf_power.grid import SCHEDULES, Grid, Group, Job, few_digits, job_tokens, next_job
 from hf_power.machine import keep_freed_memory
@@ -59,6 +59,8 @@ def run_sweep(
     check_budget(grid, stages)
     with only_one(folder, f".lock-{state.process_index}"):  # two would train everything twice
         with state.main_process_first():
+            for path in temporaries(folder) if state.is_main_process else ():
+                path.unlink()  # the others have not begun
             bench = prepare(grid, folder)
             _same_grid(bench)
         for stage in stages:

@@ -45,7 +45,6 @@ from hf_power.resume import (
     other_data,
     read_record,
     refuse_other_engine,
-    refuse_other_run,
     verify,
 )
 from hf_power.schedule import PowerLR
@@ -88,6 +87,7 @@ def anneal(
     decay_shape: str | None = None,
     repo: str | None = None,
     dataset: str | None = None,
+    resume_from_checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Decay the learning rate from a trunk checkpoint to a finished model; the trunk can go on afterwards.
 
@@ -100,12 +100,13 @@ def anneal(
         decay_shape: of the tail; by default the trunk's.
         repo: push the finished model to this repository of the Hub, with the licence of the trunk's settings.
         dataset: where the trunk's data lie now; by default where the trunk read them.
+        resume_from_checkpoint: "true" goes on with the tail that was begun in the new run folder, or begins it there.
 
     Returns:
         The content of the new run.json.
 
     Raises:
-        ValueError, FileNotFoundError: no intact checkpoint there, or an impossible length.
+        ValueError, FileNotFoundError: no intact checkpoint there, an impossible length, or a folder with another run.
     """
     source = Path(checkpoint)
     verify(source)
@@ -140,9 +141,13 @@ def anneal(
         settings.training.push_to_hub, settings.training.hub_model_id = True, repo
     if dataset is not None:
         settings.data.dataset = dataset
-    refuse_other_run(folder)
+    settings.training.resume_from_checkpoint = resume_from_checkpoint
+    own = checkpoint_to_resume(settings, folder)
+    record = read_record(own) if own else trunk
+    if own and record.get("parent") != f"{source.parent.name}/{source.name}":
+        raise ValueError(f"{own} is not of a tail from {source}: pass another --output_dir.")
     recipe = Recipe.load(source / RECIPE_FILE) if (source / RECIPE_FILE).exists() else None
-    return _train(settings, folder, "anneal", source, trunk, recipe)
+    return _train(settings, folder, "anneal", own or source, record, recipe)
 
 
 def _train(
@@ -165,7 +170,8 @@ def _train(
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
     schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
-    changed = changes(settings, run, before, resume) if resume and kind == "pretrain" else []
+    begun = kind == "pretrain" or before.get("kind") == kind  # an anneal begins with what is another than in its trunk
+    changed = changes(settings, run, before, resume) if resume and begun else []
     with (
         only_one(folder) if args.process_index == 0 else contextlib.nullcontext(),
         full_disk_told(settings, run, folder),
@@ -307,13 +313,16 @@ def _new_run(
         raise ValueError(
             f"the checkpoint has seen {seen:,} tokens, the run is to have {total:,}: raise tokens to train on."
         )
+    parent = before.get("parent")
+    if resume and kind == "anneal" and before.get("kind") != "anneal":
+        parent = f"{resume.parent.name}/{resume.name}"
     return {
         "schema": SCHEMA,
         "kind": kind,
         "name": folder.name,
         "status": "running",
         "lineage": before.get("lineage") or uuid.uuid4().hex,
-        "parent": f"{resume.parent.name}/{resume.name}" if resume and kind == "anneal" else before.get("parent"),
+        "parent": parent,
         "tokens_seen": seen,
         "total_tokens": total,
         "tokens_per_step": per_step,
