@@ -14,7 +14,8 @@ MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # what the run was and how far it got, in the run folder and in every checkpoint
 SAVING = ".saving"  # in a checkpoint from before its first file until it is sealed
 SCHEMA = 1
-LATER = ("eval.json", "README.md", "push.json")  # what evaluate, card and publish add to a sealed checkpoint
+LATER = ("eval.json", "push.json")  # what evaluate and publish add to a sealed checkpoint
+NOTES = (".md", ".txt", ".log", ".png")  # for people; no loader of a checkpoint with a tokenizer.json reads any
 
 
 def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
@@ -36,7 +37,7 @@ def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
 def problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed.
 
-    A file that was added is a problem because a tokenizer or the Trainer would read it; hidden ones they never do.
+    A file that was added is a problem because a tokenizer or the Trainer would read it; notes and hidden ones they never do.
     """
     try:
         entries = sealed(folder)
@@ -188,9 +189,9 @@ def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
 
 
 def _names(folder: Path) -> list[str]:
-    """The files of a checkpoint but for the manifest, temporary and hidden ones."""
+    """The files of a checkpoint but for the manifest, notes, temporary and hidden ones."""
     names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
-    names = [p for p in names if p.name != MANIFEST and p.suffix != ".tmp"]
+    names = [p for p in names if p.name != MANIFEST and p.suffix not in (".tmp", *NOTES)]
     return [p.as_posix() for p in names if not any(part.startswith(".") for part in p.parts)]
 
 

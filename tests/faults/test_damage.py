@@ -44,8 +44,8 @@ DAMAGES = {
 FOREIGN = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json", "pytorch_model_fsdp.bin"),
     *("adapter_model.safetensors", "adapter_config.json", "optimizer.bin", "scaler.pt", "rng_state_0.pth", "latest"),
-    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
-    *("chat_template.jinja", "recipe.json", "checkpoint-is-incomplete.txt", "part/adapter_model.safetensors"),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json"),
+    *("chat_template.jinja", "recipe.json", "part/adapter_model.safetensors"),
     *("pytorch_model_fsdp_0/0.distcp", "optimizer_0/0.distcp", "global_step8/states.pt"),
 )
 
@@ -217,9 +217,19 @@ def test_a_file_that_was_not_there_at_the_seal_is_named(interrupted, name):
 
 
 def test_what_is_added_and_never_read_changes_nothing(interrupted, goes_on):
-    """Records that evaluate, card and publish write there, and what a file browser, a download or a network disk hides."""
+    """Records of evaluate, card and publish, notes, and what a file browser, a download or a network disk hides."""
     run = interrupted()
-    for name in (*LATER, ".DS_Store", ".nfs0001", "half.tmp", ".cache/huggingface/tokenizer.json.lock"):
+    for name in (
+        *LATER,
+        "README.md",
+        "notes.txt",
+        "merges.txt",
+        "vocab.txt",
+        ".DS_Store",
+        ".nfs0001",
+        "half.tmp",
+        ".cache/huggingface/tokenizer.json.lock",
+    ):
         (run / "checkpoint-8" / name).parent.mkdir(parents=True, exist_ok=True)
         (run / "checkpoint-8" / name).write_bytes(b"\0")
     same, said = goes_on(run)
