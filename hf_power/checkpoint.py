@@ -98,15 +98,19 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def newest_intact(run: Path) -> tuple[Path, dict[str, list[str]]]:
+def newest_intact(run: Path, complete: bool = False) -> tuple[Path, dict[str, list[str]]]:
     """The newest checkpoint that verifies, and what is wrong with those after it.
+
+    Args:
+        run: the run folder.
+        complete: it must also have every part that `hf-power pretrain` goes on from, see `missing_parts`.
 
     Raises:
         FileNotFoundError: if the run has no intact checkpoint; the message names each and its problem.
     """
     broken: dict[str, list[str]] = {}
     for folder in checkpoints(run):
-        found = problems(folder)
+        found = problems(folder) or [f"no {part} is in it" for part in missing_parts(folder) if complete]
         if not found:
             return folder, broken
         broken[folder.name] = found
