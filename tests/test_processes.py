@@ -100,7 +100,7 @@ def launch(*command, fails=False, **env):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=100,
+        timeout=300,  # DeepSpeed compiles an extension the first time
         env=base | env,
         check=False,
     )
