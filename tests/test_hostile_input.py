@@ -307,6 +307,9 @@ def test_anneal_from_a_broken_record(tmp_path, capsys, change, part):
     change(run)
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(run))
+    parts = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for name in (*parts, "config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).touch()
     seal(folder)
     said = check_verb(capsys, tmp_path, ["anneal", "--from", folder, "--output_dir", tmp_path / "out"])
     assert part in said
