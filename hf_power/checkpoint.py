@@ -14,6 +14,8 @@ MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # what the run was and how far it got, in the run folder and in every checkpoint
 SAVING = ".saving"  # in a checkpoint from before its first file until it is sealed
 SCHEMA = 1
+LATER = ("eval.json", "push.json")  # what evaluate and publish add to a sealed checkpoint
+NOTES = (".md", ".txt", ".log", ".png")  # for people; no loader of a checkpoint with a tokenizer.json reads any
 
 
 def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
@@ -33,7 +35,10 @@ def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed."""
+    """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed.
+
+    A file that was added is a problem because a tokenizer or the Trainer would read it; notes and hidden ones they never do.
+    """
     try:
         entries = sealed(folder)
     except FileNotFoundError:
@@ -41,6 +46,7 @@ def problems(folder: Path) -> list[str]:
     except ValueError:
         return [f"{MANIFEST} cannot be read"]
     found = {name: _problem(folder, name, entry) for name, entry in entries.items()}
+    found |= {name: "was added after it was sealed" for name in _names(folder) if name not in (*entries, *LATER)}
     return [f"{name} {what}" for name, what in found.items() if what]
 
 
@@ -69,6 +75,9 @@ def missing_parts(folder: Path) -> list[str]:
             "random numbers (rng_state)": ["rng_state*.pth"],
             "trainer_state.json": ["trainer_state.json"],
             "run.json": [RUN_FILE],
+            "tokenizer": ["tokenizer.json", "*.model", "vocab.*"],
+            "tokenizer_config.json": ["tokenizer_config.json"],
+            "config.json": ["config.json"],
         }
     return [part for part, patterns in needed.items() if not any(fnmatch(name, p) for name in names for p in patterns)]
 
@@ -89,15 +98,19 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def newest_intact(run: Path) -> tuple[Path, dict[str, list[str]]]:
+def newest_intact(run: Path, complete: bool = False) -> tuple[Path, dict[str, list[str]]]:
     """The newest checkpoint that verifies, and what is wrong with those after it.
+
+    Args:
+        run: the run folder.
+        complete: it must also have every part that `hf-power pretrain` goes on from, see `missing_parts`.
 
     Raises:
         FileNotFoundError: if the run has no intact checkpoint; the message names each and its problem.
     """
     broken: dict[str, list[str]] = {}
     for folder in checkpoints(run):
-        found = problems(folder)
+        found = problems(folder) or [f"no {part} is in it" for part in missing_parts(folder) if complete]
         if not found:
             return folder, broken
         broken[folder.name] = found
@@ -177,6 +190,13 @@ def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes instead of {shown(size)}"
     return None if sha256(path) == entry.get("sha256") else "has other content than when it was sealed"
+
+
+def _names(folder: Path) -> list[str]:
+    """The files of a checkpoint but for the manifest, notes, temporary and hidden ones."""
+    names = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file()]
+    names = [p for p in names if p.name != MANIFEST and p.suffix not in (".tmp", *NOTES)]
+    return [p.as_posix() for p in names if not any(part.startswith(".") for part in p.parts)]
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hf_power.checkpoint import checkpoints, problems
+from hf_power.checkpoint import RUN_FILE, checkpoints, missing_parts, problems
 from hf_power.schema import read_run
 
 
@@ -21,8 +21,11 @@ def examine(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no run folder at {run}: pass the output_dir of a training.")
     rows: list[dict[str, Any]] = []
     remaining: dict[str, int | None] = {}
+    ours = (run / RUN_FILE).exists()
     for folder in checkpoints(run):
         found, tokens = problems(folder), None
+        if ours and not found:
+            found = [f"no {part} is in it" for part in missing_parts(folder)]
         try:
             record = read_run(folder, required=("tokens_seen",))
             tokens = record["tokens_seen"]

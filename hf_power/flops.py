@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def flops_per_token(config: Any, block_size: int) -> float:
@@ -66,4 +66,4 @@ def _share(config: Any, parameter: torch.Tensor) -> float:
 
 def _without_memory(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # from_config would partition it under ZeRO 3

@@ -28,6 +28,18 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     bad_numbers: BadNumbers
     seals: SealCheckpoints
     record: RunRecord
+    _random_numbers_of: str | None = None  # a checkpoint
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Not yet: a loader draws a number when it begins, as it did in the run that was saved, before the checkpoint."""
+        self._random_numbers_of = checkpoint
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock one; the first batches of a resumed run are followed by the random numbers of its checkpoint."""
+        batches = super().get_batch_samples(*args, **kwargs)
+        super()._load_rng_state(self._random_numbers_of)
+        self._random_numbers_of = None
+        return batches
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """As the stock one; a loss that is not finite makes every gradient so, and with it the norm on all processes."""

@@ -54,11 +54,10 @@ def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
         if settings.training.should_save:
             print(f"there is no checkpoint in {folder} yet: the run begins", flush=True)
         return None
-    found, broken = newest_intact(folder)
+    found, broken = newest_intact(folder, complete=True)
     if settings.training.should_save:
         for name, what in broken.items():
             print(f"{name} is not used: {', '.join(what)}", flush=True)
-    _refuse_incomplete(found)
     return found
 
 
@@ -77,7 +76,11 @@ def verify(checkpoint: Path) -> None:
         raise FileNotFoundError(f"there is no checkpoint at {checkpoint}: pass a checkpoint-N folder of a run.")
     if found := problems(checkpoint):
         raise ValueError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")
-    _refuse_incomplete(checkpoint)
+    if missing := missing_parts(checkpoint):
+        raise ValueError(
+            f"the checkpoint {checkpoint} has no {' and no '.join(missing)}, without which training would start anew in "
+            "part: take another checkpoint, saved with save_only_model false."
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -151,14 +154,6 @@ def other_data(settings: Settings, run: dict[str, Any], before: dict[str, Any]) 
             "restore it, or pass --allow_changed dataset to go on with other text."
         )
     return f"fingerprint of the data {was} -> {now}"
-
-
-def _refuse_incomplete(checkpoint: Path) -> None:
-    if missing := missing_parts(checkpoint):
-        raise ValueError(
-            f"the checkpoint {checkpoint} has no {' and no '.join(missing)}, without which training would start anew in "
-            "part: take another checkpoint, saved with save_only_model false."
-        )
 
 
 def _tuned(checkpoint: Path) -> set[str]:

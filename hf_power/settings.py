@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainingArguments
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MixtralConfig, TrainingArguments
 
 from hf_power.experts import refuse_reentrant
 from hf_power.mup import mup_config
@@ -252,7 +252,7 @@ class Settings:
         config = self.model.config(vocab_size=2**20)  # the tokenizer's is not known yet
         config.num_hidden_layers = 1
         with refused_by("the model's config"), torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # from_config would partition it under ZeRO 3
 
 
 def load_yaml(path: str) -> dict[str, Any]:

@@ -162,6 +162,12 @@ def _train(
     require_datasets()
     plots.require_matplotlib()
     args = settings.training
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise ValueError(
+            f"the launcher has started {started} processes, and each takes itself for the only one: set "
+            "ACCELERATE_USE_CPU=true where there is no accelerator."
+        )
     if args.deepspeed_plugin is not None:
         _refuse_own_optimizer(args.deepspeed_plugin.deepspeed_config)
     per_step = _tokens_per_step(settings)

@@ -46,3 +46,13 @@ def test_nothing_to_resume_is_exit_code_1(run, capsys):
 def test_no_such_folder(tmp_path, capsys):
     assert run_verb("doctor", [str(tmp_path / "none")]) == 2
     assert "there is no run folder at" in capsys.readouterr().err
+
+
+def test_a_part_that_was_never_sealed_is_named(run, capsys):
+    """Of a run of hf_power; a stock Trainer's checkpoint has other parts."""
+    (run / "run.json").write_text("{}")
+    assert run_verb("doctor", [str(run), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["resume"] is None
+    assert "no optimizer is in it" in found["checkpoints"][0]["problems"]
+    assert "no scheduler.pt is in it" in found["checkpoints"][0]["problems"]

@@ -187,7 +187,7 @@ def test_trl_sft(corpus, checkpoint, rates, tmp_path, launcher):
 def test_ms_swift(corpus, checkpoint, rates):
     """ms-swift's pretraining command; tokens_per_step is found through its own dataset and collator."""
     pytest.importorskip("swift")
-    flags = trainer_flags(model=checkpoint, dataset=corpus, max_length=BLOCK, report_to="tensorboard")
+    flags = trainer_flags(model=checkpoint, dataset=corpus, max_length=BLOCK)
     flags += ["--model_type", "llama", "--template", "default", "--use_hf", "true", "--tuner_type", "full"]
     flags += ["--truncation_strategy", "left", "--split_dataset_ratio", "0", "--torch_dtype", "float32"]
     assert rates(*RUN, "-m", "swift.cli.pt", *flags) == closed_form()

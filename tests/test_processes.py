@@ -100,7 +100,7 @@ def launch(*command, fails=False, **env):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=100,
+        timeout=300,  # DeepSpeed compiles an extension the first time
         env=base | env,
         check=False,
     )
@@ -408,12 +408,21 @@ def test_deepspeed_zero_3_is_the_same_run(base):
     sections = yaml.safe_load((base / "tiny.yaml").read_text())
     del sections["training"]["use_cpu"]  # with it, or ACCELERATE_USE_CPU, accelerate leaves DeepSpeed out
     (base / "zero.yaml").write_text(yaml.safe_dump(sections))
-    launch(
-        *("torch.distributed.run", "--nproc_per_node", "1", "--master_port", free_port(), "scripts/pretrain.py"),
-        *(base / "zero.yaml", "--deepspeed", base / "zero.json", "--output_dir", base / "zero"),
-        **{"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""},
-    )
+
+    def train_under_zero():
+        launch(
+            *("torch.distributed.run", "--nproc_per_node", "1", "--master_port", free_port(), "scripts/pretrain.py"),
+            *(base / "zero.yaml", "--deepspeed", base / "zero.json", "--output_dir", base / "zero"),
+            *("--resume_from_checkpoint", "true"),
+            **{"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    train_under_zero()
     assert list((base / "zero" / f"checkpoint-{STEPS}").glob("global_step*/zero_pp_rank_0*"))
+    same(base / "zero", base / "one")
+    shutil.rmtree(base / "zero" / f"checkpoint-{STEPS}")  # as if it had been killed after the one before
+    (base / "zero/run.json").unlink()
+    train_under_zero()
     same(base / "zero", base / "one")
 
 

@@ -1,9 +1,10 @@
 import pytest
 from sentences import says
-from transformers import LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from hf_power import Recipe
 from hf_power.cli import parse_settings
+from hf_power.flops import flops_per_token
 from hf_power.settings import ModelArguments, Settings, load_yaml, parse_tokens
 
 YAML = """
@@ -267,3 +268,11 @@ def test_what_contradicts_the_recipe_is_refused(sections, message, tuned):
     with pytest.raises(ValueError) as caught:
         tuned(**sections).apply_recipe()
     says(caught, message)
+
+
+def test_a_layer_is_checked_without_from_config(monkeypatch):
+    """Which under DeepSpeed's ZeRO 3 partitions the tensors, and there are none on the meta device."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *args, **kwargs: 1 / 0)
+    sections = {"run": {"tokens": "1M"}, "training": {"output_dir": "none"}}
+    Settings.from_dict(sections).check()
+    assert flops_per_token(Settings.from_dict(sections).model.config(), 32) > 0

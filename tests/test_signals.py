@@ -44,6 +44,7 @@ def whole(sections, tmp_path_factory):
 
 def start(folder, out, *launcher, batch=4):
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env["ACCELERATE_USE_CPU"] = "true"  # without it two processes are two runs of one process each
     flags = [folder / "run.yaml", "--output_dir", out, "--per_device_train_batch_size", batch, out.parent]
     command = [sys.executable, *launcher, folder / "script.py", *flags]
     return subprocess.Popen(

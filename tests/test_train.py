@@ -421,3 +421,12 @@ def test_processes_that_share_a_batch_share_its_tokens(sections, tmp_path, monke
     settings.training.parallelism_config = ParallelismConfig(**sizes)
     monkeypatch.setattr(TrainingArguments, "world_size", 8)
     assert train._tokens_per_step(settings) == data_parallel * 3 * PER_STEP
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(sections, tmp_path, monkeypatch):
+    settings = Settings.from_dict(sections(tmp_path / "run"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError) as caught:
+        train.pretrain(settings)
+    says(caught, "has started 2 processes, and each takes itself for the only one: set ACCELERATE_USE_CPU=true where")
+    assert not (tmp_path / "run").exists()
