@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import subprocess
 import sys
 
@@ -123,7 +122,7 @@ def test_a_sweep_killed_while_it_writes(base):
 def test_two_processes_lose_one(base):
     campaign.whole_run(campaign.start_two, campaign.pretrain(base / "two", 3), base / "two")
     out = base / "two_killed"
-    fault = {"place": campaign.TRAIN, "delay": 0.5, "target": random.choice(["rank 0", "rank 1"])}
+    fault = {"place": campaign.TRAIN, "delay": 0.5, "target": "rank 0"}
     rows = campaign.interrupted(campaign.start_two, campaign.pretrain(out, 3), [fault], out, print)
     assert [row["hit"] for row in rows] == [True, False], rows
     rows = campaign.judged(rows, campaign.differences(out, base / "two", 3, campaign.TOLERANCE))
