@@ -109,6 +109,18 @@ def test_only_register_touches_private_parts_of_transformers():
             assert not [n for n in names if any(part.startswith("_") for part in n.split("."))], module
 
 
+@pytest.mark.parametrize("module", ORDER)
+def test_no_code_comes_with_a_file(module):
+    """torch.load with weights_only, no pickle, no remote code of a model or dataset."""
+    path = PACKAGE / f"{module}.py"
+    assert not {"pickle", "dill", "cloudpickle", "joblib"} & {name.split(".")[0] for name in imports(path)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert ast.unparse(node.func) != "torch.load" or given.get("weights_only") == "True"
+            assert given.get("trust_remote_code", "False") == "False"
+
+
 @pytest.mark.slow
 def test_import_brings_in_nothing_that_the_trainer_does_not():
     code = "import sys, {0}; print(' '.join(m for m in ('matplotlib','scipy','evaluate','pandas') if m in sys.modules))"

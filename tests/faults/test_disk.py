@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -21,18 +20,6 @@ def whole(sections, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.pretrain(Settings.from_dict(sections(folder)))
     return folder
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("a disk of its own cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def fill(disk, left):

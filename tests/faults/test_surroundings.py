@@ -143,18 +143,6 @@ def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsy
     assert run_verb("pretrain", [str(tmp_path / "run.yaml"), "--tokens", str((int(newest.name[11:]) + 4) * 128)]) == 0
 
 
-@pytest.fixture
-def disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("a disk of its own cannot be mounted here")
-    yield folder
-    while subprocess.run(["umount", "-l", folder], capture_output=True, check=False).returncode == 0:
-        pass
-
-
 def make_read_only(disk):
     """By a read-only view on top: the disk itself has open files."""
     subprocess.run(["mount", "--bind", disk, disk], check=True)
