@@ -15,7 +15,12 @@ from hf_power.checkpoint import RUN_FILE
 from hf_power.evaluate import block_losses
 from hf_power.experts import ExpertLoad
 from hf_power.files import write_json
+from hf_power.register import check_parts
 
+# What PowerTrainer replaces; under another name it would never be called.
+REPLACED = ("compute_loss", "training_step", "get_batch_samples", "log", "floating_point_ops", "evaluation_loop")
+REPLACED += ("save_model", "_get_grad_norm", "_load_rng_state", "_load_optimizer_and_scheduler")
+check_parts(REPLACED)
 NUMBERS = ("weight_decay", "betas", "eps")  # of a parameter group; the rate is the schedule's
 
 

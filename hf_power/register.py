@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ def register_power_scheduler() -> None:
     Raises:
         RuntimeError: if another package has registered "power", or transformers lacks a part that this builds on.
     """
-    _check_parts()
+    check_parts(TRAINER_PARTS)
     values: dict[str, Any] = SchedulerType._value2member_map_
     member = values.get(NAME)
     if member is None:
@@ -44,9 +44,13 @@ def register_power_scheduler() -> None:
         hf_trainer.Trainer.create_scheduler = _finding_tokens(hf_trainer.Trainer.create_scheduler)
 
 
-def _check_parts() -> None:
-    """Find a changed part of transformers at import, not in the middle of a run."""
-    for part in TRAINER_PARTS:
+def check_parts(names: Iterable[str]) -> None:
+    """Find a changed part of transformers at import, not in the middle of a run.
+
+    Raises:
+        RuntimeError: the Trainer has no method of such a name.
+    """
+    for part in names:
         if not hasattr(hf_trainer.Trainer, part):
             raise RuntimeError(
                 f"hf_power builds on Trainer.{part}, which transformers {transformers.__version__} does not have: install "

@@ -173,6 +173,12 @@ def _train(
     per_step = _tokens_per_step(settings)
     if recipe is not None and args.lr_scheduler_type != "power":
         _use_known_horizon(settings, recipe, per_step)
+    if resume and _in(folder, resume) and parse_tokens(settings.run.tokens or 0, "tokens") <= before["tokens_seen"]:
+        record = read_json(folder / RUN_FILE) or {}
+        if record.get("status") == "finished":
+            if args.should_save:
+                print(f"the run in {folder} is finished: raise tokens to train on", flush=True)
+            return record
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
     schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
@@ -315,7 +321,8 @@ def _new_run(
     """What run.json says before the first step."""
     total = parse_tokens(settings.run.tokens or 0, "tokens")
     seen = before.get("tokens_seen", 0)
-    if total < seen or (total == seen and not _only_to_finish(folder, resume)):
+    only_to_finish = resume is not None and _in(folder, resume) and seen - total < before["tokens_per_step"]
+    if total <= seen and not only_to_finish:  # stopped between its last checkpoint and its model
         raise ValueError(
             f"the checkpoint has seen {seen:,} tokens, the run is to have {total:,}: raise tokens to train on."
         )
@@ -345,11 +352,8 @@ def _new_run(
     }
 
 
-def _only_to_finish(folder: Path, resume: Path | None) -> bool:
-    """Whether a run was stopped between its last checkpoint and its finished model."""
-    if resume is None or resume.resolve().parent != folder.resolve():
-        return False
-    return bool((read_json(folder / RUN_FILE) or {}).get("status") != "finished")
+def _in(folder: Path, checkpoint: Path) -> bool:
+    return checkpoint.resolve().parent == folder.resolve()
 
 
 def _push_guard(settings: Settings, run: dict[str, Any], folder: Path) -> PushGuard | None:

@@ -231,9 +231,25 @@ def test_one_command_begins_goes_on_and_finishes(trunk, sections, tmp_path, caps
     assert all(torch.equal(mine[name], whole[name]) for name in whole)
     assert run["held_out_loss"] == trunk[1]["held_out_loss"]
     assert (run["status"], run["steps"], run["tokens_seen"]) == ("finished", 12, 1536)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert train.pretrain(Settings.from_dict(settings)) == run
+    assert f"the run in {folder} is finished: raise tokens to train on" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_tokens_that_are_no_whole_number_of_steps(sections, tmp_path, monkeypatch):
+    """The last step goes beyond them; a run that is killed after it has only to finish, and no other run has."""
+    settings = sections(tmp_path / "run", tokens=1000, resume_from_checkpoint="true")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.pretrain(Settings.from_dict(settings))
+    less = sections(tmp_path / "run", tokens=800, resume_from_checkpoint="true")
     with pytest.raises(ValueError) as caught:
-        train.pretrain(Settings.from_dict(settings))
-    says(caught, "has seen 1,536 tokens, the run is to have 1,536: raise tokens")
+        train.pretrain(Settings.from_dict(less))
+    says(caught, "the checkpoint has seen 1,024 tokens, the run is to have 800: raise tokens to train on.")
+    run = train.pretrain(Settings.from_dict(settings))
+    assert (run["status"], run["tokens_seen"], run["steps"]) == ("finished", 1024, 8)
 
 
 @pytest.mark.slow

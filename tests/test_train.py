@@ -14,10 +14,11 @@ from processes import SHARED_BATCHES
 from safetensors.torch import load_file
 from sentences import says
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from hf_power import Recipe, power_lr, train
 from hf_power.data import pack, tokenizer_fingerprint
+from hf_power.power_trainer import REPLACED, PowerTrainer
 from hf_power.settings import Settings
 from hf_power.text import load_text
 
@@ -430,3 +431,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused(sections, tmp_path
         train.pretrain(settings)
     says(caught, "has started 2 processes, and each takes itself for the only one: set ACCELERATE_USE_CPU=true where")
     assert not (tmp_path / "run").exists()
+
+
+def test_every_method_that_power_trainer_replaces_is_checked_at_import():
+    own = {name for name, value in vars(PowerTrainer).items() if callable(value) and not name.startswith("__")}
+    assert set(REPLACED) == {name for name in own if hasattr(Trainer, name)}
+    assert own - set(REPLACED) == {"_stop_if_too_many"}
