@@ -18,8 +18,8 @@ from hf_power.files import write_json
 from hf_power.register import check_parts
 
 # What PowerTrainer replaces; under another name it would never be called.
-REPLACED = ("compute_loss", "training_step", "get_batch_samples", "log", "floating_point_ops", "evaluation_loop")
-REPLACED += ("save_model", "_get_grad_norm", "_load_rng_state", "_load_optimizer_and_scheduler")
+REPLACED = ["compute_loss", "training_step", "get_batch_samples", "log", "floating_point_ops", "evaluation_loop"]
+REPLACED += ["save_model", "_get_grad_norm", "_load_rng_state", "_load_optimizer_and_scheduler"]
 check_parts(REPLACED)
 NUMBERS = ("weight_decay", "betas", "eps")  # of a parameter group; the rate is the schedule's
 
