@@ -29,7 +29,7 @@ from hf_power.checkpoint import RUN_FILE
 from hf_power.disk import full_disk_told
 from hf_power.evaluate import EVAL_FILE
 from hf_power.experts import ExpertLoad, MeasureExperts
-from hf_power.files import free_bytes, only_one, read_json, write_json
+from hf_power.files import free_bytes, only_one, write_json
 from hf_power.flops import flops_per_token
 from hf_power.machine import hardware, tune_cpu, versions
 from hf_power.mup import MupAdamW, mup_config, mup_init_
@@ -48,6 +48,7 @@ from hf_power.resume import (
     verify,
 )
 from hf_power.schedule import PowerLR
+from hf_power.schema import read_run
 from hf_power.settings import Settings, parse_tokens
 from hf_power.signals import StopOnSignal, StoppedBySignalError
 from hf_power.speed import speed_up_
@@ -173,12 +174,10 @@ def _train(
     per_step = _tokens_per_step(settings)
     if recipe is not None and args.lr_scheduler_type != "power":
         _use_known_horizon(settings, recipe, per_step)
-    if resume and _in(folder, resume) and parse_tokens(settings.run.tokens or 0, "tokens") <= before["tokens_seen"]:
-        record = read_json(folder / RUN_FILE) or {}
-        if record.get("status") == "finished":
-            if args.should_save:
-                print(f"the run in {folder} is finished: raise tokens to train on", flush=True)
-            return record
+    if resume and _is_finished(folder, resume, parse_tokens(settings.run.tokens or 0, "tokens"), before):
+        if args.should_save:
+            print(f"the run in {folder} is finished: raise tokens to train on", flush=True)
+        return read_run(folder, required=("name", "tokens_seen", "train_seconds", "held_out_loss"))
     run = _new_run(settings, folder, kind, per_step, before, resume)
     args.max_steps = run["steps"] + math.ceil((run["total_tokens"] - run["tokens_seen"]) / per_step)
     schedule = _dry_schedule(settings, run)  # checks every number of the schedule before the data are touched
@@ -354,6 +353,12 @@ def _new_run(
 
 def _in(folder: Path, checkpoint: Path) -> bool:
     return checkpoint.resolve().parent == folder.resolve()
+
+
+def _is_finished(folder: Path, resume: Path, tokens: int, before: dict[str, Any]) -> bool:
+    if not _in(folder, resume) or tokens > before["tokens_seen"] or not (folder / RUN_FILE).exists():
+        return False
+    return bool(read_run(folder).get("status") == "finished")
 
 
 def _push_guard(settings: Settings, run: dict[str, Any], folder: Path) -> PushGuard | None:
