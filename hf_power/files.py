@@ -1,7 +1,6 @@
 """Files that are there whole or not at all, and their hashes."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -101,6 +100,8 @@ def only_one(folder: Path, name: str = ".lock") -> Iterator[None]:
     Raises:
         ValueError: it is held already.
     """
+    import fcntl  # of POSIX; the schedule alone runs without it
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / name
     taken = f"another run is at work in {folder}: wait for its end, or take another folder."

@@ -79,6 +79,12 @@ def imports(path, top_level_only=False):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.slow
+def test_import_needs_nothing_of_posix():
+    code = "import sys; sys.modules['fcntl'] = None; import hf_power"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_module_has_its_place():
     modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "version"}
     assert modules == set(ORDER)
