@@ -34,10 +34,14 @@ def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
     (folder / SAVING).unlink(missing_ok=True)
 
 
-def problems(folder: Path) -> list[str]:
+def problems(folder: Path, complete: bool = False) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed.
 
     A file that was added is a problem because a tokenizer or the Trainer would read it; notes and hidden ones they never do.
+
+    Args:
+        folder: the checkpoint.
+        complete: of one that is as it was sealed, a part that was never in it is a problem too, see `missing_parts`.
     """
     try:
         entries = sealed(folder)
@@ -47,7 +51,10 @@ def problems(folder: Path) -> list[str]:
         return [f"{MANIFEST} cannot be read"]
     found = {name: _problem(folder, name, entry) for name, entry in entries.items()}
     found |= {name: "was added after it was sealed" for name in _names(folder) if name not in (*entries, *LATER)}
-    return [f"{name} {what}" for name, what in found.items() if what]
+    wrong = [f"{name} {what}" for name, what in found.items() if what]
+    if wrong or not complete:
+        return wrong
+    return [f"no {part} is in it" for part in missing_parts(folder)]
 
 
 def sealed(folder: Path) -> dict[str, Any]:
@@ -103,14 +110,14 @@ def newest_intact(run: Path, complete: bool = False) -> tuple[Path, dict[str, li
 
     Args:
         run: the run folder.
-        complete: it must also have every part that `hf-power pretrain` goes on from, see `missing_parts`.
+        complete: it must also have every part that `hf-power pretrain` goes on from, see `problems`.
 
     Raises:
         FileNotFoundError: if the run has no intact checkpoint; the message names each and its problem.
     """
     broken: dict[str, list[str]] = {}
     for folder in checkpoints(run):
-        found = problems(folder) or [f"no {part} is in it" for part in missing_parts(folder) if complete]
+        found = problems(folder, complete)
         if not found:
             return folder, broken
         broken[folder.name] = found

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hf_power.checkpoint import RUN_FILE, checkpoints, missing_parts, problems
+from hf_power.checkpoint import RUN_FILE, checkpoints, problems
 from hf_power.schema import read_run
 
 
@@ -23,9 +23,7 @@ def examine(run: Path) -> dict[str, Any]:
     remaining: dict[str, int | None] = {}
     ours = (run / RUN_FILE).exists()
     for folder in checkpoints(run):
-        found, tokens = problems(folder), None
-        if ours and not found:
-            found = [f"no {part} is in it" for part in missing_parts(folder)]
+        found, tokens = problems(folder, complete=ours), None
         try:
             record = read_run(folder, required=("tokens_seen",))
             tokens = record["tokens_seen"]

@@ -77,9 +77,8 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
                 (self.state.global_step - self.run["steps"]) * self.run["tokens_per_step"]
             )
             if start_time is not None:
-                seconds = max(
-                    1e-9, time.monotonic() - self.record.started
-                )  # start_time is the wall clock's, which jumps
+                # start_time is the wall clock's, which jumps
+                seconds = max(1e-9, time.monotonic() - self.record.started)
                 steps = self.state.global_step - self.first_step
                 logs["tokens_per_second"] = round(steps * self.run["tokens_per_step"] / seconds, 1)
             base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]

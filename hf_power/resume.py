@@ -44,7 +44,7 @@ def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
         return None
     if str(wanted).lower() != "true":
         checkpoint = Path(str(wanted))
-        if checkpoint.resolve().parent != folder.resolve():
+        if not is_of(folder, checkpoint):
             refuse_other_run(folder)
         verify(checkpoint)
         return checkpoint
@@ -59,6 +59,11 @@ def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
         for name, what in broken.items():
             print(f"{name} is not used: {', '.join(what)}", flush=True)
     return found
+
+
+def is_of(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of the run folder's own."""
+    return checkpoint.resolve().parent == folder.resolve()
 
 
 def refuse_other_run(folder: Path) -> None:

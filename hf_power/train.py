@@ -42,6 +42,7 @@ from hf_power.resume import (
     TOKENIZER,
     changes,
     checkpoint_to_resume,
+    is_of,
     other_data,
     read_record,
     refuse_other_engine,
@@ -320,7 +321,7 @@ def _new_run(
     """What run.json says before the first step."""
     total = parse_tokens(settings.run.tokens or 0, "tokens")
     seen = before.get("tokens_seen", 0)
-    only_to_finish = resume is not None and _in(folder, resume) and seen - total < before["tokens_per_step"]
+    only_to_finish = resume is not None and is_of(folder, resume) and seen - total < before["tokens_per_step"]
     if total <= seen and not only_to_finish:  # stopped between its last checkpoint and its model
         raise ValueError(
             f"the checkpoint has seen {seen:,} tokens, the run is to have {total:,}: raise tokens to train on."
@@ -351,12 +352,8 @@ def _new_run(
     }
 
 
-def _in(folder: Path, checkpoint: Path) -> bool:
-    return checkpoint.resolve().parent == folder.resolve()
-
-
 def _is_finished(folder: Path, resume: Path, tokens: int, before: dict[str, Any]) -> bool:
-    if not _in(folder, resume) or tokens > before["tokens_seen"] or not (folder / RUN_FILE).exists():
+    if not is_of(folder, resume) or tokens > before["tokens_seen"] or not (folder / RUN_FILE).exists():
         return False
     return bool(read_run(folder).get("status") == "finished")
 

@@ -2,6 +2,17 @@ import subprocess
 
 import pytest
 
+from hf_power import train
+from hf_power.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def whole(sections, tmp_path_factory):
+    """An undisturbed run, which also fills the cache of the data."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.pretrain(Settings.from_dict(sections(folder)))
+    return folder
+
 
 @pytest.fixture
 def disk(tmp_path):

@@ -11,15 +11,6 @@ from safetensors.torch import load_file
 from hf_power import callbacks, train
 from hf_power.checkpoint import checkpoints, problems
 from hf_power.cli import run_verb
-from hf_power.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def whole(sections, tmp_path_factory):
-    """An undisturbed run, which also fills the cache of the data."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train.pretrain(Settings.from_dict(sections(folder)))
-    return folder
 
 
 def fill(disk, left):

@@ -19,14 +19,6 @@ from hf_power.cli import run_verb
 from hf_power.settings import Settings
 
 
-@pytest.fixture(scope="module")
-def whole(sections, tmp_path_factory):
-    """An undisturbed run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train.pretrain(Settings.from_dict(sections(folder)))
-    return folder
-
-
 def equal(one, other):
     mine, undisturbed = (load_file(folder / "model.safetensors") for folder in (one, other))
     return mine.keys() == undisturbed.keys() and all(torch.equal(mine[name], undisturbed[name]) for name in mine)
