@@ -10,21 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import get_scheduler, set_seed
 
 from hf_power import data as hf_data
 from hf_power.evaluate import block_losses
+from hf_power.footprint import activation_bytes
 from hf_power.mup import MupAdamW
 from hf_power.schedule import found_tokens_per_step
 from hf_power.settings import Settings
+from hf_power.speed import attend_to_blocks_, compile_layers_
+from hf_power.stacked import can_be_stacked, stack
 from hf_power.train import build_model
 
 # Up to this batch a step on a CPU is mostly calls, and batching the members' calls pays (benchmarks/sweep_engine.py).
 BATCHED_CPU_TOKENS = 256
+# On an accelerator more tokens in one call than these gain nothing, and their activations may take this share of its memory.
+BATCHED_TOKENS = 2**16
+ACTIVATIONS_SHARE = 0.4
+EAGER_STEPS = 3  # on CUDA, before the step is captured
 CHECK_EVERY = 20  # steps between looks at whether a loss is finite: each look waits for the device
-EVAL_BLOCKS = 32  # held-out blocks in one forward pass
+EVAL_BLOCKS = 32  # held-out blocks in one forward pass of one model
 READ_STEPS = 32  # steps whose blocks are read at once
 LAST_LOSSES = 20  # steps whose mean is a row's training loss
 
@@ -58,8 +63,9 @@ class Ensemble:
     """Models that take their optimizer steps together, each on its own data, learning rate and seed.
 
     Every member is what pretraining would build: `build_model` after `set_seed`, AdamW over muP's groups, clipping by
-    its own norm, blocks in its seed's order. Batched, the members' weights are slices of stacked tensors and one call
-    of the forward and backward pass serves all (torch.func.vmap); otherwise they run one after another.
+    its own norm, blocks in its seed's order. Batched, members are computed as one model (`hf_power.stacked.stack`), on an
+    accelerator as many at once as fill it; otherwise one after another. On CUDA the whole step of all members is
+    captured in a graph after EAGER_STEPS steps and replayed: small models are bound by the calls, not by the device.
 
     Args:
         members: settings of one shape and batch; they may differ in training's learning rate, schedule and seed.
@@ -73,6 +79,9 @@ class Ensemble:
     Attributes:
         position: optimizer steps taken.
         alive: per member, whether its loss has been finite so far.
+
+    Raises:
+        ValueError: batched, but there is no stacked form of the models.
     """
 
     def __init__(
@@ -94,20 +103,39 @@ class Ensemble:
         self.models: list[Any] = []
         for member in members:
             set_seed(member.training.seed)
-            model = build_model(member, tokenizer).to(device).train()
+            model = attend_to_blocks_(build_model(member, tokenizer)).to(device).train()
             model.config.use_cache = False
             self.models.append(model)
+        stackable = can_be_stacked(self.models[0])
+        if batched and not stackable:
+            raise ValueError(
+                f"{type(self.models[0]).__name__} has weights that cannot be stacked (experts, or an embedding with a padding "
+                "token): leave batched at None, and its members are trained one after another."
+            )
         if batched is None:
-            batched = device.type != "cpu" or num_sequences * self.block_size <= BATCHED_CPU_TOKENS
-            batched = batched and self.models[0].config.model_type == "granite"
-        self.batched = batched and len(self.models) > 1
-        self._stacked = self._stack() if self.batched else {}
+            few_tokens = num_sequences * self.block_size <= BATCHED_CPU_TOKENS
+            batched = stackable and (device.type != "cpu" or few_tokens)
+        together = self._members_together() if batched else 1
+        self.batched = together > 1
+        self._stacks: list[tuple[slice, Any, dict[str, torch.Tensor]]] = []
+        for first in range(0, len(self.models), together) if self.batched else ():
+            members_of = slice(first, first + together)
+            self._stacks.append((members_of, *stack(self.models[members_of])))
+        self._named = [dict(model.named_parameters()) for model in self.models]
+        if args.torch_compile:
+            for model in [whole for _, whole, _ in self._stacks] or self.models:
+                compile_layers_(model, args)
         factory, kwargs = MupAdamW.for_trainer(args)
         self.optimizers = [
             factory()(model, **kwargs | {"lr": member.training.learning_rate})
             for model, member in zip(self.models, members, strict=True)
         ]
-        self._base_lrs = [[float(group["lr"]) for group in opt.param_groups] for opt in self.optimizers]
+        rates = [[float(group["lr"]) for group in opt.param_groups] for opt in self.optimizers]
+        self._base_lrs = torch.tensor(rates, dtype=torch.float64)
+        # A graph holds the kernels of fixed tensors; experts decide on the host how much there is to compute.
+        self._captures = device.type == "cuda" and getattr(self.models[0].config, "num_local_experts", None) is None
+        self._device_lrs = self._base_lrs.float().to(device)
+        self._forget_graph()
         stop = np.iinfo(np.int64).max  # the order is endless
         self._seeds = [int(member.training.seed) for member in members]
         self._streams = {s: hf_data.BlockStream(blocks, seed=s, start=0, stop=stop) for s in self._seeds}
@@ -117,35 +145,72 @@ class Ensemble:
         self.alive = [True] * len(self.models)
         self.last_losses: deque[torch.Tensor] = deque(maxlen=LAST_LOSSES)
 
-    def _stack(self) -> dict[str, torch.Tensor]:
-        """Move the weights of all members into stacked tensors, of which their parameters become slices."""
-        named = [dict(model.named_parameters()) for model in self.models]
-        stacked = {}
-        for name in named[0]:
-            stacked[name] = torch.stack([parameters[name].detach() for parameters in named]).requires_grad_()
-            for i, parameters in enumerate(named):
-                parameters[name].data = stacked[name].data[i]
-        self._named = named
-        return stacked
+    def _members_together(self) -> int:
+        """Members of one stack: all on a CPU; on an accelerator as many as fill it, and as its memory holds."""
+        count = len(self.models)
+        if self.device.type == "cpu":
+            return count
+        tokens = self.num_sequences * self.block_size
+        activations = activation_bytes(
+            self.models[0].config,
+            block_size=self.block_size,
+            batch_size=self.num_sequences,
+            compute="autocast" if self._bf16 else "fp32",
+            activation_checkpointing=False,
+        )
+        memory = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 2**33
+        fitting = int(ACTIVATIONS_SHARE * memory / activations["peak"])
+        return max(1, min(count, math.ceil(BATCHED_TOKENS / tokens), fitting))
 
     def step(self, factors: Sequence[float] | np.ndarray) -> None:
         """One optimizer step of every member, at factor times its base learning rates."""
-        batch = self._batch()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext():
-            losses = self._batched_losses(batch) if self.batched else self._losses_one_by_one(batch)
-        for i, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
-            if not self.alive[i]:
-                continue
-            if self.max_grad_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
-            for group, base in zip(optimizer.param_groups, self._base_lrs[i], strict=True):
-                group["lr"] = base * factors[i]
-            optimizer.step()
-            optimizer.zero_grad()
+        batch, rates = self._batch(), self._base_lrs * torch.as_tensor(np.asarray(factors, dtype=np.float64))[:, None]
+        if self._captures:
+            self._device_lrs.copy_(rates.float(), non_blocking=True)
+            losses = self._replayed(batch)
+        else:
+            for optimizer, rates_of in zip(self.optimizers, rates.tolist(), strict=True):
+                for group, rate in zip(optimizer.param_groups, rates_of, strict=True):
+                    group["lr"] = rate
+            losses = self._update(batch)
         self.last_losses.append(losses)
         self.position += 1
         if self.position % CHECK_EVERY == 0:
             self.check_alive()
+
+    def _update(self, batch: torch.Tensor) -> torch.Tensor:
+        """Gradients, clipping and the optimizers' steps; the losses, shape (members)."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext():
+            losses = self._batched_losses(batch) if self.batched else self._losses_one_by_one(batch)
+        for alive, model, optimizer in zip(self.alive, self.models, self.optimizers, strict=True):
+            if not alive and not self._captures:  # in a graph it goes on, and stays what it is
+                continue
+            if self.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    def _replayed(self, batch: torch.Tensor) -> torch.Tensor:
+        """`_update` by its graph; before there is one, the first steps make what a graph cannot: the optimizers' state."""
+        if self._graph is None:
+            if self._eager_steps < EAGER_STEPS:
+                self._eager_steps += 1
+                return self._update(batch)
+            self._graph, self._graph_batch = torch.cuda.CUDAGraph(), batch.clone()
+            with torch.cuda.graph(self._graph):
+                self._graph_losses = self._update(self._graph_batch)
+        self._graph_batch.copy_(batch)
+        self._graph.replay()
+        return self._graph_losses.clone()
+
+    def _forget_graph(self) -> None:
+        """The next steps are eager again: the tensors of the last graph are no longer those of the optimizers."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_steps = 0
+        for i, optimizer in enumerate(self.optimizers) if self._captures else ():
+            for j, group in enumerate(optimizer.param_groups):
+                group["lr"], group["capturable"] = self._device_lrs[i, j], True
 
     def check_alive(self) -> None:
         """Take members out whose loss is not finite."""
@@ -168,40 +233,43 @@ class Ensemble:
     def _losses_one_by_one(self, batch: torch.Tensor) -> torch.Tensor:
         losses = torch.full((len(self.models),), math.nan, device=self.device)
         for i, model in enumerate(self.models):
-            if self.alive[i]:
+            if self.alive[i] or self._captures:
                 loss = model(input_ids=batch[i], labels=batch[i]).loss
                 loss.backward()
                 losses[i] = loss.detach()
         return losses
 
     def _batched_losses(self, batch: torch.Tensor) -> torch.Tensor:
-        for tensor in self._stacked.values():
-            tensor.grad = None
-        # The fused attention kernels have no batching rule.
-        with sdpa_kernel(SDPBackend.MATH):
-            losses: torch.Tensor = vmap(self._loss)(self._stacked, batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        for name, tensor in self._stacked.items():
-            for i, parameters in enumerate(self._named):
-                parameters[name].grad = None if tensor.grad is None else tensor.grad[i]
-        return losses.detach()
-
-    def _loss(self, parameters: dict[str, torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
-        output: Any = functional_call(self.models[0], parameters, kwargs={"input_ids": input_ids, "labels": input_ids})
-        loss: torch.Tensor = output.loss
-        return loss
+        losses = []
+        for members, whole, stacked in self._stacks:
+            for tensor in stacked.values():
+                tensor.grad = None
+            blocks = block_losses(whole, batch[members].flatten(0, 1))
+            of_members = blocks.view(-1, self.num_sequences).mean(dim=1)
+            of_members.sum().backward()  # type: ignore[no-untyped-call]
+            losses.append(of_members.detach())
+            for name, tensor in stacked.items():
+                for i, parameters in enumerate(self._named[members]):
+                    parameters[name].grad = None if tensor.grad is None else tensor.grad[i]
+        return torch.cat(losses)
 
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
         """Held-out loss of every member in nats per token, of the text alone; nan for one that is not alive."""
         self.check_alive()
-        losses = []
-        for model, alive in zip(self.models, self.alive, strict=True):
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for blocks in torch.split(self.held_out, EVAL_BLOCKS) if alive else ():
+        stacks = self._stacks or [(slice(i, i + 1), model, {}) for i, model in enumerate(self.models)]
+        losses: list[float] = []
+        for members, whole, _ in stacks:
+            alive = self.alive[members]
+            total = torch.zeros(len(alive), dtype=torch.float64, device=self.device)
+            for blocks in torch.split(self.held_out, self.num_sequences if self._stacks else EVAL_BLOCKS):
+                if not any(alive):
+                    break
                 with torch.autocast(self.device.type, dtype=torch.bfloat16) if self._bf16 else nullcontext():
-                    total += block_losses(model, blocks).double().sum()
-            losses.append(float(total) / len(self.held_out) if alive else math.nan)
+                    of_blocks = block_losses(whole, blocks.repeat(len(alive), 1))
+                total += of_blocks.double().view(len(alive), -1).sum(dim=1)
+            means = (total / len(self.held_out)).tolist()
+            losses += [mean if ok else math.nan for mean, ok in zip(means, alive, strict=True)]
         return losses
 
     def train_losses(self) -> list[float]:
@@ -239,3 +307,4 @@ class Ensemble:
                 for i, s in member["moments"].items()
             }
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        self._forget_graph()

@@ -37,9 +37,7 @@ def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedM
     Returns:
         The model.
     """
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-        model.set_attn_implementation(ATTENTION)
+    attend_to_blocks_(model)
     if getattr(model.config, "num_local_experts", None) and model.config._experts_implementation == "grouped_mm":
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_mm_under_autocast)
         model.set_experts_implementation(EXPERTS)
@@ -47,13 +45,26 @@ def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedM
     if chunks > 1 and args.deepspeed_plugin is None:
         chunk_loss_(model, chunks)
     if args.torch_compile:
-        for region in _regions(model):  # not their hooks: those of FSDP and of the router's logits would break graphs
-            compiled = torch.compile(region.forward, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-            region.forward = compiled
+        compile_layers_(model, args)
         args.torch_compile_backend = os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
     if args.device.type != "cpu":
         args.accelerator_config.non_blocking = True
     return model
+
+
+def attend_to_blocks_(model: Any) -> Any:
+    """Tell SDPA attention that a block is one causal sequence, in place; other attention is left as it is."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+        model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def compile_layers_(model: Any, args: Any) -> None:
+    """Compile the decoder layers in place with the backend and mode of the run's TrainingArguments."""
+    for region in _regions(model):  # not their hooks: those of FSDP and of the router's logits would break graphs
+        compiled = torch.compile(region.forward, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        region.forward = compiled
 
 
 def _regions(model: Any) -> Iterator[Any]:

@@ -94,7 +94,6 @@ def pretrained(row, folder):
     return [point["loss"] for point in record["loss_curve"] if "loss" in point], record
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of mixtral's experts, batched
 @pytest.mark.parametrize(
     ("family", "schedule"),
     [
@@ -111,8 +110,9 @@ def test_every_step_is_that_of_pretraining(bench, make_grid, tmp_path, monkeypat
     monkeypatch.setattr("hf_power.plots.plot_lr_and_loss", lambda run, path: None)  # half of a small run's time
     grid = make_grid(FAMILIES[family])
     rows = [member(grid, schedule, 0.01, 0), member(grid, schedule, 0.04, 1)]
-    single, batched = (ensemble_of(bench, rows, way) for way in (False, True))
-    losses, beside = run(single, tables(rows)), run(batched, tables(rows))
+    ways = (False, True) if family != "mixtral" else (False,)
+    single, *_ = ensembles = [ensemble_of(bench, rows, way) for way in ways]
+    losses, *besides = (run(ensemble, tables(rows)) for ensemble in ensembles)
     for i, row in enumerate(rows):
         folder = tmp_path / f"run{i}"
         expected, record = pretrained(row, folder)
@@ -120,8 +120,9 @@ def test_every_step_is_that_of_pretraining(bench, make_grid, tmp_path, monkeypat
         assert losses[:, i].tolist() == expected
         saved = AutoModelForCausalLM.from_pretrained(folder)
         assert same_weights(weights(single, i), dict(saved.named_parameters()))
-        assert beside[:, i] == pytest.approx(expected, abs=1e-5)
-        for ensemble in (single, batched):
+        for beside in besides:
+            assert beside[:, i] == pytest.approx(expected, abs=1e-5)
+        for ensemble in ensembles:
             assert ensemble.held_out_losses()[i] == pytest.approx(record["held_out_loss"], abs=1e-5)
 
 
@@ -275,3 +276,38 @@ def test_faster_way_is_chosen_by_the_batch(bench, make_grid, monkeypatch):
     assert not ensemble_of(bench, rows[:1], True).batched  # one member has nothing to share a call with
     monkeypatch.setattr("hf_power.ensemble.BATCHED_CPU_TOKENS", BATCH - 1)
     assert not ensemble_of(bench, rows, None).batched
+
+
+def test_experts_cannot_be_batched(bench, make_grid):
+    rows = [member(make_grid(FAMILIES["mixtral"]), value=v) for v in (0.01, 0.02)]
+    assert not ensemble_of(bench, rows, None).batched
+    with pytest.raises(
+        ValueError, match="GraniteMoeForCausalLM has weights that cannot be stacked .* leave batched at"
+    ):
+        ensemble_of(bench, rows, True)
+
+
+@pytest.mark.parametrize("members_together", [1, 2, 3])
+def test_stacks_of_some_members_at_once(bench, make_grid, monkeypatch, members_together):
+    """On an accelerator only as many members are computed at once as its memory holds."""
+    rows = [member(make_grid(), value=v, seed=s) for v, s in ((0.01, 0), (0.02, 1), (0.04, 0))]
+    alone = ensemble_of(bench, rows, False)
+    losses = run(alone, tables(rows))
+    monkeypatch.setattr(Ensemble, "_members_together", lambda self: members_together)
+    ensemble = ensemble_of(bench, rows, True)
+    assert ensemble.batched == (members_together > 1)
+    assert run(ensemble, tables(rows)) == pytest.approx(losses, abs=1e-5)
+    assert ensemble.held_out_losses() == pytest.approx(alone.held_out_losses(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+def test_compiled_members_train_as_they_do_uncompiled(bench, make_grid, batched):
+    rows = [member(make_grid(), value=v) for v in (0.01, 0.02)]
+    losses = run(ensemble_of(bench, rows, batched), tables(rows))
+    compiled = [row | {"training": row["training"] | {"torch_compile": True}} for row in rows]
+    torch._dynamo.utils.counters.clear()
+    assert run(ensemble_of(bench, compiled, batched), tables(rows)) == pytest.approx(losses, abs=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -19,6 +19,7 @@ ORDER = [
     "experts",
     "flops",
     "speed",
+    "stacked",
     "footprint",
     "coord_check",
     "rows",
