@@ -249,6 +249,8 @@ def coord_check(argv: list[str]) -> int:
     parser.add_argument("--picture", help="write the picture here (PNG)")
     parser.add_argument("--base_width", type=int, help="default: the smallest width")
     parser.add_argument("--steps", type=int, default=4, help="training steps at each width")
+    parser.add_argument("--device", default="cpu", help="where the models are trained, e.g. cuda")
+    parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
     options = parser.parse_args(argv)
     from hf_power.coord_check import coord_check as check
     from hf_power.plots import plot_coord_check
@@ -257,7 +259,7 @@ def coord_check(argv: list[str]) -> int:
     given = settings.mup.arguments() | {"widths": options.widths, "base_width": options.base_width}
     given["initializer_range"] = None  # the check has its own, see its documentation
     given = {name: value for name, value in given.items() if value is not None}
-    result = check(settings.model.config(), steps=options.steps, **given)
+    result = check(settings.model.config(), steps=options.steps, device=options.device, bf16=options.bf16, **given)
     print(result.table())
     if options.picture:
         plot_coord_check(result, options.picture)

@@ -105,6 +105,8 @@ def coord_check(
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 1,
     seq_len: int = 16,
+    device: str | torch.device = "cpu",
+    bf16: bool = False,
     init: Callable[[nn.Module], Any] = mup_init_,
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
@@ -112,7 +114,7 @@ def coord_check(
     """Train the model at several widths for a few steps and measure how its outputs change.
 
     At each width: ``mup_config(scale_width(config, width))``, ``init``, then ``steps`` steps of AdamW (betas 0.9 and
-    0.95) on one fixed batch of random tokens, in fp32 on the CPU and without dropout. After step t, for the embedding,
+    0.95) on one fixed batch of random tokens, without dropout. After step t, for the embedding,
     each layer's attention, router and MLP or MoE (before the residual multiplier), the final norm and the logits::
 
         change_t = sqrt(mean((output_t - output_0)**2))
@@ -137,6 +139,8 @@ def coord_check(
         weight_decay: AdamW's coefficient at base width, >= 0.
         seeds: the changes are averaged over these seeds of weights and batch.
         batch_size, seq_len: shape of the batch, in sequences and tokens.
+        device: where the models are trained; their weights and batches are drawn on the CPU, so that they are the same.
+        bf16: forward passes under bf16 autocast, as in training; the weights stay fp32.
         init: initializes a model in place, as `mup_init_`.
         param_groups: called with the model, lr and weight_decay, as `mup_param_groups`.
         **mup_kwargs: more arguments of `mup_config` (preset and so on).
@@ -169,9 +173,10 @@ def coord_check(
             with torch.random.fork_rng(devices=[]):  # only the CPU's generator is seeded here
                 torch.default_generator.manual_seed(seed)
                 tokens = torch.randint(vocab_size, (batch_size, seq_len))
-                model = _build(ready, init)
+                model = _build(ready, init).to(device)
                 groups = param_groups(model, lr=lr, weight_decay=weight_decay)
-                runs.append(_changes(model, tokens, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), steps))
+                optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+                runs.append(_changes(model, tokens.to(device), optimizer, steps, bf16))
         for module, step in runs[0]:
             change = fmean(run[module, step] for run in runs)
             rows.append({"module": module, "step": step, "width": width, "change": change})
@@ -187,7 +192,7 @@ def _build(config: Any, init: Callable[[nn.Module], Any]) -> Any:
 
 
 def _changes(
-    model: Any, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int
+    model: Any, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, steps: int, bf16: bool
 ) -> dict[tuple[str, int], float]:
     """RMS change of every watched output after each step, by (module, step)."""
     outputs: dict[str, torch.Tensor] = {}
@@ -199,8 +204,9 @@ def _changes(
     before: dict[str, torch.Tensor] = {}
     changes = {}
     for step in range(steps + 1):
-        result = model(input_ids=tokens, labels=tokens, use_cache=False)
-        outputs["logits"] = result.logits.detach()  # after logits_scaling, which lm_head's own output lacks
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+            result = model(input_ids=tokens, labels=tokens, use_cache=False)
+        outputs["logits"] = result.logits.detach().float()  # after logits_scaling, which lm_head's own output lacks
         if step == 0:
             before = dict(outputs)
         for module in before if step else ():
@@ -215,7 +221,7 @@ def _changes(
 def _record(module: nn.Module, label: str, outputs: dict[str, torch.Tensor]) -> None:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         # Attention and the router return tuples that begin with their output.
-        outputs[label] = (output[0] if isinstance(output, tuple) else output).detach()
+        outputs[label] = (output[0] if isinstance(output, tuple) else output).detach().float()
 
     module.register_forward_hook(hook)
 

@@ -84,6 +84,9 @@ class Ensemble:
         ValueError: batched, but there is no stacked form of the models.
     """
 
+    _graph: torch.cuda.CUDAGraph | None
+    _eager_steps: int
+
     def __init__(
         self,
         members: Sequence[Settings],
@@ -117,7 +120,7 @@ class Ensemble:
             batched = stackable and (device.type != "cpu" or few_tokens)
         together = self._members_together() if batched else 1
         self.batched = together > 1
-        self._stacks: list[tuple[slice, Any, dict[str, torch.Tensor]]] = []
+        self._stacks: list[tuple[slice, Any, dict[str, nn.Parameter]]] = []
         for first in range(0, len(self.models), together) if self.batched else ():
             members_of = slice(first, first + together)
             self._stacks.append((members_of, *stack(self.models[members_of])))
@@ -197,17 +200,17 @@ class Ensemble:
             if self._eager_steps < EAGER_STEPS:
                 self._eager_steps += 1
                 return self._update(batch)
-            self._graph, self._graph_batch = torch.cuda.CUDAGraph(), batch.clone()
-            with torch.cuda.graph(self._graph):
+            graph, self._graph_batch = torch.cuda.CUDAGraph(), batch.clone()
+            with torch.cuda.graph(graph):
                 self._graph_losses = self._update(self._graph_batch)
+            self._graph = graph
         self._graph_batch.copy_(batch)
         self._graph.replay()
         return self._graph_losses.clone()
 
     def _forget_graph(self) -> None:
         """The next steps are eager again: the tensors of the last graph are no longer those of the optimizers."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._eager_steps = 0
+        self._graph, self._eager_steps = None, 0
         for i, optimizer in enumerate(self.optimizers) if self._captures else ():
             for j, group in enumerate(optimizer.param_groups):
                 group["lr"], group["capturable"] = self._device_lrs[i, j], True

@@ -20,7 +20,7 @@ def can_be_stacked(model: nn.Module) -> bool:
     )
 
 
-def stack(models: Sequence[Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+def stack(models: Sequence[Any]) -> tuple[Any, dict[str, nn.Parameter]]:
     """One model that computes what M models of one shape compute, each on its own share of the batch.
 
     It takes token ids of shape (M * n, tokens), the first n sequences for the first model, and returns logits of shape
@@ -34,15 +34,16 @@ def stack(models: Sequence[Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         The model, and its stacked parameters by the name of the models' own: leaves of shape (M, ...).
     """
     named = [dict(model.named_parameters()) for model in models]
-    stacked: dict[str, torch.Tensor] = {}
+    stacked: dict[str, nn.Parameter] = {}
     for name in named[0]:
         stacked[name] = nn.Parameter(torch.stack([parameters[name].detach() for parameters in named]))
         for i, parameters in enumerate(named):
             parameters[name].data = stacked[name].data[i]
     by_id = {id(parameter): stacked[name] for name, parameter in named[0].items()}  # tied weights have one name
     whole = copy.deepcopy(models[0], {id(parameter): parameter for parameter in named[0].values()})
+    kind: type[nn.Module]
     for name, module in list(whole.named_modules()):
-        own = {key: by_id[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}
+        own: dict[str, Any] = {key: by_id[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}
         if own:
             kind = _Norm if _is_norm(module) else _Embedding if isinstance(module, nn.Embedding) else _Linear
             whole.set_submodule(name, kind(module, **own))
