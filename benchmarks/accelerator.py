@@ -32,6 +32,7 @@ from transformers import Trainer, set_seed
 
 from hf_power import MupAdamW, PowerLR, train
 from hf_power.cli import parse_settings
+from hf_power.compat import CHECKPOINTING
 from hf_power.data import BlockStream, collate_blocks, load_tokenizer, pack
 from hf_power.files import write_json
 from hf_power.flops import flops_per_token
@@ -84,7 +85,8 @@ def settings(shape, folder, options, batch, checkpointing):
     given.data.tokenizer, given.data.vocab_size = None, 2048
     args, steps = given.training, options.warmup + options.steps
     args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, 1
-    args.activation_checkpointing, args.save_strategy, args.disable_tqdm = checkpointing, "no", True
+    setattr(args, CHECKPOINTING, checkpointing)
+    args.save_strategy, args.disable_tqdm = "no", True
     args.logging_steps, args.max_steps, args.report_to = steps, steps, []
     args.lr_scheduler_kwargs = {"a": 4.0, "warmup_tokens": batch * given.data.block_size}
     given.run.tokens, given.run.max_eval_tokens = str(steps * batch * given.data.block_size), str(given.data.block_size)
@@ -113,8 +115,8 @@ def by_hand(given, experts=None):
     model.config.use_cache = False
     if experts is not None:
         model.set_experts_implementation(experts)
-    if args.activation_checkpointing:
-        model.activation_checkpointing_enable()
+    if getattr(args, CHECKPOINTING):
+        getattr(model, f"{CHECKPOINTING}_enable")()
     pin = args.device.type == "cuda"
     loader = torch.utils.data.DataLoader(
         stream, batch_size=args.per_device_train_batch_size, collate_fn=collate_blocks, pin_memory=pin
