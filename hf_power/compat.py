@@ -39,7 +39,7 @@ def own_flags(flags: list[str]) -> list[str]:
         ValueError: both names of a setting, with different values.
     """
     own, given = [], {}
-    for flag, following in zip(flags, [*flags[1:], "--"], strict=True):
+    for flag, following in zip(flags, [*flags[1:], "--"], strict=False):
         name, equals, value = flag.partition("=")
         setting = name.removeprefix("--").replace("-", "_")
         if name.startswith("--") and any(setting in pair for pair in _PAIRS):
