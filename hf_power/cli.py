@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_power.bad_numbers import NonFiniteError
+from hf_power.compat import own_flags
 from hf_power.disk import disk_is_full
 from hf_power.schema import one_line, raised_by_us, refused_by
 from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, flatten, load_yaml, unknown_flag
@@ -68,7 +69,7 @@ def parse_settings(argv: list[str]) -> Settings:
     from transformers import HfArgumentParser
 
     files = [a for a in argv[:1] if not a.startswith("-")]
-    flags = argv[len(files) :]
+    flags = own_flags(argv[len(files) :])
     values = load_yaml(files[0]) if files else {}
 
     class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is untyped

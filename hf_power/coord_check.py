@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_power.compat import logits_first
 from hf_power.mup import mup_config, mup_init_, mup_param_groups, scale_width
 
 MAX_SLOPE = 0.25  # correct models measure up to 0.18 with the defaults, errors in a rule 0.44 or more
@@ -221,7 +222,7 @@ def _changes(
 def _record(module: nn.Module, label: str, outputs: dict[str, torch.Tensor]) -> None:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         # Attention and the router return tuples that begin with their output.
-        outputs[label] = (output[0] if isinstance(output, tuple) else output).detach().float()
+        outputs[label] = (logits_first(output)[0] if isinstance(output, tuple) else output).detach().float()
 
     module.register_forward_hook(hook)
 

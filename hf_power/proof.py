@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from hf_power.compat import logits_first
+
 FAMILIES = {"granite": "Granite", "granitemoe": "GraniteMoe", "llama": "Llama", "mixtral": "Mixtral"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,7 +66,7 @@ def _take_routes(model: Any, routes: list[torch.Tensor]) -> list[int]:
     recorded = list(reversed(routes))
 
     def hook(_router: Any, _inputs: Any, output: Any) -> Any:
-        scores, weights, chosen = output
+        scores, weights, chosen = ordered = logits_first(output)
         if not recorded:
             routes.append(chosen)
             return output
@@ -72,7 +74,8 @@ def _take_routes(model: Any, routes: list[torch.Tensor]) -> list[int]:
         same = (chosen.sort(-1).values == wanted.sort(-1).values).all(-1, keepdim=True)
         rerouted.append(int((~same).sum()))
         of_wanted = scores.float().gather(-1, wanted).softmax(-1).to(weights.dtype)
-        return scores, torch.where(same, weights, of_wanted), torch.where(same, chosen, wanted)
+        taken = scores, torch.where(same, weights, of_wanted), torch.where(same, chosen, wanted)
+        return taken if ordered is output else taken[::-1]
 
     for name, module in model.named_modules():
         if name.endswith((".block_sparse_moe.router", ".mlp.gate")):

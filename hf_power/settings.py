@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, MixtralConfig, TrainingArguments
 
+from hf_power.compat import CHECKPOINTING, own_name, recorded_name, refuse_two_values
 from hf_power.experts import refuse_reentrant
 from hf_power.mup import mup_config
 from hf_power.recipe import Recipe
@@ -163,7 +164,7 @@ class Settings:
         sections: dict[str, dict[str, Any]] = {}
         for section, kind in SECTIONS.items():
             names = [f.name for f in dataclasses.fields(kind) if f.name in self.given - NOT_RECORDED]
-            values = {name: getattr(getattr(self, section), name) for name in names}
+            values = {recorded_name(name): getattr(getattr(self, section), name) for name in names}
             sections[section] = {k: v.value if isinstance(v, enum.Enum) else v for k, v in values.items()}
         return sections
 
@@ -224,7 +225,7 @@ class Settings:
         self.allowed_changes()
         config = self.model.config()
         self._check_layer()
-        refuse_reentrant(config, self.training.activation_checkpointing_kwargs)
+        refuse_reentrant(config, getattr(self.training, f"{CHECKPOINTING}_kwargs"))
         if self.mup.mup:
             mup_config(config, **self.mup.arguments())
         kwargs = self.training.lr_scheduler_kwargs or {}
@@ -240,7 +241,7 @@ class Settings:
         Raises:
             ValueError: one that is no setting.
         """
-        names = {name.strip() for name in (self.run.allow_changed or "").split(",")} - {""}
+        names = {own_name(name.strip()) for name in (self.run.allow_changed or "").split(",")} - {""}
         known = [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind)]
         for name in names:
             if name.split(".")[0] not in known:
@@ -321,10 +322,11 @@ def flatten(sections: Any, source: str) -> dict[str, Any]:
             raise ValueError(f"{source}: section {section} must hold keys and values, got {shown(values)}.")
         hints = typing.get_type_hints(SECTIONS[section])
         names = [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
+        refuse_two_values(values, f"{source}: {section}")
         for key, value in values.items():
-            if key not in names:
+            if (name := own_name(key)) not in names:
                 raise ValueError(unknown_key(f"{source}: {section}.{key}", str(key), names))
-            flat[key] = _typed(f"{source}: {section}.{key}", value, hints[key])
+            flat[name] = _typed(f"{source}: {section}.{key}", value, hints[name])
     return flat
 
 

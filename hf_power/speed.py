@@ -123,13 +123,14 @@ def chunk_loss_(model: PreTrainedModel, chunks: int) -> PreTrainedModel:
 
 
 class _Experts:
-    """The experts of a module with weights of another type; everything else is the module's."""
+    """The experts of a module with weights of another type; everything else is the module's, whatever a version asks for."""
 
     def __init__(self, experts: Any, dtype: torch.dtype) -> None:
+        self._experts = experts
         self.gate_up_proj, self.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
-        self.num_experts, self._apply_gate = experts.num_experts, experts._apply_gate
-        self.has_gate, self.has_bias, self.is_transposed = experts.has_gate, experts.has_bias, experts.is_transposed
-        self.has_post_expert_norm, self._is_expert_parallel = experts.has_post_expert_norm, experts._is_expert_parallel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
 
 
 def grouped_mm_under_autocast(experts: Any, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from sentences import says
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Trainer, TrainingArguments
 from transformers.models.granitemoe.modeling_granitemoe import load_balancing_loss_func
 
+from hf_power.compat import CHECKPOINTING
 from hf_power.experts import MEASURES, ExpertLoad, MeasureExperts, refuse_reentrant
 from hf_power.mup import MupAdamW, mup_config, mup_init_
 
@@ -132,16 +133,11 @@ def test_the_measurement_changes_neither_loss_nor_gradients():
         assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
-# gradient_checkpointing_enable, whose new name is not in older releases.
-renamed = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
-
-
-@renamed
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_counts_a_pass_once(reentrant):
     model = granite(output_router_logits=False).train()
     expected = measured(model, tokens())
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     load = ExpertLoad(model)
     load.start()
     model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
@@ -163,13 +159,12 @@ def test_compiled_models_are_measured_too(regional):
     assert load.read() == pytest.approx(expected, rel=1e-5)
 
 
-@renamed
 def test_reentrant_checkpointing_loses_the_balancing_loss_and_is_refused():
     norms = {}
     for reentrant in (None, False, True):
         model = granite(router_aux_loss_coef=100.0).train()
         if reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
         routers = [layer.block_sparse_moe.router.weight.grad for layer in model.base_model.layers]
         norms[reentrant] = torch.stack(routers).norm().item()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from hf_power import mup_config
 from hf_power.cli import parse_settings
+from hf_power.compat import CHECKPOINTING
 from hf_power.flops import flops_per_token
 from hf_power.footprint import COMPUTES, SHARDINGS, activation_bytes, footprint, scale_table, table_text
 
@@ -76,7 +77,7 @@ def measured(config, batch, block, compute, checkpointing):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if compute == "bf16" else torch.float32)
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

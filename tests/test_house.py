@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_power"
 ORDER = [
     "schema",
     "files",
+    "compat",
     "schedule",
     "register",
     "mup",

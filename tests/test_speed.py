@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainingArguments
 
 from hf_power import mup_config, mup_init_, speed, train
+from hf_power.compat import CHECKPOINTING
 from hf_power.power_trainer import PowerTrainer
 from hf_power.settings import Settings
 
@@ -155,7 +156,7 @@ def test_compiled_layers_compute_the_same(kind, tmp_path, monkeypatch, autocast,
     torch._dynamo.utils.counters.clear()
     stock, fast = pair(kind, tmp_path, monkeypatch, torch_compile=True)
     if checkpointing:
-        fast.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(fast, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     want, wanted = loss_and_gradients(stock, autocast)
     got, gotten = loss_and_gradients(fast, autocast)
     assert got == pytest.approx(want, rel=2e-4 if autocast else 1e-6)

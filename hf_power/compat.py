@@ -1,0 +1,76 @@
+"""What the versions that setup.cfg allows do in different ways; each part says of which, and can go when the floor rises."""
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+# transformers 5.22 and older call gradient_checkpointing what 5.23 calls activation_checkpointing, in the Trainer's
+# arguments and in the model's methods. People write either name, the Trainer gets its own, and run.json has the new one;
+# the name and the three functions below can go when the floor is 5.23.
+OLD, NEW = "gradient_checkpointing", "activation_checkpointing"
+CHECKPOINTING = NEW if NEW in {f.name for f in dataclasses.fields(TrainingArguments)} else OLD
+_PAIRS = ((OLD, NEW), (f"{OLD}_kwargs", f"{NEW}_kwargs"))
+
+
+def own_name(setting: str) -> str:
+    """The name of a setting in this version's TrainingArguments."""
+    return {name: pair[CHECKPOINTING == NEW] for pair in _PAIRS for name in pair}.get(setting, setting)
+
+
+def recorded_name(setting: str) -> str:
+    """The name of a setting in run.json, whatever the version."""
+    return dict(_PAIRS).get(setting, setting)
+
+
+def refuse_two_values(values: dict[str, Any], source: str) -> None:
+    """Raise a ValueError where a setting has one value under its old name and another under its new one."""
+    for old, new in _PAIRS:
+        if old in values and new in values and values[old] != values[new]:
+            raise ValueError(
+                f"{source}: {old} is the old name of {new}, got {values[old]!r} and {values[new]!r}: give one of them."
+            )
+
+
+def own_flags(flags: list[str]) -> list[str]:
+    """The flags of a command line under this version's names.
+
+    Raises:
+        ValueError: both names of a setting, with different values.
+    """
+    own, given = [], {}
+    for flag, following in zip(flags, [*flags[1:], "--"], strict=False):
+        name, equals, value = flag.partition("=")
+        setting = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and any(setting in pair for pair in _PAIRS):
+            bare = "true" if following.startswith("--") else following
+            given[setting] = (value if equals else bare).lower()
+            flag = f"--{own_name(setting)}{equals}{value}"
+        own.append(flag)
+    refuse_two_values(given, "command line")
+    return own
+
+
+def logits_first(routed: Any) -> Any:
+    """What a mixture's router puts out, as (logits, weights, experts).
+
+    transformers 5.20 and older have GraniteMoe's router give them the other way round, and experts are integers; this can
+    go when the floor is 5.21.
+    """
+    return routed if routed[0].is_floating_point() else routed[::-1]
+
+
+def _record_router_logits() -> None:
+    """The GraniteMoe of transformers 5.17 drops its router's logits, so its balancing loss raises an error.
+
+    5.18 records them in the way that is done here, so this can go when the floor is 5.18.
+    """
+    from transformers.models.granitemoe.modeling_granitemoe import GraniteMoePreTrainedModel, GraniteMoeTopKRouter
+    from transformers.utils.output_capturing import OutputRecorder
+
+    recorded = GraniteMoePreTrainedModel._can_record_outputs
+    recorded.setdefault("router_logits", OutputRecorder(GraniteMoeTopKRouter, index=2))
+
+
+if CHECKPOINTING == OLD:
+    _record_router_logits()
