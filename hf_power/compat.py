@@ -51,6 +51,15 @@ def own_flags(flags: list[str]) -> list[str]:
     return own
 
 
+def uncounted_sharers(trainer: Any) -> int:
+    """Processes that share each matrix, and so each batch, of which the Trainer does not know.
+
+    transformers 5.18 and older ask the model and DeepSpeed for them, but not accelerate; this can go when the floor is 5.19.
+    """
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    return int(parallel.tp_size) if parallel is not None and trainer.get_tp_size() == 1 else 1
+
+
 def logits_first(routed: Any) -> Any:
     """What a mixture's router puts out, as (logits, weights, experts).
 

@@ -13,6 +13,7 @@ from transformers import trainer as hf_trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
+from hf_power.compat import uncounted_sharers
 from hf_power.schedule import found_tokens_per_step, get_power_schedule
 
 NAME = "power"
@@ -105,7 +106,7 @@ def find_tokens_per_step(trainer: Any) -> int:
     Raises:
         ValueError: if the tokens of a sequence cannot be counted; pass tokens_per_step in lr_scheduler_kwargs.
     """
-    sequences: int = trainer.get_total_train_batch_size(trainer.args)
+    sequences: int = trainer.get_total_train_batch_size(trainer.args) // uncounted_sharers(trainer)
     if trainer.accelerator.split_batches:  # then the per-device batch is already that of all processes
         sequences = trainer._train_batch_size * trainer.args.gradient_accumulation_steps
     try:
