@@ -18,7 +18,7 @@ from hf_power.footprint import activation_bytes
 from hf_power.mup import MupAdamW
 from hf_power.schedule import found_tokens_per_step
 from hf_power.settings import Settings
-from hf_power.speed import attend_to_blocks_, compile_layers_
+from hf_power.speed import attend_to_blocks_
 from hf_power.stacked import can_be_stacked, stack
 from hf_power.train import build_model
 
@@ -125,9 +125,6 @@ class Ensemble:
             members_of = slice(first, first + together)
             self._stacks.append((members_of, *stack(self.models[members_of])))
         self._named = [dict(model.named_parameters()) for model in self.models]
-        if args.torch_compile:
-            for model in [whole for _, whole, _ in self._stacks] or self.models:
-                compile_layers_(model, args)
         factory, kwargs = MupAdamW.for_trainer(args)
         self.optimizers = [
             factory()(model, **kwargs | {"lr": member.training.learning_rate})

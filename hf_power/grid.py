@@ -205,6 +205,11 @@ def _check(grid: Grid, source: str) -> None:
         raise ValueError(
             f"{source}: a sweep makes a recipe and takes none, got {base.run.recipe!r}: remove run.recipe."
         )
+    if base.training.torch_compile:
+        raise ValueError(
+            f"{source}: a sweep compiles nothing, since its small models would compile longer than they train: remove "
+            "training.torch_compile."
+        )
     block = base.data.block_size
     if base.data.streaming:
         raise ValueError(f"{source}: a sweep reads its data many times over: set streaming to false.")

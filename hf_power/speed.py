@@ -1,20 +1,21 @@
 """What makes a training step faster without changing what it computes, for models that train on whole blocks."""
 
+import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "sdpa_of_blocks"
 EXPERTS = "grouped_mm_under_autocast"
-LOGITS_BYTES = 2**29  # of one chunk in fp32; a loss whose logits are larger is taken in chunks
+LOGITS_BYTES = 2**30  # of one chunk in fp32; a loss whose logits are larger is taken in chunks
+IGNORED = -100  # the label of a token that no loss counts, in torch and transformers
 
 
 def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedModel:
@@ -23,10 +24,11 @@ def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedM
     * SDPA attention is told that a block is one causal sequence. The stock path looks for padding and packed sequences in
       every forward pass, which waits for the device.
     * Grouped products of experts follow autocast, as every other product does.
-    * A loss whose fp32 logits exceed LOGITS_BYTES is taken chunk by chunk, each computed again in the backward pass: see
-      `chunk_loss_`. Not under DeepSpeed, whose ZeRO 3 has no whole head outside of the head's own forward pass.
+    * A loss whose fp32 logits exceed LOGITS_BYTES is taken chunk by chunk, see `chunk_loss_`. Not under DeepSpeed, whose
+      ZeRO 3 has no whole head outside of the head's own forward pass.
     * With ``torch_compile``, the decoder layers are compiled, and share one graph, instead of the whole model; of a layer
-      with experts its attention, norms and experts: the router reports its logits, which breaks graphs.
+      with experts its attention, norms and experts: the router reports its logits, which breaks graphs. So is what lies
+      between the products of a loss in chunks.
     * Batches are copied to an accelerator while it computes.
 
     Args:
@@ -42,10 +44,12 @@ def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedM
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_mm_under_autocast)
         model.set_experts_implementation(EXPERTS)
     chunks = loss_chunks(args.per_device_train_batch_size * block_size, model.config.vocab_size)
+    compiler = functools.partial(torch.compile, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     if chunks > 1 and args.deepspeed_plugin is None:
-        chunk_loss_(model, chunks)
+        chunk_loss_(model, chunks, compiler if args.torch_compile else None)
     if args.torch_compile:
-        compile_layers_(model, args)
+        for region in _regions(model):  # not their hooks: those of FSDP and of the router's logits would break graphs
+            region.forward = compiler(region.forward)
         args.torch_compile_backend = os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
     if args.device.type != "cpu":
         args.accelerator_config.non_blocking = True
@@ -60,13 +64,6 @@ def attend_to_blocks_(model: Any) -> Any:
     return model
 
 
-def compile_layers_(model: Any, args: Any) -> None:
-    """Compile the decoder layers in place with the backend and mode of the run's TrainingArguments."""
-    for region in _regions(model):  # not their hooks: those of FSDP and of the router's logits would break graphs
-        compiled = torch.compile(region.forward, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        region.forward = compiled
-
-
 def _regions(model: Any) -> Iterator[Any]:
     for layer in model.base_model.layers:
         if not getattr(model.config, "num_local_experts", None):
@@ -77,28 +74,30 @@ def _regions(model: Any) -> Iterator[Any]:
 
 
 def loss_chunks(tokens: int, vocab_size: int) -> int:
-    """Chunks in which a loss over `tokens` is taken, so that the fp32 logits of one fit into LOGITS_BYTES."""
-    return math.ceil(4 * tokens * vocab_size / LOGITS_BYTES)
+    """Chunks in which a loss over `tokens` is taken, a power of two: the fp32 logits of one fit into LOGITS_BYTES."""
+    return int(2 ** math.ceil(math.log2(max(1.0, 4 * tokens * vocab_size / LOGITS_BYTES))))
 
 
-def chunk_loss_(model: PreTrainedModel, chunks: int) -> PreTrainedModel:
+def chunk_loss_(model: PreTrainedModel, chunks: int, compiler: Callable[[Any], Any] | None = None) -> PreTrainedModel:
     """Take the training loss of a causal model in chunks of its tokens, without the logits of all of them at once.
 
-    The head's product and the cross-entropy of a chunk are computed again in the backward pass, so that only one chunk's
-    logits exist at any time, for 2 * vocab_size * hidden_size more FLOPs per token. What the model does between its
-    head and its loss must be linear, as Granite's division by logits_scaling is: here it is applied to the hidden states.
+    The gradients of a chunk's logits are computed beside them, see `_ChunkedLoss`, so that only one chunk's logits exist
+    at any time and no product is computed twice. What the model does between its head and its loss must be linear, as
+    Granite's division by logits_scaling is: here it is applied to the hidden states.
 
     In training mode the output's ``logits`` are those hidden states; in evaluation mode nothing changes.
 
     Args:
-        model: with ``lm_head`` and transformers' ``loss_function``; changed in place.
+        model: with ``lm_head``, without bias, and transformers' ``loss_function``; changed in place.
         chunks: >= 1.
+        compiler: compiles the part between the head's products, as torch.compile does; None leaves it as it is.
 
     Returns:
         The model.
     """
     head: Any = model.lm_head
     whole_head, whole_loss = head.forward, model.loss_function
+    loss_of_logits = compiler(_loss_of_logits) if compiler else _loss_of_logits
 
     def deferred_head(hidden: torch.Tensor) -> torch.Tensor:
         return hidden if model.training else whole_head(hidden)
@@ -109,17 +108,59 @@ def chunk_loss_(model: PreTrainedModel, chunks: int) -> PreTrainedModel:
         if not model.training:
             loss: torch.Tensor = whole_loss(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
             return loss
-        hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
-        for part, wanted in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
-            total = total + checkpoint(summed_loss, part, wanted, use_reentrant=False)
-        return total / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-    def summed_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(whole_head(hidden).float(), targets, reduction="sum")
+        # Each token is the target of the one before it, and the last of a block has none, so that all chunks are alike.
+        targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        total: torch.Tensor = _ChunkedLoss.apply(logits.flatten(0, 1), head.weight, targets, chunks, loss_of_logits)
+        return total / (targets.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     head.forward, model.loss_function = deferred_head, loss_function
     return model
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropy of ``hidden @ weight.T``, its gradients computed with it, chunk by chunk.
+
+    With p the softmax of a token's logits and y its target (one-hot), the logits' gradient is p - y. From it come the
+    gradients of the hidden states, (p - y) @ weight, and of the weight, (p - y).T @ hidden, summed in the weight's type.
+    Products are in autocast's type. Between forward and backward both gradients are kept, one of each size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunks: int,
+        loss_of_logits: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        matrix, grad_weight = weight.to(dtype), torch.zeros_like(weight)
+        losses, grads = [], []
+        with torch.autocast(device, enabled=False):
+            for part, wanted in zip(hidden.to(dtype).chunk(chunks), targets.chunk(chunks), strict=True):
+                loss, grad = loss_of_logits(part @ matrix.T, wanted)
+                losses.append(loss)
+                grads.append((grad @ matrix).to(hidden.dtype))
+                grad_weight += grad.T @ part
+        ctx.save_for_backward(torch.cat(grads), grad_weight)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+def _loss_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy of logits (tokens, vocabulary) in fp32, and its gradient in the type of the logits."""
+    exact, counted = logits.float(), targets.ne(IGNORED)[:, None]
+    target = targets[:, None].clamp(min=0)
+    log_sum = exact.logsumexp(dim=-1, keepdim=True)
+    loss = ((log_sum - exact.gather(1, target)) * counted).sum()
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == target
+    return loss, (((exact - log_sum).exp() - is_target.float()) * counted).to(logits.dtype)
 
 
 class _Experts:

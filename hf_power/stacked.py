@@ -25,7 +25,7 @@ def stack(models: Sequence[Any]) -> tuple[Any, dict[str, nn.Parameter]]:
 
     It takes token ids of shape (M * n, tokens), the first n sequences for the first model, and returns logits of shape
     (M * n, tokens, vocabulary). A linear layer becomes one batched product over the models; attention, rotary embedding
-    and activations see only a larger batch, so that fused attention and torch.compile work as they do for one model.
+    and activations see only a larger batch, so that fused attention works as it does for one model.
 
     Args:
         models: made alike, see `can_be_stacked`; their parameters become slices of the stacked tensors.

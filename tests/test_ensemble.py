@@ -298,16 +298,3 @@ def test_stacks_of_some_members_at_once(bench, make_grid, monkeypatch, members_t
     assert ensemble.batched == (members_together > 1)
     assert run(ensemble, tables(rows)) == pytest.approx(losses, abs=1e-5)
     assert ensemble.held_out_losses() == pytest.approx(alone.held_out_losses(), abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
-@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
-def test_compiled_members_train_as_they_do_uncompiled(bench, make_grid, batched):
-    rows = [member(make_grid(), value=v) for v in (0.01, 0.02)]
-    losses = run(ensemble_of(bench, rows, batched), tables(rows))
-    compiled = [row | {"training": row["training"] | {"torch_compile": True}} for row in rows]
-    torch._dynamo.utils.counters.clear()
-    assert run(ensemble_of(bench, compiled, batched), tables(rows)) == pytest.approx(losses, abs=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]

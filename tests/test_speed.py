@@ -99,7 +99,7 @@ def test_only_one_chunk_of_logits_is_alive(tmp_path, monkeypatch):
         with Largest() as largest:
             loss_and_gradients(model, False)
         found.append(largest.rows)
-    assert found == [BATCH * BLOCK, BATCH * (BLOCK - 1) // 4]
+    assert found == [BATCH * BLOCK, BATCH * BLOCK // 4]
 
 
 def test_small_logits_and_evaluation_are_left_to_the_stock_path(tmp_path, monkeypatch):
@@ -163,8 +163,8 @@ def test_compiled_layers_compute_the_same(kind, tmp_path, monkeypatch, autocast,
     assert distance(gotten, wanted) < (3e-2 if autocast else 1e-5)
     assert fast.state_dict().keys() == stock.state_dict().keys()
     assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] == {"dense": 1, "moe": 3}[kind]
-    )  # for any number of layers
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == {"dense": 2, "moe": 4}[kind]
+    )  # for any number of layers, and one of the loss
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_power import train
+from hf_power import ensemble, train
 from hf_power.data import load_tokenizer, pack
 from hf_power.text import load_text
 
@@ -151,9 +151,11 @@ def only_the_training():
         with torch.device(DEVICE):
             return build(*args)
 
-    train.build_model, train._finish = on_device, lambda *args: None
+    train.build_model = ensemble.build_model = on_device
+    train._finish = lambda *args: None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        train.build_model, train._finish = build, finish
+        train.build_model = ensemble.build_model = build
+        train._finish = finish

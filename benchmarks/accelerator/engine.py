@@ -31,7 +31,7 @@ def sections(width, layers, vocabulary, block, tokens_per_step, seed=0):
     model |= {"num_attention_heads": max(1, width // 64), "tie_word_embeddings": True}
     training = {"per_device_train_batch_size": tokens_per_step // block, "seed": seed, "bf16": True}
     training |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "save_strategy": "no"}
-    training |= {"disable_tqdm": True, "logging_steps": 100, "report_to": "none", "use_cpu": DEVICE == "cpu"}
+    training |= {"disable_tqdm": True, "report_to": "none", "use_cpu": DEVICE == "cpu"}
     return {
         "model": model,
         "mup": {"base_width": 32, "preset": "power_of_two"},
@@ -42,17 +42,17 @@ def sections(width, layers, vocabulary, block, tokens_per_step, seed=0):
 
 
 def trainer(made, warmup, steps):
-    """Tokens per second of one run of `pretrain`, and its losses."""
+    """Tokens per second of one run of `pretrain`, and the mean of its losses."""
     tokens_per_step = made["training"]["per_device_train_batch_size"] * made["data"]["block_size"]
     made["run"]["tokens"] = (warmup + steps) * tokens_per_step
     with tempfile.TemporaryDirectory() as folder, Clock(warmup, steps) as clock, only_the_training():
-        made["training"] |= {"output_dir": f"{folder}/run", "logging_steps": 1}
+        made["training"] |= {"output_dir": f"{folder}/run", "logging_steps": warmup + steps}
         run = train.pretrain(Settings.from_dict(made))
-    return clock.row(tokens_per_step), [p["loss"] for p in run["loss_curve"] if "loss" in p]
+    return clock.row(tokens_per_step), next(p["loss"] for p in run["loss_curve"] if "loss" in p)
 
 
 def engine(made, members, warmup, steps, prepared, **options):
-    """Tokens per second of an ensemble, and the losses of its first member."""
+    """Tokens per second of an ensemble, and the mean of the losses of its first member."""
     tokenizer, blocks, held_out = prepared
     runs = [Settings.from_dict(made | {"training": made["training"] | {"seed": i % 3}}) for i in range(members)]
     tokens_per_step = runs[0].training.per_device_train_batch_size * runs[0].data.block_size
@@ -69,8 +69,10 @@ def engine(made, members, warmup, steps, prepared, **options):
         losses.append(ensemble.last_losses[-1][0])
     seconds = now() - started
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     row = {"seconds": seconds, "steps": steps, "tokens_per_second": members * steps * tokens_per_step / seconds}
-    return row | {"batched": ensemble.batched, "peak_bytes": peak}, torch.stack(losses).tolist()
+    return row | {"batched": ensemble.batched, "peak_bytes": peak}, float(torch.stack(losses).mean())
 
 
 def measure(rows, options):
@@ -96,8 +98,7 @@ def measure(rows, options):
             case = {"parameters": name, "width": width, "tokens_per_step": tokens_per_step}
             rows.add("sweep", way="trainer", members=1, **case | row)
             for members in members_of:
-                row, losses = engine(made, members, warmup, steps, prepared)
+                row, loss = engine(made, members, warmup, steps, prepared)
                 free_memory()
-                distance = max(abs(one - other) for one, other in zip(losses, expected, strict=True))
-                rows.add("sweep", way="engine", members=members, loss_distance=distance, **case | row)
+                rows.add("sweep", way="engine", members=members, loss=loss, trainer_loss=expected, **case | row)
             rows.add("sweep", **case, wall_seconds=time.perf_counter() - started)
