@@ -274,8 +274,9 @@ def block_losses(model: Any, blocks: torch.Tensor) -> torch.Tensor:
 
     A mixture of experts' own loss has its balancing loss added.
     """
-    logits = model(input_ids=blocks).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), blocks[:, 1:], reduction="none").mean(dim=1)
+    logits = model(input_ids=blocks).logits[:, :-1].float().flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, blocks[:, 1:].flatten(), reduction="none")
+    return losses.view(len(blocks), -1).mean(dim=1)
 
 
 def ngram_losses(train_blocks: Any, held_out_blocks: Any, vocab_size: int) -> dict[str, float]:

@@ -110,7 +110,8 @@ def chunk_loss_(model: PreTrainedModel, chunks: int, compiler: Callable[[Any], A
             return loss
         # Each token is the target of the one before it, and the last of a block has none, so that all chunks are alike.
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        total: torch.Tensor = _ChunkedLoss.apply(logits.flatten(0, 1), head.weight, targets, chunks, loss_of_logits)
+        summed: Callable[..., torch.Tensor] = _ChunkedLoss.apply
+        total = summed(logits.flatten(0, 1), head.weight, targets, chunks, loss_of_logits)
         return total / (targets.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     head.forward, model.loss_function = deferred_head, loss_function

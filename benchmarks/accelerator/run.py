@@ -27,11 +27,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="pairs of ours and by_hand")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
-    parser.add_argument("--micro_batch", type=int, default=4, help="blocks of 4096 tokens to begin with")
+    parser.add_argument("--micro_batch", type=int, help="blocks of 4096 tokens; default: 8 above 100 GB, else 4")
     parser.add_argument("--peak_flops", type=float, default=989e12, help="bf16, dense; 989e12 is an H100 SXM's.")
     parser.add_argument("--compile", action="store_true", help="compile in a dry run too")
     parser.add_argument("--dry_run", action="store_true")
     options = parser.parse_args()
+    if options.micro_batch is None:
+        memory = torch.cuda.get_device_properties(0).total_memory if DEVICE == "cuda" else 0
+        options.micro_batch = 8 if memory > 100e9 else 4
     rows = Rows(options.folder)
     if options.part == "report":
         from report import report
