@@ -1,30 +1,75 @@
-"""The benchmark for an accelerator runs where there is none, and its two loops do the same work."""
+"""The sitting on an accelerator runs where there is none, with the versions of the usual GPU image."""
 
-import ast
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "accelerator.py"
+ROOT = Path(__file__).parent.parent
+RUN = ROOT / "benchmarks/accelerator/run.py"
+# `make test` puts them here: the versions of the usual GPU image: transformers 5.17.0, huggingface_hub 1.33.0.
+IMAGE = ROOT / ".venv/image"
+PARTS = ("dense", "sweep", "moe", "host", "profile", "resume", "coordinates")
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_accelerator_benchmark():
-    command = [sys.executable, SCRIPT, "--dry_run", "--rounds", "1", "--steps", "2", "--warmup", "1"]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert out.returncode == 0, out.stderr[-3000:]
-    rows = [ast.literal_eval(line) for line in out.stdout.splitlines() if line.startswith("{")]
-    for shape, legs in {"dense": 3, "moe": 4}.items():
-        losses = {row["leg"]: row["loss"] for row in rows if row["shape"] == shape}
-        assert len(losses) == legs
-        assert losses["ours"] == pytest.approx(losses["by_hand"], abs=1e-5)
-    assert sum(line.startswith("| ") for line in out.stdout.splitlines()) == 8
+def test_a_sitting_is_measured_part_by_part_and_goes_on(tmp_path, corpus):
+    """A dry run in the image's versions; a second one measures only what the first one lacks."""
+    if not IMAGE.exists():
+        pytest.skip("make test installs the packages of the GPU image, which are not here")
+    environment = os.environ | {"PYTHONPATH": str(IMAGE), "PYTHON": sys.executable, "SECONDS_IN_ALL": "3000"}
+    command = [ROOT / "benchmarks/on_accelerator.sh", tmp_path / "rows", "--dry_run", "--dataset", corpus]
+    command += ["--rounds", "1", "--steps", "1", "--warmup", "1"]
+
+    def sitting():
+        out = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment)
+        assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-1000:]
+        return [json.loads(line) for line in (tmp_path / "rows/rows.jsonl").read_text().splitlines()]
+
+    rows = sitting()
+    assert [row["part"] for row in rows if row.get("done")] == list(PARTS)
+    versions = rows[0]["versions"]
+    assert (versions["transformers"], versions["accelerate"]) == ("5.17.0", "1.15.0")
+
+    legs = {row["leg"]: row["loss"] for row in rows if row["part"] == "moe" and "loss" in row}
+    assert legs.keys() == {"ours", "by_hand", "eager_experts"}
+    for part in ("dense", "moe", "host"):
+        legs = {row["leg"]: row["loss"] for row in rows if row["part"] == part and "loss" in row}
+        assert legs["ours"] == pytest.approx(legs["by_hand"], abs=1e-5)
+    engines = [row for row in rows if row.get("way") == "engine"]
+    assert len(engines) == 2
+    for row in engines:
+        assert row["loss"] == pytest.approx(row["trainer_loss"], abs=1e-4)
+    resumed = next(row for row in rows if row["part"] == "resume" and "steps" in row)
+    assert resumed["two_runs_equal"]
+    assert resumed["killed_run_equal"]
+    assert [row["passed"] for row in rows if row["part"] == "coordinates" and "way" in row] == [True] * 3
+
+    kept = [row for row in rows if not (row["part"] == "coordinates" and row.get("done"))]
+    (tmp_path / "rows/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    added = sitting()[len(kept) :]
+    assert {row.get("of", row["part"]) for row in added} == {"coordinates"}
+
+    report = subprocess.run([sys.executable, RUN, "report", "--folder", tmp_path / "rows", "--dry_run"], **TEXT)
+    for part in PARTS:
+        assert f"**{part}" in report.stdout, report.stderr
+
+
+TEXT = {"capture_output": True, "text": True, "timeout": 100}
 
 
 @pytest.mark.slow
-def test_without_a_device_the_accelerator_benchmark_says_so():
-    out = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=100)
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("dense", "there is no CUDA device here: pass --dry_run to try the script on a CPU."),
+        ("report", "has no part that was measured to its end: run benchmarks/on_accelerator.sh first."),
+    ],
+)
+def test_without_a_device_or_rows_the_script_says_so(tmp_path, part, message):
+    out = subprocess.run([sys.executable, RUN, part, "--folder", tmp_path], **TEXT)
     assert out.returncode == 1
-    assert out.stderr.strip().endswith("there is no CUDA device here: pass --dry_run to try the script on a CPU.")
+    assert out.stderr.strip().endswith(message)

@@ -6,7 +6,6 @@ both sides, which favours the Trainer: it starts once per model.
 
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from common import DEVICE, Clock, data, free_memory, now, only_the_training
@@ -25,17 +24,17 @@ CASES = {
 MEMBERS = (9, 32)  # three rates of three seeds, and what a wide grid has
 
 
-def sections(width, layers, vocabulary, block, tokens_per_step, seed=0):
+def sections(width, layers, vocabulary, block, tokens_per_step, dataset):
     """A proxy, as benchmarks/transfer has them on an accelerator."""
     model = {"hidden_size": width, "intermediate_size": width * 5 // 2, "num_hidden_layers": layers}
     model |= {"num_attention_heads": max(1, width // 64), "tie_word_embeddings": True}
-    training = {"per_device_train_batch_size": tokens_per_step // block, "seed": seed, "bf16": True}
+    training = {"per_device_train_batch_size": tokens_per_step // block, "bf16": True}
     training |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "save_strategy": "no"}
     training |= {"disable_tqdm": True, "report_to": "none", "use_cpu": DEVICE == "cpu"}
     return {
         "model": model,
         "mup": {"base_width": 32, "preset": "power_of_two"},
-        "data": {"dataset": "python-stdlib", "vocab_size": vocabulary, "block_size": block},
+        "data": {"dataset": dataset, "vocab_size": vocabulary, "block_size": block},
         "run": {"max_eval_tokens": block},
         "training": training,
     }
@@ -75,7 +74,7 @@ def engine(made, members, warmup, steps, prepared, **options):
     return row | {"batched": ensemble.batched, "peak_bytes": peak}, float(torch.stack(losses).mean())
 
 
-def measure(rows, options):
+def measure(rows, options, scratch):
     """Both ways at each size and batch."""
     warmup, steps = (5, 40) if DEVICE == "cuda" else (2, 2)
     members_of = MEMBERS if DEVICE == "cuda" else (3,)
@@ -84,10 +83,10 @@ def measure(rows, options):
             width, layers, block, batches = width // 4, 2, 64, (128,)
         prepared = None
         for tokens_per_step in batches:
-            made = sections(width, layers, vocabulary, block, tokens_per_step)
+            made = sections(width, layers, vocabulary, block, tokens_per_step, options.dataset)
             given = Settings.from_dict(made | {"training": made["training"] | {"output_dir": "unused"}})
             tokenizer, _ = data(given)
-            folder = Path(tempfile.gettempdir()) / f"hf_power-tokenizer-{vocabulary}"
+            folder = scratch / f"tokenizer-{vocabulary}"
             tokenizer.save_pretrained(folder)  # so that no run trains it anew
             made["data"]["tokenizer"] = str(folder)
             if prepared is None:

@@ -40,7 +40,7 @@ def start(folder, *arguments):
     return subprocess.Popen(command(folder, *arguments), stdout=log, stderr=log, env=environment)
 
 
-def wait_for(folder, process, seconds=120):
+def wait_for(folder, process, seconds=600):
     """Until the first checkpoint of a run is sealed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
@@ -53,9 +53,9 @@ def wait_for(folder, process, seconds=120):
 def resume(rows, options, folder):
     """Two runs of one command and one that is killed and goes on, side by side; with and without determinism."""
     width, layers, vocabulary, block, _ = CASES["1M"]
-    made = sections(width, layers, vocabulary, block, 8 * block)
+    made = sections(width, layers, vocabulary, block, 8 * block, options.dataset)
     if options.dry_run:
-        made = sections(32, 2, 512, 64, 256)
+        made = sections(32, 2, 512, 64, 256, options.dataset)
     made["run"]["tokens"] = STEPS * made["training"]["per_device_train_batch_size"] * made["data"]["block_size"]
     made["training"] |= {"save_strategy": "steps", "save_steps": SAVE, "logging_steps": 1, "max_grad_norm": 1.0}
     tokenizer, _ = data(Settings.from_dict(made | {"training": made["training"] | {"output_dir": "unused"}}))
@@ -74,7 +74,7 @@ def resume(rows, options, folder):
         running[kind, "killed"].wait()
         running[kind, "killed"] = start(killed, file, kind)
     for key, process in running.items():
-        if process.wait(timeout=300):
+        if process.wait(timeout=600):
             raise SystemExit(f"{key} failed: {folders[key].with_suffix('.log').read_text()[-2000:]}")
     for kind in kinds:
         one, two, killed = (fingerprint(folders[kind, name]) for name in ("one", "two", "killed"))

@@ -12,7 +12,9 @@ def report(rows, options):
     """Write benchmarks/results/accelerator_DEVICE.json and .md of the rows, and print the tables."""
     every = rows.read()
     if not any(row.get("done") for row in every):
-        raise SystemExit(f"{rows.path} has no part that was measured to its end: run benchmarks/on_accelerator.sh first.")
+        raise SystemExit(
+            f"{rows.path} has no part that was measured to its end: run benchmarks/on_accelerator.sh first."
+        )
     machine = next(row for row in every if row["part"] == "machine")
     name = machine["hardware"]["device_name"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
@@ -26,7 +28,12 @@ def report(rows, options):
         ]
     for part in ("dense", "moe"):
         lines += _steps(rows.read(part), ceiling)
-    lines += _host(rows.read("host")) + _sweep(rows.read("sweep")) + _resume(rows.read("resume"))
+    lines += (
+        _profile(rows.read("profile"))
+        + _host(rows.read("host"))
+        + _sweep(rows.read("sweep"))
+        + _resume(rows.read("resume"))
+    )
     lines += _coordinates(rows.read("coordinates"))
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
@@ -86,6 +93,24 @@ def _steps(rows, ceiling):
     return [*lines, ""]
 
 
+def _profile(rows):
+    lines = []
+    for row in rows:
+        if "ms_by_kind" not in row:
+            continue
+        kinds = sorted(row["ms_by_kind"].items(), key=lambda kind: -kind[1])
+        lines += [
+            f"**profile, {row['shape']}**: a micro-step of {row['micro_batch']} blocks, {row['ms_on_the_clock']:.0f} ms on the "
+            f"clock, {row['ms_of_kernels']:.0f} ms of kernels in the profile.",
+            "",
+            "| kernels | ms | share |",
+            "|---|---:|---:|",
+            *(f"| {kind} | {ms:.1f} | {ms / row['ms_of_kernels']:.0%} |" for kind, ms in kinds),
+            "",
+        ]
+    return lines
+
+
 def _host(rows):
     legs = by_leg(rows)
     if not legs:
@@ -124,7 +149,12 @@ def _sweep(rows):
             f"{row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / base:.1f} | {loss} | "
             f"{(row['peak_bytes'] or 0) / 1e9:.1f} |"
         )
-    return [*lines, "", "The loss is the mean over all steps of the first member, in brackets that of the Trainer's run of it.", ""]
+    return [
+        *lines,
+        "",
+        "The loss is the mean over all steps of the first member, in brackets that of the Trainer's run of it.",
+        "",
+    ]
 
 
 def _resume(rows):
@@ -152,5 +182,7 @@ def _coordinates(rows):
         "|---|---:|---|---|",
     ]
     for row in rows:
-        lines.append(f"| {row['way']} | {row['worst_slope']:+.3f} | {row['module']}, step {row['step']} | {row['passed']} |")
+        lines.append(
+            f"| {row['way']} | {row['worst_slope']:+.3f} | {row['module']}, step {row['step']} | {row['passed']} |"
+        )
     return [*lines, ""] if rows else []

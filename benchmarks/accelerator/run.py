@@ -1,6 +1,6 @@
 """Parts of benchmarks/on_accelerator.sh: python benchmarks/accelerator/run.py PART --folder FOLDER [--dry_run].
 
-Parts: dense, host, sweep, moe, resume, coordinates (what each measures stands at the top of its module), and report,
+Parts: dense, host, sweep, moe, profile, resume, coordinates (what each measures stands at the top of its module), and report,
 which makes benchmarks/results/accelerator_DEVICE.json and .md of the rows in FOLDER. A part that FOLDER has already is
 left out. `--dry_run` takes tiny shapes on a CPU: it shows that the part runs, its figures mean nothing.
 """
@@ -17,7 +17,7 @@ from common import DEVICE, Rows
 
 from hf_power.machine import hardware, versions
 
-PARTS = ("dense", "host", "sweep", "moe", "resume", "coordinates", "report")
+PARTS = ("dense", "host", "sweep", "moe", "profile", "resume", "coordinates", "report")
 
 
 def main():
@@ -29,6 +29,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--micro_batch", type=int, help="blocks of 4096 tokens; default: 8 above 100 GB, else 4")
     parser.add_argument("--peak_flops", type=float, default=989e12, help="bf16, dense; 989e12 is an H100 SXM's.")
+    parser.add_argument("--dataset", default="python-stdlib", help="text, as in the section data of settings")
     parser.add_argument("--compile", action="store_true", help="compile in a dry run too")
     parser.add_argument("--dry_run", action="store_true")
     options = parser.parse_args()
@@ -58,7 +59,11 @@ def main():
         elif options.part == "sweep":
             from engine import measure
 
-            measure(rows, options)
+            measure(rows, options, folder)
+        elif options.part == "profile":
+            from profile_step import measure
+
+            measure(rows, options, folder)
         else:
             import exactness
 

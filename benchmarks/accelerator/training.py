@@ -28,20 +28,20 @@ TINY = {**NARROW, "num_hidden_layers": 2, "block_size": 128, "base_width": 32}  
 TINY |= {"model_config": '{"vocab_size": 2048, "output_router_logits": true}', "use_cpu": DEVICE == "cpu"}
 
 
-def settings(shape, folder, batch, steps, compiled, dry_run):
-    """The recipe's model and optimizer on Python's standard library, `batch` blocks a micro-batch."""
+def settings(shape, folder, batch, steps, compiled, options):
+    """The recipe's model and optimizer on the text of the options, `batch` blocks a micro-batch."""
     flags = {"output_dir": folder, "activation_checkpointing": False, "torch_compile": compiled}
     flags |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": SEQUENCES // batch}
     flags |= {"max_steps": steps, "logging_steps": steps, "save_strategy": "no", "disable_tqdm": True}
     if shape == "host":
         flags |= NARROW | {"block_size": 128, "base_width": 32, "gradient_accumulation_steps": 1}
-    if dry_run:
+    if options.dry_run:
         flags |= TINY | {"gradient_accumulation_steps": 2}
         if shape != "moe":
             flags["model_config"] = '{"vocab_size": 2048}'
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     given = parse_settings([str(ROOT / f"scripts/recipes/{RECIPES[shape]}.yaml"), *words])
-    given.data.dataset, given.data.dataset_config, given.data.streaming = "python-stdlib", None, False
+    given.data.dataset, given.data.dataset_config, given.data.streaming = options.dataset, None, False
     given.data.tokenizer, given.data.vocab_size = None, 2048
     given.training.lr_scheduler_kwargs = {"a": 4.0, "warmup_tokens": given.data.block_size}
     given.training.report_to = []
@@ -128,7 +128,7 @@ def leg(rows, part, name, options, folder, batch, turn):
         steps, warmup = max(1, steps // 3), 1
     compiled = name != "stock" and (DEVICE == "cuda" or options.compile)
     while True:
-        given = settings(part, folder / "run", batch, warmup + steps, compiled, options.dry_run)
+        given = settings(part, folder / "run", batch, warmup + steps, compiled, options)
         per_step = batch * given.training.gradient_accumulation_steps * given.data.block_size
         known = data(given)
         try:
@@ -152,7 +152,7 @@ def measure(rows, part, options, folder):
     """All legs of a shape: ours and by_hand in turn, the others once."""
     if not options.dry_run and not rows.read("ceiling"):
         rows.add("ceiling", flops=ceiling(8192), peak_flops=options.peak_flops)
-    given = settings(part, folder / "run", 1, 1, False, options.dry_run)
+    given = settings(part, folder / "run", 1, 1, False, options)
     config = train.mup_config(given.model.config(vocab_size=2048), **given.mup.arguments())
     block, layers = given.data.block_size, config.num_hidden_layers
     flops = flops_per_token(config, block)
