@@ -344,7 +344,9 @@ def plan(argv: list[str]) -> int:
     parser.add_argument("--block_size", type=int, help="tokens per sequence; default: the target's, or 4096")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--flops_per_device", type=float, default=989e12, help="peak; default: bf16 of an H100")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that the run reaches")
+    parser.add_argument(
+        "--utilisation", type=float, help="share of the peak that the run reaches; default 0.4, with experts 0.25"
+    )
     parser.add_argument("--output_dir", help="of plan.json and plan.png; default: nothing is written")
     options = vars(parser.parse_args(argv))
     from hf_power.report import plan_run

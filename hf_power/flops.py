@@ -31,6 +31,18 @@ def flops_per_token(config: Any, block_size: int) -> float:
     return float(6 * (_active_matrices(config) + attention))
 
 
+def usual_utilisation(config: Any) -> float:
+    """Share of the peak to plan with: 0.4, and 0.25 for a mixture of experts.
+
+    One H200 reached 0.48 for a dense model of 1.2B parameters and 0.27 for a mixture of 1.3B
+    (benchmarks/results/accelerator_NVIDIA-H200.md, compiled, bf16); several devices also communicate, which was not measured.
+
+    Args:
+        config: of the model; None if only its size is known.
+    """
+    return 0.25 if getattr(config, "num_local_experts", None) else 0.4
+
+
 def count_parameters(config: Any) -> dict[str, int]:
     """Parameters of a model that is never given any memory.
 

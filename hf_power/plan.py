@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_power.flops import count_parameters, flops_per_token
+from hf_power.flops import count_parameters, flops_per_token, usual_utilisation
 from hf_power.recipe import Recipe
 from hf_power.schedule import LAW, TOKENS_PER_BETA, PowerLR, power_law
 
@@ -29,7 +29,7 @@ def make_plan(
     block_size: int = 4096,
     devices: int = 8,
     flops_per_device: float = 989e12,
-    utilisation: float = 0.4,
+    utilisation: float | None = None,
     weight_decay: float | None = None,
     proxies: dict[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def make_plan(
         block_size: tokens per sequence.
         devices: accelerators of the run.
         flops_per_device: peak of one of them, in FLOP/s; the default is an H100's in bf16 without sparsity.
-        utilisation: share of the peak that a run reaches, in (0, 1]; 0.4 is an assumption, not measured.
+        utilisation: share of the peak that a run reaches, in (0, 1]; None: see `hf_power.flops.usual_utilisation`.
         weight_decay: of the run, if it is to be another one than the recipe's.
         proxies: {"flops", "tokens"} that the sweep took, to be compared with a sweep at the target.
 
@@ -62,6 +62,7 @@ def make_plan(
     """
     if (config is None) == (parameters is None):
         raise ValueError("the target needs a config or its number of parameters: pass one of them.")
+    utilisation = usual_utilisation(config) if utilisation is None else utilisation
     machine = {"devices": devices, "flops_per_device": flops_per_device, "utilisation": utilisation}
     sizes = {"tokens": tokens, "tokens_per_step": tokens_per_step, "block_size": block_size, "parameters": parameters}
     _check_numbers({name: value for name, value in (sizes | machine).items() if value is not None})

@@ -209,7 +209,7 @@ def test_table_by_hand():
     ]
     steps = math.ceil(1.1e12 / 4_194_304)
     for row in rows:
-        seconds = flops_per_token(config, 4096) * steps * 4_194_304 / (row["devices"] * 0.4 * 989e12)
+        seconds = flops_per_token(config, 4096) * steps * 4_194_304 / (row["devices"] * 0.25 * 989e12)
         assert (row["steps"], row["days"]) == (steps, pytest.approx(seconds / 86_400))
         plan = footprint(
             config, block_size=4096, per_device_batch_size=row["per_device_batch_size"], devices=row["devices"]

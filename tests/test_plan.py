@@ -164,7 +164,7 @@ def test_target_of_a_config():
     for words in (
         "3,298,788,864 (3,223,291,392 without embeddings; active 882,869,760)",
         "4,194,304 tokens per step (beta = 1024)",
-        "8 devices of 9.89e+14 FLOP/s at 40%",
+        "8 devices of 9.89e+14 FLOP/s at 25%",
         "decay starts",
         "min(0.02, 4 * beta^1 * n^-0.51)",
         "the cap of 0.02 ends at 25,",

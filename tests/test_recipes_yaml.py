@@ -210,7 +210,7 @@ def small(name, corpus, folder, *flags):
         *("--dataset", str(corpus), "--streaming", "False", "--data_cache_dir", str(corpus.parent / "cache")),
         *("--vocab_size", "400", "--block_size", "32", "--num_proc", "1", "--disable_tqdm", "True", "--bf16", "False"),
         *("--tokens", str(6 * 256), "--max_eval_tokens", "640", "--logging_steps", "1", "--output_dir", str(folder)),
-        *("--lr_scheduler_kwargs", '{"a": 8.0}', *flags),
+        *("--lr_scheduler_kwargs", '{"a": 8.0}', "--torch_compile", "False", *flags),
     )
     given.data.tokenizer = given.data.dataset_config = None
     extra = {"vocab_size", "head_dim"}  # of the paper's size
