@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 # transformers 5.22 and older call gradient_checkpointing what 5.23 calls activation_checkpointing, in the Trainer's
@@ -58,6 +59,15 @@ def uncounted_sharers(trainer: Any) -> int:
     """
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     return int(parallel.tp_size) if parallel is not None and trainer.get_tp_size() == 1 else 1
+
+
+def name_cpu_without_index(args: Any) -> None:
+    """Let torch.load put an optimizer on the device of a Trainer's arguments, which is cpu:0 in one of several processes.
+
+    transformers 5.17 asks torch for that device, which torch cannot restore to; this can go when the floor is 5.18.
+    """
+    if CHECKPOINTING == OLD and args.device.type == "cpu":
+        vars(args)["_setup_devices"] = torch.device("cpu")  # a cached property
 
 
 def logits_first(routed: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_power.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
 from hf_power.callbacks import RunRecord, SealCheckpoints
 from hf_power.checkpoint import RUN_FILE
+from hf_power.compat import name_cpu_without_index
 from hf_power.evaluate import block_losses
 from hf_power.experts import ExpertLoad
 from hf_power.files import write_json
@@ -99,6 +100,7 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the stock one; but of AdamW only the moments are the checkpoint's, its numbers are today's arguments."""
         today = [{name: group[name] for name in NUMBERS if name in group} for group in self.optimizer.param_groups]
+        name_cpu_without_index(self.args)
         super()._load_optimizer_and_scheduler(checkpoint)
         for group, numbers in zip(self.optimizer.param_groups, today, strict=True):
             group.update(numbers)
