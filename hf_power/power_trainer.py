@@ -21,6 +21,7 @@ from hf_power.register import check_parts
 # What PowerTrainer replaces; under another name it would never be called.
 REPLACED = ["compute_loss", "training_step", "get_batch_samples", "log", "floating_point_ops", "evaluation_loop"]
 REPLACED += ["save_model", "_get_grad_norm", "_load_rng_state", "_load_optimizer_and_scheduler"]
+REPLACED += ["_load_from_checkpoint", "_load_best_model"]
 check_parts(REPLACED)
 NUMBERS = ("weight_decay", "betas", "eps")  # of a parameter group; the rate is the schedule's
 
@@ -35,6 +36,34 @@ class PowerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     seals: SealCheckpoints
     record: RunRecord
     _random_numbers_of: str | None = None  # a checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights by the names that they have in a file: the stock one goes on without those it does not find.
+
+        Experts and routers have other names in a checkpoint than in the model, so it would leave them as they were
+        initialized, with a warning alone.
+
+        Raises:
+            ValueError: weights that the file lacks, has besides, or has in another shape.
+        """
+        if self.is_fsdp_enabled:  # which loads by names of its own
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        dtype = next(self.model.parameters()).dtype
+        saved, found = type(self.model).from_pretrained(resume_from_checkpoint, dtype=dtype, output_loading_info=True)
+        wrong = {what: sorted(map(str, names)) for what, names in found.items() if names}
+        if wrong:
+            raise ValueError(
+                f"{resume_from_checkpoint} does not hold the weights of this model ({wrong}): take another checkpoint."
+            )
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        """As the stock one, by the names in the file."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Not yet: a loader draws a number when it begins, as it did in the run that was saved, before the checkpoint."""

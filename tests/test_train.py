@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from hf_power import Recipe, power_lr, train
+from hf_power.checkpoint import seal
 from hf_power.data import pack, tokenizer_fingerprint
 from hf_power.power_trainer import REPLACED, PowerTrainer
 from hf_power.settings import Settings
@@ -145,6 +147,52 @@ def test_stop_and_resume_is_bit_equal(trunk, sections, tmp_path, checkpoint):
     a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def moe_trunk(sections, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moe") / "trunk"
+    return folder, train.pretrain(Settings.from_dict(moe_sections(sections, folder)))
+
+
+def moe_sections(sections, folder, **training):
+    made = sections(folder, **training)
+    made["model"] |= {"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 16}
+    return made
+
+
+def test_experts_and_routers_are_resumed(moe_trunk, sections, tmp_path):
+    """Their names in a checkpoint are the Hub's, for which the stock Trainer finds no place in the model, in silence."""
+    folder, whole = moe_trunk
+    shutil.copytree(folder / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    run = train.pretrain(Settings.from_dict(moe_sections(sections, tmp_path / "run", resume_from_checkpoint="true")))
+    assert losses(run) == losses(whole)
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_the_best_mixture_is_loaded_whole(moe_trunk, sections, tmp_path):
+    """load_best_model_at_end where the largest loss counts as the best, so that it is not the last checkpoint's."""
+    best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "greater_is_better": True}
+    run = train.pretrain(Settings.from_dict(moe_sections(sections, tmp_path / "run", **best)))
+    state = json.loads((tmp_path / "run/checkpoint-12/trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-4"
+    assert run["held_out_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
+
+
+def test_weights_in_several_files_are_resumed(trunk, sections, tmp_path):
+    """A checkpoint whose model was saved in shards; it is sealed anew."""
+    folder, whole = trunk
+    checkpoint = tmp_path / "run" / "checkpoint-8"
+    shutil.copytree(folder / "checkpoint-8", checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, max_shard_size="20kB")
+    assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint)
+    kwargs = {"a": 8.0, "decay_ratio": 0.0}
+    again = sections(tmp_path / "run", resume_from_checkpoint="true", lr_scheduler_kwargs=kwargs)
+    assert losses(train.pretrain(Settings.from_dict(again))) == losses(whole)
 
 
 @pytest.mark.parametrize("batch", [2, 8])
