@@ -1,4 +1,4 @@
-"""Many small models on one machine: how fast, by the Trainer and by the engine of the sweep (`--device cuda` on a GPU).
+"""Many small models on a CPU: how fast, by the Trainer and by the engine of the sweep (an accelerator: on_accelerator.sh).
 
 Run as `python benchmarks/sweep_engine.py`.
 
@@ -60,7 +60,7 @@ def trainer_speed(width, tokens_per_step, steps):
     return run["tokens_seen"] / run["train_seconds"]
 
 
-def engine_speed(width, tokens_per_step, members, steps, batched, device):
+def engine_speed(width, tokens_per_step, members, steps, batched):
     """Tokens per second of one ensemble."""
     import torch
 
@@ -78,7 +78,7 @@ def engine_speed(width, tokens_per_step, members, steps, batched, device):
         _bench.blocks,
         _bench.held_out,
         num_sequences=tokens_per_step // 64,
-        device=torch.device(device),
+        device=torch.device("cpu"),
         batched=batched,
     )
     for _ in range(3):
@@ -120,31 +120,25 @@ def _task(function, arguments, threads, together):
     return function(*arguments)
 
 
-def measure(pool, cores, way, width, batch, members, steps, device):
+def measure(pool, cores, way, width, batch, members, steps):
     """Tokens per second of one way, summed over the processes that run at once."""
     count = cores if "processes" in way else 1
     if "trainer" in way:
         task = (trainer_speed, (width, batch, steps * members // 3), cores // count, count > 1)
     else:
-        task = (engine_speed, (width, batch, members, steps, way.startswith("batched"), device), 1, count > 1)
+        task = (engine_speed, (width, batch, members, steps, way.startswith("batched")), 1, count > 1)
     return sum(result.get() for result in [pool.apply_async(_task, task) for _ in range(count)])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--members", type=int, help="models of an ensemble; default 9, on an accelerator 32")
+    parser.add_argument("--members", type=int, default=9, help="models of an ensemble")
     options = parser.parse_args()
     from hf_power.files import write_json
     from hf_power.machine import versions
 
-    cpu = options.device == "cpu"
-    cores = os.cpu_count() if cpu else 1
-    members = options.members or (9 if cpu else 32)
-    ways = [way for way in WAYS if cpu or "processes" not in way]
-    cases = (
-        ((32, 128), (32, 256), (32, 512), (32, 2048), (128, 512)) if cpu else ((128, 2048), (256, 8192), (384, 8192))
-    )
+    cores, members, ways = os.cpu_count(), options.members, WAYS
+    cases = ((32, 128), (32, 256), (32, 512), (32, 2048), (128, 512))
     rows = []
     context = multiprocessing.get_context("spawn")
     with context.Pool(cores, _start, (context.Barrier(cores),)) as pool:
@@ -152,13 +146,13 @@ def main():
             steps = max(20, 100 * 128 * 32 // (batch * width))
             for turn in range(-1, ROUNDS):  # the first round warms the processes up and is left out
                 for way in ways:
-                    speed = measure(pool, cores, way, width, batch, members, steps, options.device)
+                    speed = measure(pool, cores, way, width, batch, members, steps)
                     row = {"width": width, "tokens_per_step": batch, "round": turn, "way": way, "tokens_per_s": speed}
                     rows += [row] if turn >= 0 else []
                     print(json.dumps(row), flush=True)
-    command = f"python benchmarks/sweep_engine.py --device {options.device} --members {members}"
+    command = f"python benchmarks/sweep_engine.py --members {members}"
     result = {"command": command, "cores": cores, "members": members, "versions": versions(), "rows": rows}
-    name = f"sweep_engine_{options.device}"
+    name = "sweep_engine_cpu"
     write_json(HERE / f"results/{name}.json", result)
     text = table(rows, ways, command)
     (HERE / f"results/{name}.md").write_text(text, encoding="utf-8")
