@@ -109,21 +109,8 @@ class Ensemble:
             model = attend_to_blocks_(build_model(member, tokenizer)).to(device).train()
             model.config.use_cache = False
             self.models.append(model)
-        stackable = can_be_stacked(self.models[0])
-        if batched and not stackable:
-            raise ValueError(
-                f"{type(self.models[0]).__name__} has weights that cannot be stacked (experts, or an embedding with a padding "
-                "token): leave batched at None, and its members are trained one after another."
-            )
-        if batched is None:
-            few_tokens = num_sequences * self.block_size <= BATCHED_CPU_TOKENS
-            batched = stackable and (device.type != "cpu" or few_tokens)
-        together = self._members_together() if batched else 1
-        self.batched = together > 1
-        self._stacks: list[tuple[slice, Any, dict[str, nn.Parameter]]] = []
-        for first in range(0, len(self.models), together) if self.batched else ():
-            members_of = slice(first, first + together)
-            self._stacks.append((members_of, *stack(self.models[members_of])))
+        self._stacks = self._stacked(batched)
+        self.batched = bool(self._stacks)
         self._named = [dict(model.named_parameters()) for model in self.models]
         factory, kwargs = MupAdamW.for_trainer(args)
         self.optimizers = [
@@ -144,6 +131,23 @@ class Ensemble:
         self.position = 0
         self.alive = [True] * len(self.models)
         self.last_losses: deque[torch.Tensor] = deque(maxlen=LAST_LOSSES)
+
+    def _stacked(self, batched: bool | None) -> list[tuple[slice, Any, dict[str, nn.Parameter]]]:
+        """The members that are computed as one, the model that computes them, and its weights; [] for one by one."""
+        stackable = can_be_stacked(self.models[0])
+        if batched and not stackable:
+            raise ValueError(
+                f"{type(self.models[0]).__name__} has weights that cannot be stacked (experts, or an embedding with a padding "
+                "token): leave batched at None, and its members are trained one after another."
+            )
+        if batched is None:
+            few_tokens = self.num_sequences * self.block_size <= BATCHED_CPU_TOKENS
+            batched = stackable and (self.device.type != "cpu" or few_tokens)
+        together = self._members_together() if batched else 1
+        if together == 1:
+            return []
+        parts = [slice(first, first + together) for first in range(0, len(self.models), together)]
+        return [(members, *stack(self.models[members])) for members in parts]
 
     def _members_together(self) -> int:
         """Members of one stack: all on a CPU; on an accelerator as many as fill it, and as its memory holds."""

@@ -101,7 +101,8 @@ def _profile(rows):
         kinds = sorted(row["ms_by_kind"].items(), key=lambda kind: -kind[1])
         lines += [
             f"**profile, {row['shape']}**: a micro-step of {row['micro_batch']} blocks, {row['ms_on_the_clock']:.0f} ms on the "
-            f"clock, {row['ms_of_kernels']:.0f} ms of kernels in the profile.",
+            f"clock, {row['ms_of_kernels']:.0f} ms of kernels in the profile"
+            + (f" ({row['note']})." if "note" in row else "."),
             "",
             "| kernels | ms | share |",
             "|---|---:|---:|",
