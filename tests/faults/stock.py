@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from processes import free_port
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_power.cli import run_verb
 
@@ -26,19 +26,19 @@ STEPS = 12
 BOUND = 20  # seconds; after them a process is said to hang
 
 
-def stock(folder, callbacks=(), hidden_size=8, **given):
+def stock(folder, callbacks=(), hidden_size=8, family="llama", experts=None, **given):
     """A stock Trainer of twelve steps with a checkpoint after every fourth, as a script of a user has it."""
     transformers.set_seed(1)
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=hidden_size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
+    shape = {"vocab_size": 400, "hidden_size": hidden_size, "intermediate_size": 8, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, **(experts or {})}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     rows = torch.randint(400, (2 * STEPS, 8), generator=torch.Generator().manual_seed(2))
     data = [{"input_ids": row, "labels": row} for row in rows]
     given = {"max_steps": STEPS, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01, "warmup_steps": 2, **given}
     args = TrainingArguments(
         str(folder), per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True, **given
     )
-    return Trainer(LlamaForCausalLM(config), args, train_dataset=data, callbacks=list(callbacks))
+    return Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
 
 
 class Poison(TrainerCallback):

@@ -323,3 +323,28 @@ def test_two_runs_in_one_folder(ours, whole, tmp_path):
     assert f"another run is at work in {tmp_path / 'ours'}" in said.read_text()
     mine, wanted = (load_file(run / "model.safetensors") for run in (tmp_path / "ours", whole / "ours"))
     assert all(mine[name].equal(wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "granitemoe", "mixtral"])
+def test_a_mixture_of_experts_that_goes_on(family, tmp_path, sections):
+    """Without a fault at all: the names of experts in a file are others than in the model. Step 9 is the first after it."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if family != "llama" else {}
+    whole, resumed = (stock(tmp_path / name, family=family, experts=experts) for name in ("whole", "resumed"))
+    whole.train()
+    shutil.copytree(tmp_path / "whole/checkpoint-8", tmp_path / "resumed/checkpoint-8")
+    resumed.train(resume_from_checkpoint=True)
+    before, after = (
+        {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log} for trainer in (whole, resumed)
+    )
+    assert after[8] == before[8]
+    assert (after[9] == before[9]) == (family == "llama")
+
+    made = sections(tmp_path / "ours")
+    made["model"] |= {"model_type": "mixtral" if experts else "llama", **experts}
+    run = train.pretrain(Settings.from_dict(made))
+    shutil.copytree(tmp_path / "ours/checkpoint-8", tmp_path / "again/checkpoint-8")
+    made["training"] |= {"output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "true"}
+    again = train.pretrain(Settings.from_dict(made))
+    assert [p["loss"] for p in again["loss_curve"] if "loss" in p] == [
+        p["loss"] for p in run["loss_curve"] if "loss" in p
+    ]
