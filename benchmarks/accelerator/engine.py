@@ -28,7 +28,7 @@ def sections(width, layers, vocabulary, block, tokens_per_step, dataset):
     """A proxy, as benchmarks/transfer has them on an accelerator."""
     model = {"hidden_size": width, "intermediate_size": width * 5 // 2, "num_hidden_layers": layers}
     model |= {"num_attention_heads": max(1, width // 64), "tie_word_embeddings": True}
-    training = {"per_device_train_batch_size": tokens_per_step // block, "bf16": True}
+    training = {"per_device_train_batch_size": tokens_per_step // block, "bf16": True, "seed": 0}
     training |= {"learning_rate": 0.01, "lr_scheduler_type": "constant", "save_strategy": "no"}
     training |= {"disable_tqdm": True, "report_to": "none", "use_cpu": DEVICE == "cpu"}
     return {
