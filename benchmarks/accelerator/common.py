@@ -1,6 +1,7 @@
 """What the parts share: the clock, the ceiling, the proxies' settings and the rows, written as they come."""
 
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_power import ensemble, train
 from hf_power.data import load_tokenizer, pack
-from hf_power.text import load_text
+from hf_power.text import DataArguments, load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS_FILE = "rows.jsonl"
@@ -33,8 +34,13 @@ class Rows:
         print(part, json.dumps(row), flush=True)
 
     def read(self, part=None):
+        """All rows, or those of a part since it was last begun: what an attempt left that was cut short is not among them."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [row for row in map(json.loads, lines) if part in (None, row["part"])]
+        rows = [json.loads(line) for line in lines]
+        if part is None:
+            return rows
+        begun = max((i for i, row in enumerate(rows) if row.get("of") == part), default=0)
+        return [row for row in rows[begun:] if row["part"] == part]
 
     def done(self, part):
         return any(row.get("done") for row in self.read(part))
@@ -123,19 +129,26 @@ def ceiling(size):
     return best
 
 
-_data = {}
+@functools.cache
+def _text_and_tokenizer(dataset, block_size, vocab_size):
+    named = DataArguments(dataset=dataset, block_size=block_size, vocab_size=vocab_size)
+    text, _ = load_text(named)
+    return text, load_tokenizer(named, text)
+
+
+@functools.cache
+def _blocks(dataset, block_size, vocab_size):
+    return pack(*_text_and_tokenizer(dataset, block_size, vocab_size), block_size=block_size)
+
+
+def tokenizer_of(given):
+    """The tokenizer of the settings' text, trained once a process."""
+    return _text_and_tokenizer(given.data.dataset, given.data.block_size, given.data.vocab_size)[1]
 
 
 def data(given):
-    """Tokenizer and packed blocks of Python's standard library, prepared once a process; the settings name the same."""
-    key = given.data.block_size, given.data.vocab_size
-    if key not in _data:
-        text, _ = load_text(given.data)
-        _data[key] = load_tokenizer(given.data, text), text, {}
-    tokenizer, text, blocks = _data[key]
-    if not blocks:
-        blocks["packed"] = pack(text, tokenizer, block_size=given.data.block_size)
-    return tokenizer, blocks["packed"]
+    """Tokenizer and packed blocks of the settings' text, prepared once a process."""
+    return tokenizer_of(given), _blocks(given.data.dataset, given.data.block_size, given.data.vocab_size)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import tempfile
 import time
 
 import torch
-from common import DEVICE, Clock, data, free_memory, now, only_the_training
+from common import DEVICE, Clock, free_memory, now, only_the_training, tokenizer_of
 
 from hf_power import train
 from hf_power.data import pack_both
@@ -85,7 +85,7 @@ def measure(rows, options, scratch):
         for tokens_per_step in batches:
             made = sections(width, layers, vocabulary, block, tokens_per_step, options.dataset)
             given = Settings.from_dict(made | {"training": made["training"] | {"output_dir": "unused"}})
-            tokenizer, _ = data(given)
+            tokenizer = tokenizer_of(given)
             folder = scratch / f"tokenizer-{vocabulary}"
             tokenizer.save_pretrained(folder)  # so that no run trains it anew
             made["data"]["tokenizer"] = str(folder)

@@ -10,7 +10,7 @@ import time
 
 import torch
 import yaml
-from common import DEVICE, data
+from common import DEVICE, tokenizer_of
 from engine import CASES, sections
 from transformers import LlamaConfig
 
@@ -58,7 +58,7 @@ def resume(rows, options, folder):
         made = sections(32, 2, 512, 64, 256, options.dataset)
     made["run"]["tokens"] = STEPS * made["training"]["per_device_train_batch_size"] * made["data"]["block_size"]
     made["training"] |= {"save_strategy": "steps", "save_steps": SAVE, "logging_steps": 1, "max_grad_norm": 1.0}
-    tokenizer, _ = data(Settings.from_dict(made | {"training": made["training"] | {"output_dir": "unused"}}))
+    tokenizer = tokenizer_of(Settings.from_dict(made | {"training": made["training"] | {"output_dir": "unused"}}))
     tokenizer.save_pretrained(folder / "tokenizer")
     made["data"]["tokenizer"] = str(folder / "tokenizer")
     file = folder / "settings.yaml"

@@ -11,7 +11,7 @@ host needs to issue one.
 """
 
 import torch
-from common import DEVICE, ROOT, Clock, ceiling, data, free_memory, only_the_training
+from common import DEVICE, ROOT, Clock, ceiling, data, free_memory, only_the_training, tokenizer_of
 from torch import nn
 from transformers import Trainer, set_seed
 
@@ -47,7 +47,7 @@ def settings(shape, folder, batch, steps, compiled, options):
     given.training.report_to = []
     per_step = batch * given.training.gradient_accumulation_steps * given.data.block_size
     given.run.tokens, given.run.max_eval_tokens = str(steps * per_step), str(given.data.block_size)
-    tokenizer, _ = data(given)
+    tokenizer = tokenizer_of(given)
     given.data.tokenizer = str(folder.parent / "tokenizer")  # so that `pretrain` does not train it anew
     tokenizer.save_pretrained(given.data.tokenizer)
     return given
