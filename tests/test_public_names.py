@@ -1,0 +1,82 @@
+"""What users import and type: the names of hf_power, the verbs of the command line, and their flags."""
+
+import re
+
+import pytest
+
+import hf_power
+from hf_power.cli import main
+
+NAMES = [
+    "MupAdamW",
+    "PowerLR",
+    "Recipe",
+    "SealCheckpoints",
+    "__version__",
+    "coord_check",
+    "get_power_schedule",
+    "mup_config",
+    "mup_init_",
+    "mup_param_groups",
+    "power_lr",
+    "register_power_scheduler",
+]
+# Of each verb, without --help.
+FLAGS = {
+    "pretrain": """
+        model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+        tie_word_embeddings num_local_experts num_experts_per_tok model_config mup base_width
+        base_intermediate_size base_head_dim base_num_layers preset embedding_multiplier residual_multiplier
+        attention_multiplier initializer_range dataset dataset_config split eval_split eval_fraction streaming
+        text_column tokenizer vocab_size block_size num_proc data_cache_dir tokens recipe max_eval_tokens
+        max_skipped_steps allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2
+        max_grad_norm logging_steps logging_nan_inf_filter prediction_loss_only save_steps
+        train_sampling_strategy
+    """,
+    "anneal": "from tokens output_dir decay_shape repo dataset resume_from_checkpoint",
+    "evaluate": """
+        dataset dataset_config split eval_split eval_fraction streaming text_column tokenizer vocab_size
+        block_size num_proc data_cache_dir max_tokens batch_size dtype output tasks tasks_dir num_fewshot limit
+    """,
+    "export": "to output_dir dtype like",
+    "card": "license repo",
+    "publish": "repo license checkpoints private overwrite",
+    "coord-check": "widths picture base_width steps device bf16",
+    "sweep": "output_dir dry-run workers",
+    "fit": "output_dir schedule batch_exponent critical_batch columns block_size",
+    "plan": """
+        target parameters tokens tokens_per_step block_size devices flops_per_device utilisation output_dir
+    """,
+    "verify": "seeds tolerance",
+    "doctor": "json",
+}
+
+
+def test_names_are_exactly_these():
+    assert hf_power.__all__ == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_can_be_imported(name):
+    there = {}
+    exec(f"from hf_power import {name}", there)
+    assert there[name] is getattr(hf_power, name)
+
+
+def test_verbs_are_exactly_these(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: hf-power VERB ..."
+    assert [line.split()[0] for line in lines[1:]] == list(FLAGS)
+    assert main(["no-such-verb"]) == 2
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags_are_exactly_these(verb, capsys, monkeypatch):
+    """Those of transformers.TrainingArguments, which are the library's, aside."""
+    monkeypatch.setenv("COLUMNS", "1000")  # no flag is broken at the end of a line
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main([verb, "--help"]))  # argparse ends the process itself
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert sorted(re.findall(r"^  --([\w-]+)", said, re.MULTILINE)) == sorted(FLAGS[verb].split())
