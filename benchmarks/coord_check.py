@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hf_power import coord_check
-from hf_power.files import write_json
+from hf_power.records.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from hf_power import train
-from hf_power.files import write_json
-from hf_power.machine import versions
-from hf_power.settings import Settings
+from hf_power.pretrain import run as train
+from hf_power.records.files import write_json
+from hf_power.records.machine import versions
+from hf_power.settings.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from throughput import ROOT, report
 from transformers import Trainer, TrainerCallback
 
-from hf_power import train
-from hf_power.callbacks import SealCheckpoints
 from hf_power.cli import parse_settings
-from hf_power.machine import hardware, tune_cpu
-from hf_power.power_trainer import PowerTrainer
+from hf_power.pretrain import run as train
+from hf_power.pretrain.callbacks import SealCheckpoints
+from hf_power.pretrain.trainer import PowerTrainer
+from hf_power.records.machine import hardware, tune_cpu
 
 SAVES = []  # seconds of a save, and those that the training waited before, after it, and at its end
 

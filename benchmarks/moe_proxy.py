@@ -21,10 +21,10 @@ from statistics import mean, median, stdev
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hf_power import train
-from hf_power.files import write_json
-from hf_power.machine import versions
-from hf_power.settings import Settings
+from hf_power.pretrain import run as train
+from hf_power.records.files import write_json
+from hf_power.records.machine import versions
+from hf_power.settings.settings import Settings
 
 RESULT = Path(__file__).resolve().parent / "results/moe_proxy.json"
 WIDTH, MLP, EXPERTS, TOP_K = 64, 160, 8, 2

@@ -2,7 +2,7 @@
 
 1. The stock Trainer with lr_scheduler_type "power" over the same with "cosine": same model, data, steps, in turn in one
    process; seconds of a step, `import hf_power` included in both.
-2. `hf_power.train.pretrain` less a bare loop (throughput.by_hand's) on a model of 40 thin layers, so that the step is all
+2. `hf_power.pretrain.run.pretrain` less a bare loop (throughput.by_hand's) on a model of 40 thin layers, so that the step is all
    host: milliseconds a step, in turn. The number of tensors, which the host's work grows with, is that of PowerLM-1B.
 3. A compiled decoder layer of Granite (muP's multipliers) over one of Llama with the same sizes, forward and backward, in
    turn; and the whole small model, compiled in the same way.
@@ -26,8 +26,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_power import mup_config
-from hf_power.machine import hardware, tune_cpu
-from hf_power.speed import speed_up_
+from hf_power.pretrain.speed import speed_up_
+from hf_power.records.machine import hardware, tune_cpu
 
 
 def median_and_interval(values):

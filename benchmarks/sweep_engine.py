@@ -49,8 +49,8 @@ def sections(width, tokens_per_step, seed=0):
 
 def trainer_speed(width, tokens_per_step, steps):
     """Tokens per second of one Trainer run, by the Trainer's own clock."""
-    from hf_power import train
-    from hf_power.settings import Settings
+    from hf_power.pretrain import run as train
+    from hf_power.settings.settings import Settings
 
     made = sections(width, tokens_per_step)
     made["run"]["tokens"] = steps * tokens_per_step
@@ -64,10 +64,10 @@ def engine_speed(width, tokens_per_step, members, steps, batched):
     """Tokens per second of one ensemble."""
     import torch
 
-    from hf_power.ensemble import Ensemble
-    from hf_power.grid import Grid
-    from hf_power.settings import Settings
-    from hf_power.trunks import prepare
+    from hf_power.settings.settings import Settings
+    from hf_power.sweep.ensemble import Ensemble
+    from hf_power.sweep.grid import Grid
+    from hf_power.sweep.trunks import prepare
 
     global _bench
     if _bench is None:
@@ -103,7 +103,7 @@ def _wait():
 
 def _start(barrier):
     global _barrier
-    from hf_power.machine import keep_freed_memory
+    from hf_power.records.machine import keep_freed_memory
 
     _barrier = barrier
     keep_freed_memory()
@@ -134,8 +134,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=9, help="models of an ensemble")
     options = parser.parse_args()
-    from hf_power.files import write_json
-    from hf_power.machine import versions
+    from hf_power.records.files import write_json
+    from hf_power.records.machine import versions
 
     cores, members, ways = os.cpu_count(), options.members, WAYS
     cases = ((32, 128), (32, 256), (32, 512), (32, 2048), (128, 512))

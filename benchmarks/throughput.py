@@ -1,6 +1,6 @@
 """What hf_power costs: python benchmarks/throughput.py [--pairs 7] [--steps 80]; rows go to benchmarks/results/.
 
-1. tokens/s of `hf_power.train.pretrain` and of a hand-written PyTorch loop with the same model, blocks, optimizer and
+1. tokens/s of `hf_power.pretrain.run.pretrain` and of a hand-written PyTorch loop with the same model, blocks, optimizer and
    schedule, in turn in one process; both end at the same loss, or the comparison stops.
 2. the hand-written loop with glibc's default allocator settings and with those of `keep_freed_memory`, in turn, a
    process each (the setting cannot be taken back).
@@ -28,12 +28,13 @@ import torch
 import yaml
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from hf_power import MupAdamW, PowerLR, train
-from hf_power.data import BlockStream, collate_blocks, load_tokenizer, pack
-from hf_power.files import write_json
-from hf_power.machine import hardware, tune_cpu, versions
-from hf_power.settings import Settings
-from hf_power.text import load_text
+from hf_power import MupAdamW, PowerLR
+from hf_power.data.blocks import BlockStream, collate_blocks, load_tokenizer, pack
+from hf_power.data.text import load_text
+from hf_power.pretrain import run as train
+from hf_power.records.files import write_json
+from hf_power.records.machine import hardware, tune_cpu, versions
+from hf_power.settings.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, BLOCK = 8, 128  # as in the demo
@@ -102,7 +103,7 @@ def in_a_process(code, **env):
 
 
 BY_HAND = (
-    "import json, sys; sys.path.insert(0, 'benchmarks'); import throughput as t; from hf_power.machine import "
+    "import json, sys; sys.path.insert(0, 'benchmarks'); import throughput as t; from hf_power.records.machine import "
     "keep_freed_memory; {0}; print(json.dumps(t.by_hand({1})))"
 )
 

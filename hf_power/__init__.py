@@ -1,8 +1,8 @@
 """hf_power: find the learning rate on small models, keep it for every batch size, token budget and model size."""
 
-from hf_power.callbacks import SealCheckpoints
 from hf_power.coord_check import coord_check
 from hf_power.mup import MupAdamW, mup_config, mup_init_, mup_param_groups
+from hf_power.pretrain.callbacks import SealCheckpoints
 from hf_power.recipe import Recipe
 from hf_power.register import register_power_scheduler
 from hf_power.schedule import PowerLR, get_power_schedule, power_lr

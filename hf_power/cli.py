@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_power.bad_numbers import NonFiniteError
 from hf_power.compat import own_flags
-from hf_power.disk import disk_is_full
-from hf_power.schema import one_line, raised_by_us, refused_by
-from hf_power.settings import SECTIONS, TRAINING_DEFAULTS, Settings, flatten, load_yaml, unknown_flag
-from hf_power.signals import SIGNALS, StoppedBySignalError
+from hf_power.pretrain.bad_numbers import NonFiniteError
+from hf_power.pretrain.disk import disk_is_full
+from hf_power.pretrain.signals import SIGNALS, StoppedBySignalError
+from hf_power.records.errors import UserError, one_line, refused_by
+from hf_power.settings.settings import SECTIONS, TRAINING_DEFAULTS, Settings, flatten, load_yaml, unknown_flag
 
 INCOMPLETE_PUSH = 3  # exit code
 
@@ -31,7 +31,7 @@ def run_verb(verb: str, argv: list[str] | None = None, function: Callable[[list[
     """Run a verb, or a function under its name: a user's mistake becomes one sentence on stderr and exit code 2.
 
     A run that a signal has stopped ends with 128 + its number, one that has lost its numbers with 1, each with a sentence.
-    An error that was not raised by hf_power itself is a bug, or a library's, and keeps its traceback.
+    Every other exception is a bug of ours or of a library, and keeps its traceback.
     """
     try:
         return (function or VERBS[verb])(sys.argv[1:] if argv is None else argv)
@@ -43,21 +43,21 @@ def run_verb(verb: str, argv: list[str] | None = None, function: Callable[[list[
     except NonFiniteError as error:
         print(f"hf-power {verb}: {error}", file=sys.stderr)
         return 1
+    except UserError as error:
+        said = str(error)
     except Exception as error:
-        system = getattr(error, "errno", None) is not None  # not our sentence, wherever it was raised
-        if isinstance(error, ValueError | OSError | ImportError) and raised_by_us(error) and not system:
-            said = str(error)
-        elif disk_is_full(error):
+        if disk_is_full(error):
             said = "the disk is full: free some space and give the same command again, what was finished is kept."
         elif isinstance(error, OSError) and error.filename is not None and error.strerror:
-            # a folder for a file, a loop of links, no right
+            # A folder stands where a file should be, links go round in a circle, or there is no permission.
             said = f"{error.filename} cannot be used: {error.strerror}."
-        elif isinstance(error, FileNotFoundError):  # a stream's, of which it says the name only
+        elif isinstance(error, FileNotFoundError) and error.errno is None:
+            # A stream of the Hub or of `datasets` says the name alone.
             said = f"there is no {error}: restore it and give the same command again."
         else:
             raise
-        print(f"hf-power {verb}: {one_line(said)}", file=sys.stderr)
-        return 2
+    print(f"hf-power {verb}: {one_line(said)}", file=sys.stderr)
+    return 2
 
 
 def parse_settings(argv: list[str]) -> Settings:
@@ -74,7 +74,7 @@ def parse_settings(argv: list[str]) -> Settings:
 
     class Parser(HfArgumentParser):  # type: ignore[misc]  # transformers is untyped
         def error(self, message: str) -> Any:
-            raise ValueError(f"command line: {message}.")
+            raise UserError(f"command line: {message}.")
 
     parser = Parser(tuple(SECTIONS.values()), allow_abbrev=False)
     parser.set_defaults(**TRAINING_DEFAULTS | values)
@@ -82,7 +82,7 @@ def parse_settings(argv: list[str]) -> Settings:
         parsed = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     unknown = parsed[-1]
     if unknown:
-        raise ValueError(unknown_flag(unknown[0].lstrip("-").split("=")[0]))
+        raise UserError(unknown_flag(unknown[0].lstrip("-").split("=")[0]))
     named = {a.lstrip("-").split("=")[0].replace("-", "_") for a in flags if a.startswith("--")}
     named |= {name for name, value in values.items() if value is not None}
     model, mup, data, run, training = parsed[:5]
@@ -96,7 +96,7 @@ def pretrain(argv: list[str]) -> int:
         return 0
     from pathlib import Path
 
-    from hf_power import train
+    from hf_power.pretrain import run as train
 
     settings = parse_settings(argv)
     pushes = settings.training.push_to_hub
@@ -117,7 +117,7 @@ def anneal(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from pathlib import Path
 
-    from hf_power import train
+    from hf_power.pretrain import run as train
 
     run = train.anneal(**vars(options))
     folder = Path(options.output_dir or Path(options.checkpoint).parent.with_name(run["name"]))
@@ -130,7 +130,7 @@ def evaluate(argv: list[str]) -> int:
 
     from transformers import HfArgumentParser
 
-    from hf_power.text import DataArguments
+    from hf_power.data.text import DataArguments
 
     parser = HfArgumentParser(
         (DataArguments,), prog="hf-power evaluate", description=evaluate.__doc__, allow_abbrev=False
@@ -145,9 +145,9 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--num_fewshot", type=int, help="default: each task's own")
     parser.add_argument("--limit", type=int, help="questions per task, for a trial")
     model = Path(parser.parse_known_args(argv)[0].model)
-    from hf_power.evaluate import data_of_run, evaluate_model, scores_text
-    from hf_power.settings import parse_tokens
-    from hf_power.tasks import NAMED_TASKS, run_tasks
+    from hf_power.evaluate.heldout import data_of_run, evaluate_model, scores_text
+    from hf_power.evaluate.tasks import NAMED_TASKS, run_tasks
+    from hf_power.settings.settings import parse_tokens
 
     own, scored = data_of_run(model)
     parser.set_defaults(max_tokens=scored, **flatten({"data": own}, f"{model}/run.json"))
@@ -178,7 +178,7 @@ def export(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from pathlib import Path
 
-    from hf_power.export import export_model, export_text
+    from hf_power.export.export import export_model, export_text
 
     source = Path(options.model)
     beside = source if source.exists() else Path(source.name)  # of the Hub: here
@@ -195,7 +195,7 @@ def card(argv: list[str]) -> int:
     parser.add_argument("--license", help="of the model; default: that of the run's settings")
     parser.add_argument("--repo", help="user/name that the card tells how to load; default: the folder's name")
     options = parser.parse_args(argv)
-    from hf_power.card import write_card
+    from hf_power.publish.card import write_card
 
     print(f"card: {write_card(options.run, license=options.license, repo_id=options.repo)}")
     return 0
@@ -213,7 +213,7 @@ def publish(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from pathlib import Path
 
-    from hf_power.publish import publish as push
+    from hf_power.publish.push import publish as push
 
     push(
         options.run,
@@ -235,7 +235,7 @@ def doctor(argv: list[str]) -> int:
     import json
     from pathlib import Path
 
-    from hf_power.doctor import examine, examined_text
+    from hf_power.checkpoints.doctor import examine, examined_text
 
     result = examine(Path(options.run))
     print(json.dumps(result, indent=2) if options.json else examined_text(result))
@@ -254,7 +254,7 @@ def coord_check(argv: list[str]) -> int:
     parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
     options = parser.parse_args(argv)
     from hf_power.coord_check import coord_check as check
-    from hf_power.plots import plot_coord_check
+    from hf_power.plots.figures import plot_coord_check
 
     settings = parse_settings([options.recipe] if options.recipe else [])
     given = settings.mup.arguments() | {"widths": options.widths, "base_width": options.base_width}
@@ -276,13 +276,13 @@ def sweep(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what it will cost, after a short measurement")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one per core")
     options = parser.parse_args(argv)
-    from hf_power.cost import estimate, estimate_text
-    from hf_power.grid import load_grid
-    from hf_power.sweep import rows_text, run_sweep
-    from hf_power.trunks import ROWS_FILE
+    from hf_power.records.rows import ROWS_FILE
+    from hf_power.sweep.cost import estimate, estimate_text
+    from hf_power.sweep.grid import load_grid
+    from hf_power.sweep.run import rows_text, run_sweep
 
     if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {options.workers}.")
+        raise UserError(f"--workers must be at least 1, got {options.workers}.")
     grid = load_grid(options.grid)
     if options.dry_run:
         print(estimate_text(estimate(grid, options.output_dir, options.workers)))
@@ -306,19 +306,19 @@ def fit(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from pathlib import Path
 
-    from hf_power.report import fit_sweep
+    from hf_power.plan.report import fit_sweep
 
     exponent = None
     if options.batch_exponent != "free":
         try:
             exponent = float(options.batch_exponent)
         except ValueError as error:
-            raise ValueError(f"--batch_exponent must be free or a number, got {options.batch_exponent!r}.") from error
+            raise UserError(f"--batch_exponent must be free or a number, got {options.batch_exponent!r}.") from error
     columns = {}
     for pair in options.columns:
         ours, equals, theirs = pair.partition("=")
         if not equals:
-            raise ValueError(f"--columns takes pairs such as learning_rate=lr, got {pair!r}.")
+            raise UserError(f"--columns takes pairs such as learning_rate=lr, got {pair!r}.")
         columns[ours] = theirs
     made = fit_sweep(
         Path(options.sweep),
@@ -349,7 +349,7 @@ def plan(argv: list[str]) -> int:
     )
     parser.add_argument("--output_dir", help="of plan.json and plan.png; default: nothing is written")
     options = vars(parser.parse_args(argv))
-    from hf_power.report import plan_run
+    from hf_power.plan.report import plan_run
 
     print(plan_run(**options))
     return 0
@@ -376,7 +376,7 @@ def verify(argv: list[str]) -> int:
 
 def _push_report(folder: Any) -> int:
     """What came of the push; exit code 3 says that the model is safe and the push is not complete."""
-    from hf_power.publish import report_text
+    from hf_power.publish.push import report_text
 
     text, complete = report_text(folder)
     print(text, file=sys.stdout if complete else sys.stderr)

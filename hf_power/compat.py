@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from hf_power.records.errors import UserError
+
 # transformers 5.22 and older call gradient_checkpointing what 5.23 calls activation_checkpointing, in the Trainer's
 # arguments and in the model's methods. People write either name, the Trainer gets its own, and run.json has the new one;
 # the name and the three functions below can go when the floor is 5.23.
@@ -28,7 +30,7 @@ def refuse_two_values(values: dict[str, Any], source: str) -> None:
     """Raise a ValueError where a setting has one value under its old name and another under its new one."""
     for old, new in _PAIRS:
         if old in values and new in values and values[old] != values[new]:
-            raise ValueError(
+            raise UserError(
                 f"{source}: {old} is the old name of {new}, got {values[old]!r} and {values[new]!r}: give one of them."
             )
 

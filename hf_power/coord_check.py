@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_power.compat import logits_first
 from hf_power.mup import mup_config, mup_init_, mup_param_groups, scale_width
+from hf_power.records.errors import UserError
 
 MAX_SLOPE = 0.25  # correct models measure up to 0.18 with the defaults, errors in a rule 0.44 or more
 MIN_WIDTHS = 4
@@ -155,13 +156,13 @@ def coord_check(
     """
     widths = sorted(set(widths))
     if len(widths) < MIN_WIDTHS:
-        raise ValueError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
+        raise UserError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
     if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps must be from 1 to {MAX_STEPS}, got {steps}: choose a number in that range.")
+        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}: choose a number in that range.")
     if not seeds:
-        raise ValueError("seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2).")
+        raise UserError("seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2).")
     if vocab_size < 2:
-        raise ValueError(f"vocab_size must be at least 2, got {vocab_size}: the default is 64.")
+        raise UserError(f"vocab_size must be at least 2, got {vocab_size}: the default is 64.")
     small = copy.deepcopy(config)
     small.vocab_size, small.pad_token_id = vocab_size, None
     mup_kwargs |= {"base_width": base_width or widths[0], "initializer_range": initializer_range}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_power.records.errors import UserError
+
 # Multipliers of the named presets. All three have m = width / base_width as logits_scaling.
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's Tables 1 and 4.
@@ -76,16 +78,16 @@ def mup_config(
     import transformers
 
     if getattr(config, "mup", None) is not None:
-        raise ValueError(
+        raise UserError(
             "this config has been through mup_config already: pass the Llama or Mixtral config it came from."
         )
     if config.model_type not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"there is no muP rule for model_type {config.model_type!r}: use one of {', '.join(FAMILIES)} "
             "(LlamaConfig, MixtralConfig)."
         )
     if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+        raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
     _check_sizes(config, base_width)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     m = config.hidden_size / base_width
@@ -133,24 +135,24 @@ _NOT_CARRIED = (
 
 def _check_sizes(config: Any, base_width: int) -> None:
     if base_width < 1:
-        raise ValueError(f"base_width must be a positive number of features, got {base_width}.")
+        raise UserError(f"base_width must be a positive number of features, got {base_width}.")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if config.hidden_size % heads and not getattr(config, "head_dim", None):
-        raise ValueError(
+        raise UserError(
             f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}: change one of them."
         )
     if heads % kv_heads:
-        raise ValueError(
+        raise UserError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}: change one of them."
         )
     for name in ("sliding_window", "router_jitter_noise"):
         if getattr(config, name, None):
-            raise ValueError(
+            raise UserError(
                 f"{name}={getattr(config, name)} has no counterpart in Granite, the muP form of this model: set it to "
                 "None or 0."
             )
     if getattr(config, "pretraining_tp", 1) not in (None, 1):
-        raise ValueError(f"pretraining_tp={config.pretraining_tp} has no counterpart in Granite: set it to 1.")
+        raise UserError(f"pretraining_tp={config.pretraining_tp} has no counterpart in Granite: set it to 1.")
 
 
 def scale_width(config: Any, hidden_size: int) -> Any:
@@ -165,7 +167,7 @@ def scale_width(config: Any, hidden_size: int) -> Any:
     sizes["intermediate_size"] = config.intermediate_size * hidden_size / config.hidden_size
     for name, value in sizes.items():
         if value < 1 or value != int(value):
-            raise ValueError(
+            raise UserError(
                 f"{name} {getattr(config, name)} of width {config.hidden_size} would become {value:g} at width "
                 f"{hidden_size}: choose widths in steps of the head size {head_dim} that keep it whole."
             )
@@ -308,7 +310,7 @@ def _rule(name: str, tensor: torch.Tensor, config: Any) -> tuple[str, float]:
     """Role of a tensor and its r = fan_in / base fan_in (1 for embeddings and vectors)."""
     role = next((role for role, pattern in _ROLES if pattern.search(name)), None)
     if role is None:
-        raise ValueError(
+        raise UserError(
             f"there is no muP rule for the tensor {name} of shape {tuple(tensor.shape)}: freeze it, or leave it out of "
             "the model; rules exist for Llama's and Mixtral's tensors."
         )
@@ -325,7 +327,7 @@ def _rule(name: str, tensor: torch.Tensor, config: Any) -> tuple[str, float]:
 def _mup_model_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if getattr(config, "mup", None) is None:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} was not built from a muP config: build it with "
             "AutoModelForCausalLM.from_config(mup_config(LlamaConfig(...)))."
         )

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_power.files import write_json
 from hf_power.mup import FAMILIES, PRESETS
+from hf_power.records.errors import NotFoundError, UserError, shown
+from hf_power.records.files import write_json
+from hf_power.records.schema import fits, parse_json
 from hf_power.schedule import DECAY_SHAPES, LAW, TOKENS_PER_BETA, power_law
-from hf_power.schema import fits, parse_json, shown
 
 SCHEMA = 1
 FILE_NAME = "recipe.json"
@@ -37,7 +38,7 @@ class Recipe:
         max_lr: eta_max, the cap, > 0.
         weight_decay: AdamW's coefficient at base width; the law only holds for the one it was tuned with.
         model_type: "llama" or "mixtral", of the proxies; None for any.
-        tokenizer: `hf_power.data.tokenizer_fingerprint` of the proxies' tokenizer; None for any.
+        tokenizer: `hf_power.data.blocks.tokenizer_fingerprint` of the proxies' tokenizer; None for any.
         warmup_tokens: length of the proxies' warmup, in tokens; None for unknown.
         decay_ratio: length of the proxies' tail over the run, in [0, 1].
         decay_shape: of the tail, one of `hf_power.schedule.DECAY_SHAPES`.
@@ -85,14 +86,14 @@ class Recipe:
             _number(name, getattr(self, name))
         for name in OPTIONAL_NUMBERS:
             if getattr(self, name) is not None and _number(name, getattr(self, name)) <= 0 and name != "warmup_tokens":
-                raise ValueError(f"recipe: {name} must be positive or null, got {shown(getattr(self, name))}.")
+                raise UserError(f"recipe: {name} must be positive or null, got {shown(getattr(self, name))}.")
         for name in WHOLE_NUMBERS:
             if (getattr(self, name) or 0) % 1:
-                raise ValueError(f"recipe: {name} must be a whole number, got {shown(getattr(self, name))}.")
+                raise UserError(f"recipe: {name} must be a whole number, got {shown(getattr(self, name))}.")
         if not isinstance(self.preset, str) or not isinstance(self.provenance, dict):
-            raise ValueError(f"recipe: preset must be a name and provenance a mapping, got {shown(self.preset)}.")
+            raise UserError(f"recipe: preset must be a name and provenance a mapping, got {shown(self.preset)}.")
         if self.a <= 0 or self.b >= 0 or self.max_lr <= 0 or self.base_width < 1:
-            raise ValueError(
+            raise UserError(
                 "recipe: a, max_lr and base_width must be positive and b negative, got "
                 f"a={self.a}, b={self.b}, max_lr={self.max_lr}, base_width={self.base_width}."
             )
@@ -101,9 +102,9 @@ class Recipe:
         if self.model_type is not None:
             _choice("model_type", self.model_type, tuple(FAMILIES))
         if not (self.tokenizer is None or isinstance(self.tokenizer, str)):
-            raise ValueError(f"recipe: tokenizer must be a fingerprint or null, got {shown(self.tokenizer)}.")
+            raise UserError(f"recipe: tokenizer must be a fingerprint or null, got {shown(self.tokenizer)}.")
         if not 0 <= self.decay_ratio <= 1 or (self.warmup_tokens or 0) < 0 or self.weight_decay < 0:
-            raise ValueError(
+            raise UserError(
                 "recipe: decay_ratio must lie between 0 and 1, warmup_tokens and weight_decay must not be negative, got "
                 f"{self.decay_ratio}, {self.warmup_tokens} and {self.weight_decay}."
             )
@@ -128,9 +129,7 @@ class Recipe:
 
             path = Path(hf_hub_download(str(source), FILE_NAME))
         if not path.exists():
-            raise FileNotFoundError(
-                f"there is no recipe at {source}: pass a recipe.json, its folder, or a Hub repository."
-            )
+            raise NotFoundError(f"there is no recipe at {source}: pass a recipe.json, its folder, or a Hub repository.")
         return cls.from_json(path.read_bytes(), str(source))
 
     @classmethod
@@ -139,13 +138,13 @@ class Recipe:
         content = parse_json(text if isinstance(text, bytes) else text.encode(), source, "write it with Recipe.save")
         if not isinstance(content, dict) or not fits(content.get("schema"), int) or content["schema"] != SCHEMA:
             found = shown(content.get("schema") if isinstance(content, dict) else type(content).__name__)
-            raise ValueError(f"{source} is not a recipe of schema {SCHEMA}, got {found}: write it with Recipe.save.")
+            raise UserError(f"{source} is not a recipe of schema {SCHEMA}, got {found}: write it with Recipe.save.")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(content) - known - {"schema"})
         missing = sorted(known - set(content))
         if unknown or missing:
             what = f"has unknown keys {shown(unknown)} or lacks {missing}"
-            raise ValueError(f"{source} {what}: write it with Recipe.save.")
+            raise UserError(f"{source} {what}: write it with Recipe.save.")
         return cls(**{k: v for k, v in content.items() if k != "schema"})
 
     @classmethod
@@ -161,7 +160,7 @@ class Recipe:
             fit: the content of fit.json.
             rows: of the sweep; the first one tells the proxies' settings, which are one for all (those of a sweep from
                 elsewhere tell none, and the defaults hold).
-            laws: schedule -> law of further schedules, see `hf_power.fit.fit_laws`.
+            laws: schedule -> law of further schedules, see `hf_power.fit.fit.fit_laws`.
 
         Raises:
             ValueError: a fit that makes no recipe, for example with b >= 0.
@@ -207,9 +206,9 @@ class Recipe:
             ValueError: the schedule was not fitted, or it is "power", which needs no horizon.
         """
         if schedule == "power":
-            raise ValueError("power needs no horizon and so has no peak of its own: use lr_scheduler_type='power'.")
+            raise UserError("power needs no horizon and so has no peak of its own: use lr_scheduler_type='power'.")
         if schedule not in self.laws:
-            raise ValueError(
+            raise UserError(
                 f"the recipe has no law for {schedule}, only for {', '.join(self.laws) or 'power'}: sweep that schedule, "
                 "or give a learning_rate."
             )
@@ -278,22 +277,22 @@ def _proxies_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _number(name: str, value: Any) -> float:
     if fits(value, float) and math.isfinite(value):
         return value  # type: ignore[no-any-return]
-    raise ValueError(f"recipe: {name} must be a finite number, got {shown(value)}.")
+    raise UserError(f"recipe: {name} must be a finite number, got {shown(value)}.")
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in tuple(choices):
-        raise ValueError(f"recipe: {name} must be one of {', '.join(choices)}, got {shown(value)}.")
+        raise UserError(f"recipe: {name} must be one of {', '.join(choices)}, got {shown(value)}.")
 
 
 def _pair(name: str, value: Any) -> None:
     if not isinstance(value, list) or len(value) != 2 or _number(name, value[0]) > _number(name, value[1]):
-        raise ValueError(f"recipe: {name} must be a list [low, high], got {shown(value)}.")
+        raise UserError(f"recipe: {name} must be a list [low, high], got {shown(value)}.")
 
 
 def _mapping(name: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, dict) or not set(value) <= set(known):
-        raise ValueError(f"recipe: {name} must be a mapping with keys out of {', '.join(known)}, got {shown(value)}.")
+        raise UserError(f"recipe: {name} must be a mapping with keys out of {', '.join(known)}, got {shown(value)}.")
 
 
 def _check_laws(laws: Any) -> None:
@@ -301,11 +300,11 @@ def _check_laws(laws: Any) -> None:
     for schedule, law in laws.items():
         name = f"laws.{schedule}"
         if not isinstance(law, dict) or set(law) != set(LAW):
-            raise ValueError(f"recipe: {name} must be a mapping with the keys {', '.join(LAW)}, got {shown(law)}.")
+            raise UserError(f"recipe: {name} must be a mapping with the keys {', '.join(LAW)}, got {shown(law)}.")
         for key, value in law.items():
             positive = key in ("a", "critical_batch_tokens")
             if not (value is None and key == LAW[-1]) and _number(f"{name}.{key}", value) <= 0 and positive:
-                raise ValueError(f"recipe: {name}.{key} must be positive, got {shown(value)}.")
+                raise UserError(f"recipe: {name}.{key} must be positive, got {shown(value)}.")
 
 
 def _check_intervals(intervals: Any) -> None:
@@ -317,12 +316,10 @@ def _check_intervals(intervals: Any) -> None:
 
 def _check_samples(samples: Any) -> None:
     if not isinstance(samples, list) or len(samples) > MAX_SAMPLES:
-        raise ValueError(
-            f"recipe: samples must be a list of at most {MAX_SAMPLES} draws, got {type(samples).__name__}."
-        )
+        raise UserError(f"recipe: samples must be a list of at most {MAX_SAMPLES} draws, got {type(samples).__name__}.")
     for sample in samples:
         if not isinstance(sample, list) or len(sample) != 3 or _number("samples", sample[0]) <= 0:
-            raise ValueError(f"recipe: a sample must be a list [a > 0, b, batch_exponent], got {shown(sample)}.")
+            raise UserError(f"recipe: a sample must be a list [a > 0, b, batch_exponent], got {shown(sample)}.")
         for value in sample[1:]:
             _number("samples", value)
 
@@ -330,7 +327,7 @@ def _check_samples(samples: Any) -> None:
 def _check_validity(validity: Any) -> None:
     _mapping("validity", validity, ("widths", "tokens_per_step", "tokens", "extrapolates_to"))
     if not isinstance(validity.get("widths", []), list):
-        raise ValueError(f"recipe: validity.widths must be a list of widths, got {shown(validity['widths'])}.")
+        raise UserError(f"recipe: validity.widths must be a list of widths, got {shown(validity['widths'])}.")
     for width in validity.get("widths", []):
         _number("validity.widths", width)
     for name in ("tokens_per_step", "tokens"):
@@ -340,3 +337,52 @@ def _check_validity(validity: Any) -> None:
     _mapping("validity.extrapolates_to", reach, ("tokens", "tokens_per_step", "sd_octaves"))
     for name, value in reach.items():
         _number(f"validity.extrapolates_to.{name}", value)
+
+
+def warnings_for(
+    recipe: Recipe, *, tokens: int, tokens_per_step: int, width: int | None = None, weight_decay: float | None = None
+) -> list[str]:
+    """Sentences on where a run lies outside of what the recipe's fit has seen, with the factors.
+
+    Args:
+        recipe: its validity may be empty, which says nothing.
+        tokens: length of the run.
+        tokens_per_step: its batch.
+        width: hidden_size, None if unknown.
+        weight_decay: None for the recipe's.
+    """
+    found = []
+    for name, value, what in (("tokens", tokens, "tokens"), ("tokens_per_step", tokens_per_step, "tokens per step")):
+        if off := _outside(value, recipe.validity.get(name, [])):
+            found.append(f"{value:,} {what} are {off} of the sweep{_reach(recipe, name, value)}.")
+    widths = [x for x in recipe.validity.get("widths", []) if x]  # 0: a sweep from elsewhere that does not tell
+    if width is not None and (off := _outside(width, widths)):
+        found.append(f"the width {width:,} is {off} of the sweep: muP alone carries the rate there.")
+    critical = recipe.critical_batch_tokens
+    if critical is not None and tokens_per_step > critical:
+        found.append(
+            f"{tokens_per_step:,} tokens per step are {tokens_per_step / critical:.3g} times the critical batch, "
+            f"{critical:,.0f}: the rate no longer rises with the batch, a smaller one learns as much per token."
+        )
+    if weight_decay is not None and weight_decay != recipe.weight_decay:
+        found.append(
+            f"weight decay is {weight_decay:g}, the sweep had {recipe.weight_decay:g}: the law only holds for its own."
+        )
+    return found
+
+
+def _outside(value: float, seen: list[float]) -> str:
+    """How far a value lies outside of those seen, as a factor; empty if it does not."""
+    if not seen or min(seen) <= value <= max(seen):
+        return ""
+    if value > max(seen):
+        return f"{value / max(seen):.3g} times the largest, {max(seen):,},"
+    return f"{min(seen) / value:.3g} times below the smallest, {min(seen):,},"
+
+
+def _reach(recipe: Recipe, name: str, value: float) -> str:
+    reach = recipe.validity.get("extrapolates_to", {})
+    if name not in reach or value < recipe.validity[name][0]:
+        return ""
+    side = "within" if value <= reach[name] else "beyond"
+    return f", {side} the {reach[name]:,} up to which its fit is sure of the rate"

@@ -14,6 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from hf_power.compat import uncounted_sharers
+from hf_power.records.errors import UserError
 from hf_power.schedule import found_tokens_per_step, get_power_schedule
 
 NAME = "power"
@@ -112,7 +113,7 @@ def find_tokens_per_step(trainer: Any) -> int:
     try:
         per_sequence = _tokens_per_sequence(trainer)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"the power schedule could not count the tokens of a training sequence ({type(error).__name__}: {error}): "
             'pass lr_scheduler_kwargs={"tokens_per_step": ...}, the tokens of one optimizer step over all processes.'
         ) from error

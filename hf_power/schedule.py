@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from hf_power.records.errors import UserError
+
 TOKENS_PER_BETA = 4096  # beta counts the batch in sequences of 4096 tokens (section 3 of the paper)
 
 # Set by register.py while a Trainer builds its scheduler; an explicit tokens_per_step wins over it.
@@ -199,7 +201,7 @@ class PowerLR(LRScheduler):
         _check_choice("warmup_to", warmup_to, ("law", "max"))
         _check_choice("decay_shape", decay_shape, tuple(DECAY_SHAPES))
         if warmup_tokens is not None and num_warmup_steps:
-            raise ValueError(
+            raise UserError(
                 f"warmup is given twice, num_warmup_steps={num_warmup_steps} and warmup_tokens={warmup_tokens}: "
                 "pass one of them."
             )
@@ -236,7 +238,7 @@ class PowerLR(LRScheduler):
         start, length = _tail(self.total_tokens, self._tokens_before, *self._decay)
         end = self.total_tokens if start is None else start
         if end is not None and warmup > end and warmup > self._tokens_at:
-            raise ValueError(
+            raise UserError(
                 f"a warmup of {warmup:,} tokens does not fit before token {end:,}, where the "
                 f"{'run ends' if start is None else 'decay starts'}: shorten the warmup or the decay, or train longer."
             )
@@ -304,7 +306,7 @@ class PowerLR(LRScheduler):
             ValueError: if the state is not that of a power schedule.
         """
         if set(state_dict) != {"tokens_seen", "last_epoch"}:
-            raise ValueError(
+            raise UserError(
                 f"the scheduler state of the checkpoint is not that of a power schedule (got {sorted(state_dict)}): "
                 "resume with the scheduler that wrote it, or start from its weights with tokens_seen=<tokens so far>."
             )
@@ -352,7 +354,7 @@ def get_power_schedule(
     if tokens_per_step is None:
         tokens_per_step = found_tokens_per_step.get()
     if tokens_per_step is None:
-        raise ValueError(
+        raise UserError(
             "the power schedule needs tokens_per_step and found no Trainer to take it from: pass tokens_per_step = "
             "sequences per device x sequence length x accumulation steps x data-parallel processes (with get_scheduler, "
             'in scheduler_specific_kwargs={"tokens_per_step": ...}).'
@@ -365,14 +367,14 @@ def _tail(
 ) -> tuple[int | None, int]:
     """First token and length of the tail; (None, 0) where there is none."""
     if ratio is not None and (tokens is not None or start is not None):
-        raise ValueError(
+        raise UserError(
             f"the decay is given twice, decay_ratio={ratio} and decay_tokens={tokens} / decay_start_tokens={start}: "
             "pass one of them."
         )
     if ratio is not None and not 0 <= ratio <= 1:
-        raise ValueError(f"decay_ratio must lie between 0 and 1, got {ratio}: pass 0.1 for the last 10 %.")
+        raise UserError(f"decay_ratio must lie between 0 and 1, got {ratio}: pass 0.1 for the last 10 %.")
     if total is None and ((start is None and tokens) or (start is not None and tokens is None) or ratio):
-        raise ValueError("a decay that ends with the run needs its length: pass num_training_steps.")
+        raise UserError("a decay that ends with the run needs its length: pass num_training_steps.")
     if start is None:
         if total is None:
             return None, 0
@@ -381,7 +383,7 @@ def _tail(
     else:
         length = tokens if tokens is not None else (total or 0) - start
     if start < 0 or length < 0 or (total is not None and start + length > total):
-        raise ValueError(
+        raise UserError(
             f"a decay of {length:,} tokens from token {start:,} does not fit into a run of {total or 0:,} tokens: "
             "shorten the decay or train longer."
         )
@@ -405,7 +407,7 @@ def _max_lr(optimizer: torch.optim.Optimizer) -> float:
         inner = inner.optimizer
     lr = inner.defaults.get("lr")
     if lr is None or not float(lr) > 0:
-        raise ValueError(
+        raise UserError(
             f"the power schedule takes its cap from the optimizer's own lr, got {lr}: build the optimizer with lr=eta_max "
             "(0.02 in the paper)."
         )
@@ -430,20 +432,20 @@ def _check_law(
     ):
         _check_number(name, value)
     if a <= 0:
-        raise ValueError(f"a, the scale of the power law, must be positive, got {a}: the paper has 4.0.")
+        raise UserError(f"a, the scale of the power law, must be positive, got {a}: the paper has 4.0.")
     if b >= 0:
-        raise ValueError(f"b, the exponent of the power law, must be negative, got {b}: the paper has -0.51.")
+        raise UserError(f"b, the exponent of the power law, must be negative, got {b}: the paper has -0.51.")
     if tokens_per_step < 1 or tokens_per_step != int(tokens_per_step):
-        raise ValueError(
+        raise UserError(
             f"tokens_per_step must be a positive whole number, got {tokens_per_step}: pass the tokens of one optimizer "
             "step over all processes."
         )
     if critical_batch_tokens is not None and critical_batch_tokens <= 0:
-        raise ValueError(
+        raise UserError(
             f"critical_batch_tokens must be positive, got {critical_batch_tokens}: pass tokens per step, or None for none."
         )
     if not 0 <= min_lr_ratio <= 1:
-        raise ValueError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}: pass 0 to decay to zero.")
+        raise UserError(f"min_lr_ratio must lie between 0 and 1, got {min_lr_ratio}: pass 0 to decay to zero.")
 
 
 def _check_lengths(**lengths: float | None) -> None:
@@ -451,14 +453,14 @@ def _check_lengths(**lengths: float | None) -> None:
         if value is not None:
             _check_number(name, value)
             if value < 0 and name != "decay_ratio":  # which has a range of its own
-                raise ValueError(f"{name} must not be negative, got {value}: pass 0 for none.")
+                raise UserError(f"{name} must not be negative, got {value}: pass 0 for none.")
 
 
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}: write it without quotes, e.g. 4.0.")
+        raise UserError(f"{name} must be a finite number, got {value!r}: write it without quotes, e.g. 4.0.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

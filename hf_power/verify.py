@@ -5,15 +5,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hf_power import fit_plots, plots
 from hf_power.coord_check import CoordCheck, coord_check
-from hf_power.files import replaced, write_json
-from hf_power.grid import Grid, Group, few_digits, row_value
-from hf_power.machine import versions
-from hf_power.plan import warnings_for
-from hf_power.recipe import Recipe
-from hf_power.settings import Settings, parse_tokens
-from hf_power.sweep import run_sweep
+from hf_power.plots import figures as plots
+from hf_power.plots import fit as fit_plots
+from hf_power.recipe import Recipe, warnings_for
+from hf_power.records.errors import UserError
+from hf_power.records.files import replaced, write_json
+from hf_power.records.machine import versions
+from hf_power.settings.settings import Settings, parse_tokens
+from hf_power.sweep.grid import Grid, Group, few_digits, row_value
+from hf_power.sweep.run import run_sweep
 
 SCHEMA = 1
 FACTORS = (0.5, 1.0, 2.0)
@@ -46,9 +47,9 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
         ValueError: no recipe, a recipe for other settings, or a cell that is no whole number of steps.
     """
     if settings.run.recipe is None:
-        raise ValueError("verify needs a recipe: pass --recipe recipe.json.")
+        raise UserError("verify needs a recipe: pass --recipe recipe.json.")
     if seeds < 1 or not tolerance > 0:
-        raise ValueError(f"seeds and tolerance must be positive, got {seeds} and {tolerance}: correct them.")
+        raise UserError(f"seeds and tolerance must be positive, got {seeds} and {tolerance}: correct them.")
     plots.require_matplotlib()
     recipe = Recipe.load(settings.run.recipe)
     settings.apply_recipe()
@@ -95,9 +96,7 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
         max_extensions=EXTENSIONS,
     )
     if tokens < 10 * batch:
-        raise ValueError(
-            f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens."
-        )
+        raise UserError(f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens.")
     values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
     return grid, Group("power", width, batch, (tokens,), grid.seeds, values, recipe.schedule_kwargs())
 

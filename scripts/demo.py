@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_power import data, train
-from hf_power.checkpoint import checkpoints
+from hf_power.checkpoints.seal import checkpoints
 from hf_power.cli import parse_settings, run_verb
-from hf_power.evaluate import ngram_losses
-from hf_power.settings import parse_tokens
-from hf_power.text import load_text
+from hf_power.data import blocks as data
+from hf_power.data.text import load_text
+from hf_power.evaluate.heldout import ngram_losses
+from hf_power.pretrain import run as train
+from hf_power.settings.settings import parse_tokens
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 PROMPT = "def __init__(self, "

@@ -7,7 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_power import cli
-from hf_power.grid import load_grid
+from hf_power.sweep.grid import load_grid
 
 
 def test_verbs_are_listed(capsys):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, TrainingArguments
 
 from hf_power import compat, mup_config
 from hf_power.cli import parse_settings
-from hf_power.settings import Settings, load_yaml
+from hf_power.settings.settings import Settings, load_yaml
 
 OLD, NEW = "gradient_checkpointing", "activation_checkpointing"
 BOTH = pytest.mark.parametrize("written", [OLD, NEW])

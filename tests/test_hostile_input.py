@@ -16,11 +16,11 @@ from test_recipe import FULL
 from test_rows import ROW
 
 from hf_power import cli
-from hf_power.checkpoint import problems, seal
-from hf_power.grid import sections as grid_sections
-from hf_power.schema import parse_json, read_object, read_run
-from hf_power.settings import Settings
-from hf_power.sweep import check_budget, stages_of
+from hf_power.checkpoints.seal import problems, seal
+from hf_power.records.schema import parse_json, read_object, read_run
+from hf_power.settings.settings import Settings
+from hf_power.sweep.grid import sections as grid_sections
+from hf_power.sweep.run import check_budget, stages_of
 
 SETTINGS = {
     "model": {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -229,8 +229,8 @@ def without_data(grid, folder, workers):
 
 @pytest.fixture(autouse=True)
 def no_measurement(monkeypatch):
-    monkeypatch.setattr("hf_power.cost.estimate", without_data)
-    monkeypatch.setattr("hf_power.cost.estimate_text", lambda cost: "parsed")
+    monkeypatch.setattr("hf_power.sweep.cost.estimate", without_data)
+    monkeypatch.setattr("hf_power.sweep.cost.estimate_text", lambda cost: "parsed")
 
 
 def fuzz(kind, examples, capsys, monkeypatch):

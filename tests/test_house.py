@@ -9,65 +9,41 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_power"
 
-# A module may import those before it only; version and the exports of __init__ stand outside the order.
+# A room is a module or package below hf_power. It may import from itself and from those before it only; version and the
+# exports of __init__ stand outside of the order.
 ORDER = [
-    "schema",
-    "files",
+    "records",
     "compat",
     "schedule",
     "register",
     "mup",
-    "experts",
-    "flops",
-    "speed",
-    "stacked",
-    "footprint",
+    "models",
     "coord_check",
-    "rows",
-    "cells",
-    "law",
-    "fit_text",
-    "fit",
     "recipe",
-    "machine",
-    "checkpoint",
-    "locate",
-    "fold",
-    "proof",
-    "export",
-    "text",
     "data",
-    "plan",
-    "evaluate",
-    "tasks",
-    "plots",
-    "fit_plots",
-    "markdown",
-    "card",
+    "checkpoints",
     "settings",
-    "resume",
-    "disk",
-    "callbacks",
-    "doctor",
-    "bad_numbers",
-    "signals",
-    "remote",
-    "staging",
+    "fit",
+    "plots",
+    "evaluate",
+    "export",
     "publish",
-    "push_guard",
-    "power_trainer",
-    "train",
-    "grid",
-    "ensemble",
-    "trunks",
+    "plan",
+    "pretrain",
     "sweep",
-    "cost",
-    "report",
     "verify",
     "cli",
     "run",
 ]
 HEAVY = {"datasets", "matplotlib", "scipy", "evaluate", "yaml", "pandas", "lm_eval", "jinja2"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+# The metric that `evaluate.load` reads as a script of its own.
+STANDS_ALONE = "language_modeling.py"
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path, top_level_only=False):
@@ -87,40 +63,36 @@ def test_import_needs_nothing_of_posix():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_every_module_has_its_place():
-    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "version"}
-    assert modules == set(ORDER)
+def test_every_room_has_its_place():
+    assert {room_of(path) for path in FILES} - {"__init__", "version"} == set(ORDER)
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_run_down_and_never_back(module):
-    for name in imports(PACKAGE / f"{module}.py"):
-        if name.startswith("hf_power.") and (target := name.split(".")[1]) in ORDER:
-            assert ORDER.index(target) < ORDER.index(module), f"{module} imports {target}"
+@FILE
+def test_imports_run_down_and_never_back(path):
+    room = room_of(path)
+    if room in ("__init__", "version"):
+        return
+    for name in imports(path):
+        target = name.split(".")[1] if name.startswith("hf_power.") else room
+        if target in ORDER:
+            assert ORDER.index(target) <= ORDER.index(room), f"{path} imports {name}"
         assert not name.startswith("scripts")
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_heavy_packages_are_imported_where_they_are_used(module):
-    assert not {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py", top_level_only=True)} & HEAVY
+@FILE
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    top = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+    assert path.name == STANDS_ALONE or not top & HEAVY
 
 
-@pytest.mark.parametrize("module", [m for m in ORDER if m != "cli"])
-def test_argparse_stays_in_cli(module):
-    assert "argparse" not in set(imports(PACKAGE / f"{module}.py"))
+@FILE
+def test_argparse_stays_in_the_command_line(path):
+    assert room_of(path) == "cli" or "argparse" not in set(imports(path))
 
 
-def test_only_register_touches_private_parts_of_transformers():
-    for module in ORDER:
-        if module != "register":
-            names = [n for n in imports(PACKAGE / f"{module}.py") if n.startswith("transformers")]
-            assert not [n for n in names if any(part.startswith("_") for part in n.split("."))], module
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_no_code_comes_with_a_file(module):
+@FILE
+def test_no_code_comes_with_a_file(path):
     """torch.load with weights_only, no pickle, no remote code of a model or dataset."""
-    path = PACKAGE / f"{module}.py"
     assert not {"pickle", "dill", "cloudpickle", "joblib"} & {name.split(".")[0] for name in imports(path)}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):

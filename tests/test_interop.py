@@ -14,8 +14,8 @@ import pytest
 from processes import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_power.data import load_tokenizer
-from hf_power.text import DataArguments, load_text
+from hf_power.data.blocks import load_tokenizer
+from hf_power.data.text import DataArguments, load_text
 
 pytestmark = pytest.mark.slow  # a process each
 

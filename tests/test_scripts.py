@@ -10,8 +10,8 @@ import pytest
 import yaml
 from hub import Hub, hub_environment
 
-from hf_power.data import load_tokenizer
-from hf_power.text import DataArguments, load_text
+from hf_power.data.blocks import load_tokenizer
+from hf_power.data.text import DataArguments, load_text
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,8 +6,8 @@ from sentences import says
 
 from hf_power import Recipe, verify
 from hf_power.cli import run_verb
-from hf_power.grid import Group
-from hf_power.settings import Settings
+from hf_power.settings.settings import Settings
+from hf_power.sweep.grid import Group
 
 GROUP = Group("power", 32, 128, (1280,), (0, 1), (4.0, 8.0, 16.0), {"a": 8.0, "b": -0.5, "batch_exponent": 1.0})
 RECIPE = Recipe(a=8.0, b=-0.5)

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_power import ensemble, train
-from hf_power.data import load_tokenizer, pack
-from hf_power.text import DataArguments, load_text
+from hf_power.data.blocks import load_tokenizer, pack
+from hf_power.data.text import DataArguments, load_text
+from hf_power.pretrain import run as train
+from hf_power.sweep import ensemble
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS_FILE = "rows.jsonl"

@@ -10,11 +10,11 @@ import time
 import torch
 from common import DEVICE, Clock, free_memory, now, only_the_training, tokenizer_of
 
-from hf_power import train
-from hf_power.data import pack_both
-from hf_power.ensemble import Ensemble
-from hf_power.settings import Settings
-from hf_power.text import load_text
+from hf_power.data.blocks import pack_both
+from hf_power.data.text import load_text
+from hf_power.pretrain import run as train
+from hf_power.settings.settings import Settings
+from hf_power.sweep.ensemble import Ensemble
 
 # name -> width, layers, vocabulary, block size, tokens per step
 CASES = {

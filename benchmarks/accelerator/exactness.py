@@ -15,7 +15,7 @@ from engine import CASES, sections
 from transformers import LlamaConfig
 
 from hf_power.coord_check import coord_check
-from hf_power.settings import Settings
+from hf_power.settings.settings import Settings
 
 STEPS, SAVE = 60, 20
 

@@ -8,7 +8,7 @@ from common import DEVICE, data, free_memory, now
 from torch.profiler import ProfilerActivity, profile
 from training import collate_blocks, parts, settings
 
-from hf_power.speed import speed_up_
+from hf_power.pretrain.speed import speed_up_
 
 # What a kernel is for, by its name; the first match counts.
 KINDS = {

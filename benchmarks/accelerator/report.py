@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from common import ROOT
 
-from hf_power.files import write_json
+from hf_power.records.files import write_json
 
 
 def report(rows, options):

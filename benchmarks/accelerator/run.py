@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from common import DEVICE, Rows
 
-from hf_power.machine import hardware, versions
+from hf_power.records.machine import hardware, versions
 
 PARTS = ("dense", "host", "sweep", "moe", "profile", "resume", "coordinates", "report")
 

@@ -1,6 +1,6 @@
 """Parts `dense`, `moe` and `host`: a training step of the paper's 1B shapes, by hf_power, by hand and by the stock Trainer.
 
-* ours: `hf_power.train.pretrain`, compiled
+* ours: `hf_power.pretrain.run.pretrain`, compiled
 * by_hand: a bare loop with the same model, blocks, optimizer, schedule and tricks, and nothing else
 * stock: transformers' Trainer as it comes, with bf16 and fused AdamW
 * eager_experts (moe only): the bare loop with transformers' loop over experts in place of grouped products
@@ -15,11 +15,12 @@ from common import DEVICE, ROOT, Clock, ceiling, data, free_memory, only_the_tra
 from torch import nn
 from transformers import Trainer, set_seed
 
-from hf_power import MupAdamW, PowerLR, train
+from hf_power import MupAdamW, PowerLR
 from hf_power.cli import parse_settings
-from hf_power.data import BlockStream, collate_blocks
-from hf_power.flops import flops_per_token
-from hf_power.speed import speed_up_
+from hf_power.data.blocks import BlockStream, collate_blocks
+from hf_power.models import flops_per_token
+from hf_power.pretrain import run as train
+from hf_power.pretrain.speed import speed_up_
 
 RECIPES = {"dense": "powerlm-1b", "moe": "powermoe-1b", "host": "powerlm-1b"}
 SEQUENCES = 16  # of a step

@@ -14,10 +14,10 @@ from statistics import fmean, median, stdev
 import numpy as np
 from scipy.stats import t as student
 
-from hf_power import fit_plots
-from hf_power.files import replaced, write_json
-from hf_power.fit import fit_law, law_lr
-from hf_power.grid import few_digits
+from hf_power.fit.fit import fit_law, law_lr
+from hf_power.plots import fit as fit_plots
+from hf_power.records.files import replaced, write_json
+from hf_power.sweep.grid import few_digits
 
 HERE = Path(__file__).parent
 NUMBERS = ("learning_rate", "a", "b", "batch_exponent", "max_lr", "loss", "flops_per_token", "seconds")

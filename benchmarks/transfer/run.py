@@ -12,11 +12,11 @@ import csv
 import math
 from pathlib import Path
 
-from hf_power.files import replaced, write_json
-from hf_power.fit import fit_cells, fit_law, law_lr, regret
-from hf_power.grid import Grid, Group, few_digits
-from hf_power.machine import versions
-from hf_power.sweep import run_sweep
+from hf_power.fit.fit import fit_cells, fit_law, law_lr, regret
+from hf_power.records.files import replaced, write_json
+from hf_power.records.machine import versions
+from hf_power.sweep.grid import Grid, Group, few_digits
+from hf_power.sweep.run import run_sweep
 
 HERE = Path(__file__).parent
 RIVALS = ("warmup_stable_decay", "linear", "cosine", "inverse_sqrt")

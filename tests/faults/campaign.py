@@ -23,10 +23,10 @@ from pathlib import Path
 
 import yaml
 
-from hf_power.checkpoint import MANIFEST, checkpoints, problems
-from hf_power.machine import hardware
-from hf_power.rows import read_rows
-from hf_power.settings import Settings
+from hf_power.checkpoints.seal import MANIFEST, checkpoints, problems
+from hf_power.records.machine import hardware
+from hf_power.records.rows import read_rows
+from hf_power.settings.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS = 200, 10

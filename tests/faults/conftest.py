@@ -2,8 +2,8 @@ import subprocess
 
 import pytest
 
-from hf_power import train
-from hf_power.settings import Settings
+from hf_power.pretrain import run as train
+from hf_power.settings.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -87,23 +87,23 @@ PLACES = {
     "between": Place("torch:save", before),
     "state": Place("torch:save", half_of(1)),
     "trainer_state": Place("transformers:TrainerState.save_to_json", half_of(1)),
-    "record": Place("hf_power.files:json.dump", half_of(1), names(1, "run.json")),
-    "rename": Place("hf_power.files:os.replace", before),
-    "hash": Place("hf_power.checkpoint:sha256", before),
-    "seal": Place("hf_power.files:json.dump", half_of(1), names(1, "manifest.json")),
-    "sealed": Place("hf_power.files:os.replace", after, names(1, "manifest.json")),
-    "rotate": Place("hf_power.checkpoint:shutil.rmtree", half_removed),
+    "record": Place("hf_power.records.files:json.dump", half_of(1), names(1, "run.json")),
+    "rename": Place("hf_power.records.files:os.replace", before),
+    "hash": Place("hf_power.checkpoints.seal:sha256", before),
+    "seal": Place("hf_power.records.files:json.dump", half_of(1), names(1, "manifest.json")),
+    "sealed": Place("hf_power.records.files:os.replace", after, names(1, "manifest.json")),
+    "rotate": Place("hf_power.checkpoints.seal:shutil.rmtree", half_removed),
     "load": Place("torch:load", before),
     "tokenizer": Place("transformers:PreTrainedTokenizerFast.save_pretrained", after, names(1, "hf_power_tokenizers")),
-    "tokenize": Place("hf_power.data:_join", before),
+    "tokenize": Place("hf_power.data.blocks:_join", before),
     "cache": Place("datasets.arrow_writer:ArrowWriter.finalize", before),
     "cached": Place("datasets.arrow_dataset:shutil.move", before),
-    "evaluate": Place("hf_power.power_trainer:PowerTrainer.evaluation_loop", before),
+    "evaluate": Place("hf_power.pretrain.trainer:PowerTrainer.evaluation_loop", before),
     "model": Place(
         "transformers.modeling_utils:safe_save_file", half_of(1), lambda *a, **k: "checkpoint-" not in str(a[1])
     ),
-    "picture": Place("hf_power.plots:plot_lr_and_loss", half_of(1)),
-    "row": Place("hf_power.rows:os.write", half_written),
+    "picture": Place("hf_power.plots.figures:plot_lr_and_loss", half_of(1)),
+    "row": Place("hf_power.records.rows:os.write", half_written),
 }
 
 

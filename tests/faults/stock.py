@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from hf_power.cli import run_verb
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hf_power.train", "datasets", "transformers.trainer"])
+CONTEXT.set_forkserver_preload(["hf_power.pretrain.run", "datasets", "transformers.trainer"])
 STEPS = 12
 BOUND = 20  # seconds; after them a process is said to hang
 

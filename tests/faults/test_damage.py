@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hf_power import train
-from hf_power.checkpoint import LATER, MANIFEST, newest_intact, problems, seal
-from hf_power.settings import Settings
+from hf_power.checkpoints.seal import LATER, MANIFEST, newest_intact, problems, seal
+from hf_power.pretrain import run as train
+from hf_power.settings.settings import Settings
 
 
 def cut(size):

@@ -8,9 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_power import callbacks, train
-from hf_power.checkpoint import checkpoints, problems
+from hf_power.checkpoints.seal import checkpoints, problems
 from hf_power.cli import run_verb
+from hf_power.pretrain import callbacks
+from hf_power.pretrain import run as train
 
 
 def fill(disk, left):

@@ -14,7 +14,13 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
 ]
 STEPS, SAVE_STEPS = 120, 10
-IMPORTED = ["hf_power.train", "inject", "datasets", "transformers.models.granite.modeling_granite", "matplotlib.pyplot"]
+IMPORTED = [
+    "hf_power.pretrain.run",
+    "inject",
+    "datasets",
+    "transformers.models.granite.modeling_granite",
+    "matplotlib.pyplot",
+]
 BY_CLOCK = [
     {"place": campaign.START, "delay": 2.0, "target": "process"},
     {"place": campaign.TRAIN, "delay": 0.3, "target": "process group"},

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stock import BOUND, STEPS, Poison, child, ended, pair, stock
 
-from hf_power import train
-from hf_power.bad_numbers import NonFiniteError
-from hf_power.checkpoint import checkpoints, problems
-from hf_power.settings import Settings
+from hf_power.checkpoints.seal import checkpoints, problems
+from hf_power.pretrain import run as train
+from hf_power.pretrain.bad_numbers import NonFiniteError
+from hf_power.settings.settings import Settings
 
 KILL = ("kill_in_save", {"checkpoint": "checkpoint-8"})
 TERMINATE = {"step": 6, "number": signal.SIGTERM}

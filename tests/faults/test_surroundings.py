@@ -13,10 +13,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_power import SealCheckpoints, callbacks, train
-from hf_power.checkpoint import checkpoints, newest_intact, problems
+from hf_power import SealCheckpoints
+from hf_power.checkpoints.seal import checkpoints, newest_intact, problems
 from hf_power.cli import run_verb
-from hf_power.settings import Settings
+from hf_power.pretrain import callbacks
+from hf_power.pretrain import run as train
+from hf_power.settings.settings import Settings
 
 
 def equal(one, other):
@@ -117,9 +119,9 @@ def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsy
     given = sections(tmp_path / "run", resume_from_checkpoint="true", tokens=400 * 128, logging_steps=100)
     given["data"] |= {"dataset": str(text), "streaming": True, "num_proc": None}
     given["data"]["tokenizer"] = str(tmp_path / "tokenizer")
-    monkeypatch.setattr("hf_power.text.STREAM_EVAL_DOCUMENTS", 10)
-    from hf_power.data import load_tokenizer
-    from hf_power.text import load_text
+    monkeypatch.setattr("hf_power.data.text.STREAM_EVAL_DOCUMENTS", 10)
+    from hf_power.data.blocks import load_tokenizer
+    from hf_power.data.text import load_text
 
     plain = Settings.from_dict(sections(tmp_path / "run")).data
     load_tokenizer(plain, load_text(plain)[0]).save_pretrained(tmp_path / "tokenizer")

@@ -1,0 +1,1 @@
+"""Checkpoints that can be trusted: sealed, verified, the newest intact one found."""

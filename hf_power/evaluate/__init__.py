@@ -1,0 +1,1 @@
+"""Held-out losses and downstream tasks of any causal language model."""

@@ -1,0 +1,1 @@
+"""Pretraining and annealing: the run, the Trainer, its callbacks and its guards."""

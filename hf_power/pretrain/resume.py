@@ -1,0 +1,183 @@
+"""Going on from a checkpoint: which one, whether it has all that a run needs, and what may be another now."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_power.checkpoints.seal import (
+    RUN_FILE,
+    checkpoints,
+    missing_parts,
+    newest_intact,
+    problems,
+    saved_under_fsdp,
+    unfinished,
+)
+from hf_power.recipe import FILE_NAME as RECIPE_FILE
+from hf_power.recipe import Recipe
+from hf_power.records.errors import NotFoundError, UserError, shown
+from hf_power.records.files import read_json
+from hf_power.records.schema import read_run
+from hf_power.schedule import LAW
+from hf_power.settings.settings import NOT_RECORDED, SECTIONS, TRAINING_DEFAULTS, Settings, flatten
+
+# Another value makes another run: other weights, other text, or a law that was not tuned for it.
+_GUARDED = {f.name for f in dataclasses.fields(SECTIONS["mup"])} | {"model_config", "seed", "streaming"}
+_SHAPE = {f.name for f in dataclasses.fields(SECTIONS["model"])} - {"model_config"}
+TOKENIZER = {"tokenizer", "vocab_size"}
+LAW_NAMES = {f"lr_scheduler_kwargs.{name}" for name in LAW}
+
+
+def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
+    """The verified checkpoint that the settings ask for, or None for a run that begins.
+
+    ``resume_from_checkpoint: true`` begins the run where no checkpoint was ever finished, so that one command both starts
+    and resumes.
+
+    Raises:
+        ValueError: a folder that holds another run, or a checkpoint that is damaged or lacks a part.
+        FileNotFoundError: no such checkpoint, or none in the folder that is intact.
+    """
+    wanted = settings.training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        refuse_other_run(folder)
+        return None
+    if str(wanted).lower() != "true":
+        checkpoint = Path(str(wanted))
+        if not is_of(folder, checkpoint):
+            refuse_other_run(folder)
+        verify(checkpoint)
+        return checkpoint
+    if all(unfinished(p) for p in checkpoints(folder)):
+        if (read_json(folder / RUN_FILE) or {}).get("status") == "finished":  # by a run that saved no checkpoint
+            refuse_other_run(folder)
+        if settings.training.should_save:
+            print(f"there is no checkpoint in {folder} yet: the run begins", flush=True)
+        return None
+    found, broken = newest_intact(folder, complete=True)
+    if settings.training.should_save:
+        for name, what in broken.items():
+            print(f"{name} is not used: {', '.join(what)}", flush=True)
+    return found
+
+
+def is_of(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of the run folder's own."""
+    return checkpoint.resolve().parent == folder.resolve()
+
+
+def refuse_other_run(folder: Path) -> None:
+    """Raise a ValueError for a folder in which a run has begun."""
+    if (folder / RUN_FILE).exists() or checkpoints(folder):
+        raise UserError(
+            f"the output folder {folder} holds a run already: pass --resume_from_checkpoint true to go on with it, or "
+            "another --output_dir."
+        )
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise unless a checkpoint is there, intact, and complete."""
+    if not checkpoint.is_dir():
+        raise NotFoundError(f"there is no checkpoint at {checkpoint}: pass a checkpoint-N folder of a run.")
+    if found := problems(checkpoint):
+        raise UserError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")
+    if missing := missing_parts(checkpoint):
+        raise UserError(
+            f"the checkpoint {checkpoint} has no {' and no '.join(missing)}, without which training would start anew in "
+            "part: take another checkpoint, saved with save_only_model false."
+        )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a checkpoint, with all that going on from it needs."""
+    run = read_run(folder, required=("tokens_seen", "tokens_per_step", "steps", "settings"))
+    if "decay_start_tokens" not in (run.get("schedule") or {"decay_start_tokens": None}):
+        raise UserError(
+            f"{folder / RUN_FILE} lacks schedule.decay_start_tokens: take a checkpoint that hf_power wrote."
+        )
+    return run
+
+
+def refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
+    """Raise a ValueError for a checkpoint of FSDP without it, and the other way round."""
+    if sharding != saved_under_fsdp(checkpoint):
+        was, now = ("without FSDP", "under it") if sharding else ("under FSDP", "without it")
+        raise UserError(
+            f"the checkpoint {checkpoint} was saved {was} and this run is {now}, which cannot read its optimizer: go on "
+            "with the accelerate config that it was trained with, on any number of processes."
+        )
+
+
+def changes(settings: Settings, run: dict[str, Any], before: dict[str, Any], checkpoint: Path) -> list[str]:
+    """What is another than in the checkpoint's run, a phrase each; all of it is taken up.
+
+    Args:
+        settings: of the run that goes on; run.allow_changed names what may differ although it makes another run.
+        run: its record; tokens_per_step and settings are compared.
+        before: the checkpoint's record.
+        checkpoint: whose recipe, if it has one, fixed the numbers of the law.
+
+    Raises:
+        ValueError: the model's shape, or without leave: muP, the data, the tokenizer, the seed, or a number that the
+            checkpoint's recipe has tuned.
+    """
+    old, new = (_values(record["settings"]) for record in (before, run))
+    names = [name for name in [*old, *new] if name in new or "." in name]
+    differ = {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+    fixed = dict.fromkeys(_SHAPE, "whose weights do not fit another model")
+    fixed["lr_scheduler_type"] = "whose schedule's state no other schedule can read"
+    if settings.training.lr_scheduler_type != "power":
+        fixed["learning_rate"] = "and only the power schedule takes up another rate or horizon"
+    allowed, guarded = settings.allowed_changes(), _GUARDED | TOKENIZER | _tuned(checkpoint)
+    for name, (was, now) in differ.items():
+        what = f"{name} is {shown(now)} but {shown(was)} in {checkpoint}"
+        if name in fixed:
+            raise UserError(f"{what}, {fixed[name]}: leave it as it was, or train a new run.")
+        if name in guarded and name not in allowed:
+            raise UserError(
+                f"{what}: leave it as it was, or pass --allow_changed {name} to go on all the same, with a run that is "
+                "partly another."
+            )
+    differ["tokens_per_step"] = before["tokens_per_step"], run["tokens_per_step"]
+    return [f"{name} {shown(was)} -> {shown(now)}" for name, (was, now) in differ.items() if was != now]
+
+
+def other_data(settings: Settings, run: dict[str, Any], before: dict[str, Any]) -> str | None:
+    """A phrase if the blocks are not those of the checkpoint's run though they are cut in the same way.
+
+    Raises:
+        ValueError: they are not, and a pretraining run has no leave for it.
+    """
+    was, now = before.get("data", {}).get("fingerprint"), run["data"]["fingerprint"]
+    old = _values(before["settings"])
+    same = all(old[name] == getattr(settings.data, name) for name in ("block_size", "streaming", *TOKENIZER))
+    if not same or was in (None, now):
+        return None
+    if run["kind"] == "pretrain" and "dataset" not in settings.allowed_changes():
+        raise UserError(
+            f"the data have the fingerprint {now}, but {was} when the checkpoint was saved, so their text is another: "
+            "restore it, or pass --allow_changed dataset to go on with other text."
+        )
+    return f"fingerprint of the data {was} -> {now}"
+
+
+def _tuned(checkpoint: Path) -> set[str]:
+    """Names of the settings that the checkpoint's recipe has tuned."""
+    if not (checkpoint / RECIPE_FILE).exists():
+        return set()
+    return {*Recipe.load(checkpoint / RECIPE_FILE).settings()} | LAW_NAMES
+
+
+def _values(sections: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a run, those that were not given at their defaults; lr_scheduler_kwargs by their dotted names."""
+    values = {
+        f.name: None if f.default is dataclasses.MISSING else f.default
+        for kind in SECTIONS.values()
+        for f in dataclasses.fields(kind)
+        if f.init and f.name not in NOT_RECORDED
+    }
+    values |= TRAINING_DEFAULTS | flatten(json.loads(json.dumps(sections)), "the checkpoint's settings")
+    kwargs = values.pop("lr_scheduler_kwargs") or {}
+    values |= {f"lr_scheduler_kwargs.{name}": value for name, value in kwargs.items()}
+    return {name: getattr(value, "value", value) for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""The model card, and the push of a run to the Hub."""

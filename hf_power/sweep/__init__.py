@@ -1,0 +1,1 @@
+"""A grid of small models, trained side by side."""

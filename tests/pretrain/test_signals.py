@@ -1,0 +1,149 @@
+"""SIGTERM and SIGINT: one sealed checkpoint of all processes, a telling exit code, and a run that goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import free_port
+from safetensors.torch import load_file
+
+from hf_power.checkpoints.seal import checkpoints, problems
+from hf_power.cli import run_verb
+from hf_power.pretrain import run as train
+from hf_power.settings.settings import Settings
+
+pytestmark = pytest.mark.slow  # a process each
+
+ROOT = Path(__file__).parents[2]
+STEPS = 400
+# Each process writes its id, so that a test can find it under a launcher.
+SCRIPT = """
+import os, sys
+open(os.path.join(sys.argv.pop(), f"pid{os.environ.get('RANK', '0')}"), "w").write(str(os.getpid()))
+from hf_power.cli import run_verb
+sys.exit(run_verb("pretrain"))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(sections, tmp_path_factory):
+    """The folder with the settings and the run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("signals")
+    given = sections(folder / "whole", tokens=STEPS * 128, logging_steps=50, save_steps=20, save_total_limit=3)
+    (folder / "run.yaml").write_text(yaml.safe_dump(given))
+    (folder / "script.py").write_text(SCRIPT)
+    train.pretrain(Settings.from_dict(given))
+    return folder
+
+
+def start(folder, out, *launcher, batch=4):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    env["ACCELERATE_USE_CPU"] = "true"  # without it two processes are two runs of one process each
+    flags = [folder / "run.yaml", "--output_dir", out, "--per_device_train_batch_size", batch, out.parent]
+    command = [sys.executable, *launcher, folder / "script.py", *flags]
+    return subprocess.Popen(
+        [str(part) for part in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env
+    )
+
+
+def once_saved(process, out):
+    """Wait for the first checkpoint."""
+    for _ in range(600):
+        if checkpoints(out):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint in a minute")
+
+
+def ended(process):
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+
+
+def goes_on(folder, out, *flags):
+    """The same command goes on from a sealed checkpoint between two regular ones or at one, to the same weights."""
+    newest = checkpoints(out)[0]
+    run = json.loads((out / "run.json").read_text())
+    assert problems(newest) == []
+    assert run["status"] == "stopped"
+    assert newest.name == f"checkpoint-{run['steps']}"
+    assert run["steps"] < STEPS
+    assert not (out / "model.safetensors").exists()
+    argv = [folder / "run.yaml", "--output_dir", out, "--resume_from_checkpoint", "true", *flags]
+    assert run_verb("pretrain", [str(part) for part in argv]) == 0
+    return load_file(out / "model.safetensors"), load_file(folder / "whole/model.safetensors")
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)], ids=str)
+def test_a_signal_saves_and_the_run_goes_on_exactly(whole, tmp_path, numbers):
+    out = tmp_path / "run"
+    process = start(whole, out)
+    once_saved(process, out)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.05)
+    said = ended(process)
+    assert process.returncode == 128 + numbers[0]
+    assert f"stopped by {numbers[0].name} after step " in said.splitlines()[-1]
+    mine, undisturbed = goes_on(whole, out)
+    assert mine.keys() == undisturbed.keys()
+    assert all(mine[name].equal(undisturbed[name]) for name in mine)
+
+
+@pytest.mark.parametrize("target", ["launcher", "one process"])
+def test_two_processes_stop_at_the_same_step(whole, tmp_path, target):
+    """The launcher passes the signal on and ends with a code of its own; the processes agree on the step."""
+    out = tmp_path / "run"
+    config = ROOT / "scripts/accelerate/cpu.yaml"
+    process = start(
+        whole,
+        out,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--main_process_port",
+        free_port(),
+        batch=2,
+    )
+    once_saved(process, out)
+    os.kill(process.pid if target == "launcher" else int((tmp_path / "pid1").read_text()), signal.SIGTERM)
+    said = ended(process)
+    assert process.returncode not in (0, None)
+    assert "stopped by SIGTERM after step " in said, said[-5000:]
+    assert len({line.split("after step ")[1].split(":")[0] for line in said.splitlines() if "stopped by" in line}) == 1
+    goes_on(whole, out)
+    mine, undisturbed = (json.loads((folder / "run.json").read_text()) for folder in (out, whole / "whole"))
+    assert mine["status"] == "finished"
+    points = [[p["step"] for p in run["loss_curve"] if "loss" in p] for run in (mine, undisturbed)]
+    assert points[0] == points[1]
+    # Sums of another order grow over 400 steps; test_processes.py compares resumed runs over 50.
+    assert mine["held_out_loss"] == pytest.approx(undisturbed["held_out_loss"], abs=0.02)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(sections, tmp_path, monkeypatch):
+    class Sender(train.StopOnSignal):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "StopOnSignal", Sender)
+    assert train.pretrain(Settings.from_dict(sections(tmp_path / "run")))["status"] == "finished"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_handlers_are_given_back_after_a_run(whole, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    argv = [whole / "run.yaml", "--output_dir", tmp_path / "run", "--tokens", "512"]
+    assert run_verb("pretrain", [str(part) for part in argv]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -1,0 +1,278 @@
+import pytest
+from sentences import says
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from hf_power import Recipe
+from hf_power.cli import parse_settings
+from hf_power.models import flops_per_token
+from hf_power.settings.settings import ModelArguments, Settings, load_yaml, parse_tokens
+
+YAML = """
+model: {hidden_size: 128, num_attention_heads: 4}
+mup: {base_width: 64}
+data: {block_size: 64}
+run: {tokens: 30M}
+training: {output_dir: runs/a, learning_rate: 2e-2, lr_scheduler_kwargs: {decay_ratio: 0.2}}
+"""
+
+
+@pytest.fixture
+def recipe_yaml(tmp_path):
+    def write(text=YAML):
+        (tmp_path / "run.yaml").write_text(text)
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("30M", 30_000_000), ("2.1B", 2_100_000_000), ("1T", 10**12), ("250k", 250_000), ("1e6", 10**6), (4096, 4096)],
+)
+def test_tokens(text, tokens):
+    assert parse_tokens(text, "tokens") == tokens
+
+
+@pytest.mark.parametrize("text", ["", "M", "ten", "10%", "3 G", "inf", "nan"])
+def test_tokens_that_are_none(text):
+    with pytest.raises(ValueError, match="tokens must be a number of tokens such as 30M or 2.1B, got"):
+        parse_tokens(text, "tokens")
+
+
+def test_command_line_wins_over_yaml_wins_over_defaults(recipe_yaml):
+    settings = parse_settings([recipe_yaml(), "--hidden_size", "256", "--tokens=1M", "--bf16", "False"])
+    assert (settings.model.hidden_size, settings.model.num_attention_heads) == (256, 4)
+    assert (settings.run.tokens, settings.data.block_size, settings.mup.preset) == ("1M", 64, "paper")
+    assert settings.training.learning_rate == 0.02  # YAML reads 2e-2 as a string
+    assert settings.training.lr_scheduler_type == "power"
+    assert settings.training.weight_decay == 0.1
+    assert settings.training.lr_scheduler_kwargs == {"decay_ratio": 0.2}
+    assert settings.given >= {"hidden_size", "tokens", "bf16", "learning_rate"}
+    assert "weight_decay" not in settings.given
+
+
+def test_settings_survive_run_json(recipe_yaml):
+    settings = parse_settings([recipe_yaml(), "--lr_scheduler_kwargs", '{"a": 3.0}', "--preset", "ibm"])
+    record = settings.to_dict()
+    assert record["training"] == {"learning_rate": 0.02, "lr_scheduler_kwargs": {"a": 3.0}}  # no output path
+    again = Settings.from_dict(record)
+    assert again.to_dict() == record
+    assert (again.mup, again.model, again.data, again.run) == (
+        settings.mup,
+        settings.model,
+        settings.data,
+        settings.run,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {hiden_size: 3}", r"run.yaml: model.hiden_size is unknown: did you mean hidden_size\?"),
+        ("training: {learning_rat: 3}", r"training.learning_rat is unknown: did you mean learning_rate\?"),
+        ("trainin: {}", r"section trainin is unknown: did you mean training\?"),
+        ("model: {zzz: 3}", r"model.zzz is unknown: use one of "),
+        ("model: {hidden_size: wide}", "model.hidden_size must be int, got 'wide'"),
+        ("model: {hidden_size: 1.5}", "model.hidden_size must be int, got 1.5"),
+        ("model: {hidden_size: true}", "model.hidden_size must be int, got True"),
+        ("model: {tie_word_embeddings: 3}", "model.tie_word_embeddings must be bool, got 3"),
+        ("training: {learning_rate: fast}", "training.learning_rate must be float, got 'fast'"),
+        ("data: {dataset: [a]}", r"data.dataset must be str, got \['a'\]"),
+        ("model: 3", "section model must hold keys and values, got 3"),
+        ("- a", "must hold the sections model, mup, data, run, training, got list"),
+        ("a: [", "run.yaml is not YAML: while parsing"),
+    ],
+)
+def test_bad_yaml_is_one_sentence(text, message, recipe_yaml):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_yaml(recipe_yaml(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_yaml():
+    with pytest.raises(FileNotFoundError, match="there is no settings file at nowhere.yaml: pass one of"):
+        load_yaml("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hiden_size", "4"], r"--hiden_size is unknown: did you mean hidden_size\?"),
+        (["--hidden_size", "wide"], "command line: .*hidden_size.*invalid int value: 'wide'"),
+        (["--hidden_size"], "command line: .*hidden_size.*expected one argument"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_settings(flags)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"output_dir": None}}, "output_dir is missing: name the run folder"),
+        ({"run": {"tokens": None}}, "tokens is missing: give the length of the run"),
+        (
+            {"training": {"lr_scheduler_kwargs": {"decy_ratio": 1}}},
+            r"decy_ratio is unknown: did you mean decay_ratio\?",
+        ),
+        ({"model": {"hidden_size": 130}}, "hidden_size 130 is not a multiple of num_attention_heads 4: change one"),
+        ({"model": {"num_key_value_heads": 3}}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"model": {"model_type": "gpt2"}}, "no muP rule for model_type 'gpt2': use llama or mixtral"),
+        ({"model": {"model_config": {"rope_thet": 1}}}, "model_config.rope_thet is unknown"),
+        ({"mup": {"preset": "papr"}}, "preset must be one of paper, ibm, power_of_two, got 'papr'"),
+        ({"run": {"max_eval_tokens": "some"}}, "max_eval_tokens must be a number of tokens"),
+    ],
+)
+def test_checks_before_any_data(sections, message):
+    good = {"run": {"tokens": "1M"}, "training": {"output_dir": "x"}, "model": {"num_attention_heads": 4}}
+    good |= {name: good.get(name, {}) | values for name, values in sections.items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        Settings.from_dict(good).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_model_config():
+    llama = ModelArguments(hidden_size=64, num_attention_heads=2, model_config={"rms_norm_eps": 1e-4}).config(
+        vocab_size=9
+    )
+    assert isinstance(llama, LlamaConfig)
+    assert (llama.hidden_size, llama.num_key_value_heads, llama.rms_norm_eps, llama.vocab_size) == (64, 2, 1e-4, 9)
+    moe = ModelArguments(
+        model_type="mixtral", num_local_experts=6, num_experts_per_tok=3, num_key_value_heads=1
+    ).config()
+    assert isinstance(moe, MixtralConfig)
+    assert (moe.num_local_experts, moe.num_experts_per_tok, moe.num_key_value_heads) == (6, 3, 1)
+
+
+def test_recipe_fills_in_and_may_not_be_contradicted(tmp_path, recipe_yaml):
+    recipe = Recipe(a=7.0, batch_exponent=0.5, max_lr=0.03, weight_decay=0.2, base_width=32, preset="power_of_two")
+    recipe.save(tmp_path / "recipe.json")
+    sections = {"run": {"tokens": "1M", "recipe": str(tmp_path)}, "training": {"output_dir": "x"}}
+    settings = Settings.from_dict(sections)
+    settings.apply_recipe()
+    assert (settings.training.learning_rate, settings.training.weight_decay, settings.mup.base_width) == (0.03, 0.2, 32)
+    law = {"a": 7.0, "b": -0.51, "batch_exponent": 0.5}
+    assert settings.training.lr_scheduler_kwargs == law | {"decay_ratio": 0.1, "decay_shape": "exponential"}
+    assert Settings.from_dict(settings.to_dict()).mup == settings.mup  # the record holds the recipe's numbers
+
+    for section, values, message in (
+        (
+            "training",
+            {"learning_rate": 0.01},
+            "learning_rate is 0.01 in the settings but 0.03 in the recipe: leave it out",
+        ),
+        ("mup", {"base_width": 64}, "base_width is 64 in the settings but 32 in the recipe"),
+        (
+            "training",
+            {"lr_scheduler_kwargs": {"a": 4.0}},
+            "lr_scheduler_kwargs.a is 4.0 in the settings but 7.0 in the",
+        ),
+    ):
+        settings = Settings.from_dict(sections | {section: sections.get(section, {}) | values})
+        with pytest.raises(ValueError) as caught:
+            settings.apply_recipe()
+        says(caught, message)
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """Settings of a run with a recipe in which every number differs from the defaults."""
+    recipe = Recipe(
+        a=0.5,
+        b=-0.3,
+        batch_exponent=0.7,
+        critical_batch_tokens=65_536.0,
+        max_lr=0.03,
+        model_type="llama",
+        warmup_tokens=4096,
+        decay_ratio=0.25,
+        decay_shape="linear",
+        base_num_layers=2,
+        attention_multiplier=0.05,
+    )
+    recipe.save(tmp_path / "recipe.json")
+
+    def build(model=None, mup=None, **training):
+        run = {"tokens": "1M", "recipe": str(tmp_path)}
+        training = {"output_dir": "x", **training}
+        return Settings.from_dict({"run": run, "training": training, "model": model or {}, "mup": mup or {}})
+
+    return build
+
+
+def test_recipe_brings_law_critical_batch_warmup_tail_and_mup(tuned):
+    settings = tuned()
+    recipe = settings.apply_recipe()
+    assert settings.training.lr_scheduler_kwargs == {
+        "a": 0.5,
+        "b": -0.3,
+        "batch_exponent": 0.7,
+        "critical_batch_tokens": 65_536.0,
+        "warmup_tokens": 4096,
+        "decay_ratio": 0.25,
+        "decay_shape": "linear",
+    }
+    assert (settings.training.learning_rate, settings.mup.base_num_layers, settings.mup.attention_multiplier) == (
+        *(0.03, 2),
+        0.05,
+    )
+    assert settings.mup.base_head_dim is None
+    assert recipe == Recipe.load(settings.run.recipe)
+    assert Settings.from_dict({}).apply_recipe() is None
+    assert Settings.from_dict(settings.to_dict()).training.lr_scheduler_kwargs == settings.training.lr_scheduler_kwargs
+
+
+@pytest.mark.parametrize(
+    ("training", "lengths"),
+    [
+        ({"warmup_steps": 7}, {"decay_ratio": 0.25, "decay_shape": "linear"}),
+        ({"lr_scheduler_kwargs": {"warmup_tokens": 9}}, {"warmup_tokens": 9, "decay_ratio": 0.25}),
+        ({"lr_scheduler_kwargs": {"decay_ratio": 0.0}}, {"warmup_tokens": 4096, "decay_ratio": 0.0}),
+        ({"lr_scheduler_kwargs": {"decay_tokens": 99}}, {"warmup_tokens": 4096, "decay_tokens": 99}),
+        ({"lr_scheduler_kwargs": {"decay_start_tokens": 99}}, {"decay_start_tokens": 99, "decay_shape": "linear"}),
+        ({"lr_scheduler_kwargs": {"decay_shape": "cosine"}}, {"decay_ratio": 0.25, "decay_shape": "cosine"}),
+    ],
+)
+def test_given_lengths_win_over_the_recipe_s(training, lengths, tuned):
+    settings = tuned(**training)
+    settings.apply_recipe()
+    kwargs = settings.training.lr_scheduler_kwargs
+    assert kwargs == kwargs | lengths
+    assert ("warmup_tokens" in kwargs) == ("warmup_steps" not in training)
+    assert len({"decay_ratio", "decay_tokens", "decay_start_tokens"} & set(kwargs)) == 1
+    settings.check()
+
+
+def test_a_schedule_that_knows_its_horizon_gets_no_law_of_power(tuned):
+    settings = tuned(lr_scheduler_type="cosine", learning_rate=0.004)
+    settings.apply_recipe()
+    assert (settings.training.learning_rate, settings.training.lr_scheduler_kwargs) == (0.004, None)
+    assert (settings.training.weight_decay, settings.mup.base_num_layers) == (0.1, 2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"model_type": "mixtral"}}, "model_type is mixtral in the settings but llama in the recipe: leave"),
+        ({"mup": {"mup": False}}, "mup is False in the settings, but a recipe's numbers hold under muP only"),
+        ({"mup": {"attention_multiplier": 0.1}}, "attention_multiplier is 0.1 in the settings but 0.05 in the recipe"),
+        ({"weight_decay": 0.2}, "weight_decay is 0.2 in the settings but 0.1 in the recipe"),
+        (
+            {"lr_scheduler_kwargs": {"critical_batch_tokens": 9}},
+            "lr_scheduler_kwargs.critical_batch_tokens is 9 in the settings but 65536.0 in the recipe",
+        ),
+    ],
+)
+def test_what_contradicts_the_recipe_is_refused(sections, message, tuned):
+    with pytest.raises(ValueError) as caught:
+        tuned(**sections).apply_recipe()
+    says(caught, message)
+
+
+def test_a_layer_is_checked_without_from_config(monkeypatch):
+    """Which under DeepSpeed's ZeRO 3 partitions the tensors, and there are none on the meta device."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *args, **kwargs: 1 / 0)
+    sections = {"run": {"tokens": "1M"}, "training": {"output_dir": "none"}}
+    Settings.from_dict(sections).check()
+    assert flops_per_token(Settings.from_dict(sections).model.config(), 32) > 0
