@@ -17,7 +17,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n auto
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow and not elsewhere"
 
 slow: .venv/dev
 	$(BIN)/python -m pytest -n auto -m slow

@@ -28,8 +28,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             sections["training"]["output_dir"] = f"{folder}/run"
             run = train.pretrain(Settings.from_dict(sections))
-        last = [point["loss"] for point in run["loss_curve"] if "loss" in point][-4:]
-        rows.append({"a": a, "train_loss": sum(last) / 4, "loss_curve": run["loss_curve"]})
+        last = [point["loss"] for point in run.loss_curve if "loss" in point][-4:]
+        rows.append({"a": a, "train_loss": sum(last) / 4, "loss_curve": run.loss_curve})
         print(f"a {a:g}  training loss over the last 40 steps {rows[-1]['train_loss']:.3f}", flush=True)
     result = {"command": "python benchmarks/demo_scale.py", "versions": versions(), "rows": rows}
     write_json(ROOT / "benchmarks/results/demo_scale.json", result)

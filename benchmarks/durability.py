@@ -25,11 +25,12 @@ from safetensors.torch import load_file
 from throughput import ROOT, report
 from transformers import Trainer, TrainerCallback
 
+from hf_power.checkpoints.callback import SealCheckpoints
 from hf_power.cli import parse_settings
 from hf_power.pretrain import run as train
-from hf_power.pretrain.callbacks import SealCheckpoints
 from hf_power.pretrain.trainer import PowerTrainer
 from hf_power.records.machine import hardware, tune_cpu
+from hf_power.settings.sections import Tokens
 
 SAVES = []  # seconds of a save, and those that the training waited before, after it, and at its end
 
@@ -112,7 +113,7 @@ def run(leg, steps, save_steps=None):
     with tempfile.TemporaryDirectory(dir=ROOT) as folder, leg(), contextlib.redirect_stdout(io.StringIO()):
         settings = parse_settings([str(ROOT / "scripts/recipes/demo.yaml"), "--output_dir", f"{folder}/run"])
         per_step = settings.training.per_device_train_batch_size * settings.data.block_size
-        settings.run.tokens, settings.run.max_eval_tokens = str(steps * per_step), "10k"
+        settings.run.tokens, settings.run.max_eval_tokens = Tokens(steps * per_step), Tokens("10k")
         settings.training.disable_tqdm = True
         settings.training.save_steps = save_steps or settings.training.save_steps
         started, cpu = time.perf_counter(), time.process_time()
@@ -154,7 +155,7 @@ def main():
         value = median_and_interval([row["ratio"] for row in found])
         rows.append([name, f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})", len(found)])
     command = f"python benchmarks/durability.py --pairs {options.pairs} --steps {options.steps}"
-    machine = hardware(settings.training) | cpu
+    machine = hardware(settings.training.device, settings.training.world_size) | cpu
     report("durability", command, machine, parts, ("what", "ratio (95 %)", "rows"), rows)
 
 

@@ -66,12 +66,12 @@ def train_one(model, tokens, a, seed):
         made["training"]["output_dir"] = f"{folder}/run"
         run = train.pretrain(Settings.from_dict(made))
         experts = json.loads(Path(folder, "run/config.json").read_text()).get("num_local_experts")
-    active = run["parameters"]
+    active = run.parameters
     if experts:
         active -= 2 * (EXPERTS - TOP_K) * 3 * WIDTH * (MLP // TOP_K)  # the experts that a token does not meet
-    row = {"model": model, "a": a, "seed": seed, "held_out_loss": run["held_out_loss"]}
-    row |= {"parameters": run["parameters"], "active_parameters": active}
-    row |= {"tokens": run["tokens_seen"], "train_seconds": run["train_seconds"], "loss_curve": run["loss_curve"]}
+    row = {"model": model, "a": a, "seed": seed, "held_out_loss": run.held_out_loss}
+    row |= {"parameters": run.parameters, "active_parameters": active}
+    row |= {"tokens": run.tokens_seen, "train_seconds": run.train_seconds, "loss_curve": run.loss_curve}
     print(f"{model:5}  a {a:g}  seed {seed}  held-out loss {row['held_out_loss']:.4f}", flush=True)
     return row
 

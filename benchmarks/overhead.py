@@ -176,7 +176,7 @@ def main():
         )
     command = f"python benchmarks/overhead.py --pairs {options.pairs}"
     columns = ("what", "ratio (95 %)", "ms a step (95 %)", "pairs")
-    throughput.report("overhead", command, hardware(args) | cpu, parts, columns, rows)
+    throughput.report("overhead", command, hardware(args.device, args.world_size) | cpu, parts, columns, rows)
 
 
 if __name__ == "__main__":

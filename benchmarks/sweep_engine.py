@@ -57,7 +57,7 @@ def trainer_speed(width, tokens_per_step, steps):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         made["training"]["output_dir"] = f"{folder}/run"
         run = train.pretrain(Settings.from_dict(made))
-    return run["tokens_seen"] / run["train_seconds"]
+    return run.tokens_seen / run.train_seconds
 
 
 def engine_speed(width, tokens_per_step, members, steps, batched):
@@ -65,7 +65,7 @@ def engine_speed(width, tokens_per_step, members, steps, batched):
     import torch
 
     from hf_power.settings.settings import Settings
-    from hf_power.sweep.ensemble import Ensemble
+    from hf_power.sweep.ensemble import Ensemble, Member
     from hf_power.sweep.grid import Grid
     from hf_power.sweep.trunks import prepare
 
@@ -73,11 +73,9 @@ def engine_speed(width, tokens_per_step, members, steps, batched):
     if _bench is None:
         _bench = prepare(Grid(sections(32, 128), (32,), (128,), (0,), {}), ".")
     ensemble = Ensemble(
-        [Settings.from_dict(sections(width, tokens_per_step, seed % 3)) for seed in range(members)],
-        _bench.tokenizer,
-        _bench.blocks,
-        _bench.held_out,
-        num_sequences=tokens_per_step // 64,
+        Settings.from_dict(sections(width, tokens_per_step)),
+        [Member(0.01, seed % 3) for seed in range(members)],
+        _bench.data,
         device=torch.device("cpu"),
         batched=batched,
     )

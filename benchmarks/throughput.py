@@ -29,12 +29,14 @@ import yaml
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from hf_power import MupAdamW, PowerLR
-from hf_power.data.blocks import BlockStream, collate_blocks, load_tokenizer, pack
+from hf_power.data.order import BlockStream, collate_blocks
+from hf_power.data.packing import pack
 from hf_power.data.text import load_text
+from hf_power.data.tokenizer import load_tokenizer
 from hf_power.pretrain import run as train
 from hf_power.records.files import write_json
 from hf_power.records.machine import hardware, tune_cpu, versions
-from hf_power.settings.settings import Settings
+from hf_power.settings.settings import Settings, build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, BLOCK = 8, 128  # as in the demo
@@ -52,7 +54,7 @@ def settings(folder, steps):
 def ours(steps):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         run = train.pretrain(settings(Path(folder) / "run", steps))
-    return {"seconds": run["train_seconds"], "loss": [p["loss"] for p in run["loss_curve"] if "loss" in p][-1]}
+    return {"seconds": run.train_seconds, "loss": [p["loss"] for p in run.loss_curve if "loss" in p][-1]}
 
 
 def by_hand(steps):
@@ -63,7 +65,7 @@ def by_hand(steps):
         tokenizer = load_tokenizer(s.data, text)
         blocks = pack(text, tokenizer, block_size=BLOCK)
         set_seed(s.training.seed)
-        model = train.build_model(s, tokenizer).train()
+        model = build_model(s, tokenizer).train()
         stream = BlockStream(blocks, seed=s.training.seed, start=0, stop=steps * BATCH)
         loader = torch.utils.data.DataLoader(stream, batch_size=BATCH, collate_fn=collate_blocks)
         factory, kwargs = MupAdamW.for_trainer(s.training)
@@ -190,7 +192,14 @@ def main():
         ratios = [row["ratio"] for row in found]
         rows.append([name, *(f"{f(ratios):.3f}" for f in (statistics.median, min, max)), len(found)])
     command = f"python benchmarks/throughput.py --pairs {options.pairs} --steps {options.steps}"
-    report("throughput", command, hardware(args) | cpu, parts, ("ratio", "median", "min", "max", "pairs"), rows)
+    report(
+        "throughput",
+        command,
+        hardware(args.device, args.world_size) | cpu,
+        parts,
+        ("ratio", "median", "min", "max", "pairs"),
+        rows,
+    )
 
 
 def report(name, command, machine, parts, columns, rows):

@@ -1,12 +1,30 @@
 """hf_power: find the learning rate on small models, keep it for every batch size, token budget and model size."""
 
-from hf_power.coord_check import coord_check
-from hf_power.mup import MupAdamW, mup_config, mup_init_, mup_param_groups
-from hf_power.pretrain.callbacks import SealCheckpoints
-from hf_power.recipe import Recipe
+import importlib
+from typing import TYPE_CHECKING
+
 from hf_power.register import register_power_scheduler
-from hf_power.schedule import PowerLR, get_power_schedule, power_lr
+from hf_power.schedule import power_lr
+from hf_power.scheduler import PowerLR, get_power_schedule
 from hf_power.version import __version__
+
+if TYPE_CHECKING:
+    from hf_power.checkpoints.callback import SealCheckpoints
+    from hf_power.coordinates import coord_check
+    from hf_power.mup.config import mup_config
+    from hf_power.mup.rules import MupAdamW, mup_init_, mup_param_groups
+    from hf_power.recipe import Recipe
+
+# Whoever imports hf_power for its schedule pays for nothing else: the other public names are loaded when they are asked for.
+_WHERE = {
+    "MupAdamW": "mup.rules",
+    "Recipe": "recipe",
+    "SealCheckpoints": "checkpoints.callback",
+    "coord_check": "coordinates",
+    "mup_config": "mup.config",
+    "mup_init_": "mup.rules",
+    "mup_param_groups": "mup.rules",
+}
 
 __all__ = [
     "MupAdamW",
@@ -22,5 +40,18 @@ __all__ = [
     "power_lr",
     "register_power_scheduler",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'hf_power' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"hf_power.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register_power_scheduler()

@@ -1,10 +1,13 @@
-"""What the versions that setup.cfg allows do in different ways; each part says of which, and can go when the floor rises."""
+"""What the versions that setup.cfg allows do in different ways; uses private parts of transformers.
+
+Each part says of which version it is, and can go when the floor rises.
+"""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_power.records.errors import UserError
 
@@ -26,8 +29,8 @@ def recorded_name(setting: str) -> str:
     return dict(_PAIRS).get(setting, setting)
 
 
-def refuse_two_values(values: dict[str, Any], source: str) -> None:
-    """Raise a ValueError where a setting has one value under its old name and another under its new one."""
+def refuse_two_values(values: Mapping[str, object], source: str) -> None:
+    """Raise a UserError where a setting has one value under its old name and another under its new one."""
     for old, new in _PAIRS:
         if old in values and new in values and values[old] != values[new]:
             raise UserError(
@@ -39,7 +42,7 @@ def own_flags(flags: list[str]) -> list[str]:
     """The flags of a command line under this version's names.
 
     Raises:
-        ValueError: both names of a setting, with different values.
+        UserError: both names of a setting, with different values.
     """
     own, given = [], {}
     for flag, following in zip(flags, [*flags[1:], "--"], strict=False):
@@ -54,7 +57,7 @@ def own_flags(flags: list[str]) -> list[str]:
     return own
 
 
-def uncounted_sharers(trainer: Any) -> int:
+def uncounted_sharers(trainer: Trainer) -> int:
     """Processes that share each matrix, and so each batch, of which the Trainer does not know.
 
     transformers 5.18 and older ask the model and DeepSpeed for them, but not accelerate; this can go when the floor is 5.19.
@@ -63,16 +66,16 @@ def uncounted_sharers(trainer: Any) -> int:
     return int(parallel.tp_size) if parallel is not None and trainer.get_tp_size() == 1 else 1
 
 
-def name_cpu_without_index(args: Any) -> None:
+def name_cpu_without_index(args: TrainingArguments) -> None:
     """Let torch.load put an optimizer on the device of a Trainer's arguments, which is cpu:0 in one of several processes.
 
     transformers 5.17 asks torch for that device, which torch cannot restore to; this can go when the floor is 5.18.
     """
     if CHECKPOINTING == OLD and args.device.type == "cpu":
-        vars(args)["_setup_devices"] = torch.device("cpu")  # a cached property
+        vars(args)["_setup_devices"] = torch.device("cpu")  # It is a cached property.
 
 
-def logits_first(routed: Any) -> Any:
+def logits_first(routed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """What a mixture's router puts out, as (logits, weights, experts).
 
     transformers 5.20 and older have GraniteMoe's router give them the other way round, and experts are integers; this can

@@ -1,25 +1,30 @@
-"""Make "power" a scheduler type of transformers; the only file that touches private parts of transformers."""
+"""Make "power" a scheduler type: every hook into transformers' schedulers; uses private parts of transformers."""
 
 import functools
 import random
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import transformers
-from transformers import trainer as hf_trainer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import IterableDataset
+from transformers import SchedulerType, Trainer
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-from transformers.trainer_utils import SchedulerType
 
 from hf_power.compat import uncounted_sharers
 from hf_power.records.errors import UserError
-from hf_power.schedule import found_tokens_per_step, get_power_schedule
+from hf_power.scheduler import PowerLR, get_power_schedule
 
 NAME = "power"
+MARK = "_finds_tokens_per_step"  # Of a create_scheduler that is wrapped already.
 TRAINER_PARTS = ("create_scheduler", "get_total_train_batch_size", "_get_collator_with_removed_columns")
-SAMPLED_EXAMPLES = 64  # padded data: tokens per sequence are averaged over this many examples
+SAMPLED_EXAMPLES = 64  # Tokens per sequence of padded data are averaged over so many examples.
 
 
 def register_power_scheduler() -> None:
@@ -32,41 +37,37 @@ def register_power_scheduler() -> None:
         RuntimeError: if another package has registered "power", or transformers lacks a part that this builds on.
     """
     check_parts(TRAINER_PARTS)
-    values: dict[str, Any] = SchedulerType._value2member_map_
-    member = values.get(NAME)
-    if member is None:
-        member = _add_member()
+    known = NAME in SchedulerType._value2member_map_
+    member = SchedulerType(NAME) if known else _add_member()
     registered = TYPE_TO_SCHEDULER_FUNCTION.setdefault(member, get_power_schedule)
     if registered is not get_power_schedule:
         raise RuntimeError(
             f'lr_scheduler_type="power" is already registered, as {registered.__module__}.{registered.__qualname__}: '
             "import either that package or hf_power, not both."
         )
-    if not hasattr(hf_trainer.Trainer.create_scheduler, "_finds_tokens_per_step"):
-        hf_trainer.Trainer.create_scheduler = _finding_tokens(hf_trainer.Trainer.create_scheduler)
+    PowerLR.calls_per_step = staticmethod(calls_per_optimizer_step)
+    if not hasattr(Trainer.create_scheduler, MARK):
+        setattr(Trainer, "create_scheduler", _finding_tokens(Trainer.create_scheduler))  # noqa: B010 mypy refuses "="
 
 
 def check_parts(names: Iterable[str]) -> None:
-    """Find a changed part of transformers at import, not in the middle of a run.
-
-    Raises:
-        RuntimeError: the Trainer has no method of such a name.
-    """
+    """Find a changed part of transformers at import, not in the middle of a run: a RuntimeError."""
     for part in names:
-        if not hasattr(hf_trainer.Trainer, part):
+        if not hasattr(Trainer, part):
             raise RuntimeError(
                 f"hf_power builds on Trainer.{part}, which transformers {transformers.__version__} does not have: install "
                 "a version that setup.cfg allows, e.g. transformers==5.23.0."
             )
 
 
-def _add_member() -> Any:
+def _add_member() -> SchedulerType:
     """A real enum member, so that SchedulerType("power"), iteration, `in` and to_dict all work."""
+    # Python offers no way to add to an enum, so this does what the enum's own metaclass does when a class is made.
     member = str.__new__(SchedulerType, NAME)
     member._name_, member._value_ = "POWER", NAME
-    member._sort_order_ = len(SchedulerType._member_names_)
+    vars(member)["_sort_order_"] = len(SchedulerType._member_names_)
     # A training_args.bin must load where hf_power is not installed: the member is pickled as its plain string.
-    member.__dict__["__reduce_ex__"] = lambda protocol: (str, (NAME,))
+    vars(member)["__reduce_ex__"] = lambda protocol: (str, (NAME,))
     type.__setattr__(SchedulerType, "POWER", member)
     SchedulerType._member_names_.append("POWER")
     SchedulerType._member_map_["POWER"] = member
@@ -74,23 +75,39 @@ def _add_member() -> Any:
     return member
 
 
-def _finding_tokens(create_scheduler: Any) -> Any:
+def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..., LRScheduler]:
+    """Trainer.create_scheduler with one more of lr_scheduler_kwargs, the tokens of a step, where they are not given."""
+
     @functools.wraps(create_scheduler)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = self.args.lr_scheduler_kwargs or {}
+    def wrapper(self: Trainer, *args: object, **kwargs: object) -> LRScheduler:
+        given = cast("dict[str, object]", self.args.lr_scheduler_kwargs or {})
         if self.args.lr_scheduler_type != NAME or self.lr_scheduler is not None or "tokens_per_step" in given:
             return create_scheduler(self, *args, **kwargs)
-        token = found_tokens_per_step.set(find_tokens_per_step(self))
+        # The stock method hands these to get_power_schedule.
+        before = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = {**given, "tokens_per_step": find_tokens_per_step(self)}
         try:
             return create_scheduler(self, *args, **kwargs)
-        finally:
-            found_tokens_per_step.reset(token)
+        finally:  # The batch may be another one the next time, as under auto_find_batch_size.
+            self.args.lr_scheduler_kwargs = before
 
-    wrapper._finds_tokens_per_step = True  # type: ignore[attr-defined]
+    setattr(wrapper, MARK, True)
     return wrapper
 
 
-def find_tokens_per_step(trainer: Any) -> int:
+def calls_per_optimizer_step() -> int:
+    """How often one optimizer step calls `PowerLR.step`: num_processes times where accelerate's wrapper calls it, else once.
+
+    The wrapper that calls is the only witness that `accelerator.prepare` happened, so this looks at who called the
+    method that asks.
+    """
+    caller = sys._getframe(2).f_locals.get("self")
+    if not isinstance(caller, AcceleratedScheduler) or caller.split_batches or not caller.step_with_optimizer:
+        return 1
+    return int(AcceleratorState().num_processes)
+
+
+def find_tokens_per_step(trainer: Trainer) -> int:
     """Tokens of one optimizer step of a Trainer: sequences per step x tokens per sequence.
 
     Sequences per step are per-device batch x accumulation x data-parallel processes (tensor, context and sequence
@@ -98,17 +115,11 @@ def find_tokens_per_step(trainer: Any) -> int:
     dataset and from the front of an iterable one, after the Trainer's own collator: those that the attention mask
     keeps, or all where there is no mask. The figure is therefore exact for packed blocks and an average for padded ones.
 
-    Args:
-        trainer: a transformers.Trainer with a train_dataset.
-
-    Returns:
-        Tokens per optimizer step, over all processes.
-
     Raises:
-        ValueError: if the tokens of a sequence cannot be counted; pass tokens_per_step in lr_scheduler_kwargs.
+        UserError: if the tokens of a sequence cannot be counted; pass tokens_per_step in lr_scheduler_kwargs.
     """
-    sequences: int = trainer.get_total_train_batch_size(trainer.args) // uncounted_sharers(trainer)
-    if trainer.accelerator.split_batches:  # then the per-device batch is already that of all processes
+    sequences = trainer.get_total_train_batch_size(trainer.args) // uncounted_sharers(trainer)
+    if trainer.accelerator.split_batches:  # Then the per-device batch is already that of all processes.
         sequences = trainer._train_batch_size * trainer.args.gradient_accumulation_steps
     try:
         per_sequence = _tokens_per_sequence(trainer)
@@ -117,13 +128,13 @@ def find_tokens_per_step(trainer: Any) -> int:
             f"the power schedule could not count the tokens of a training sequence ({type(error).__name__}: {error}): "
             'pass lr_scheduler_kwargs={"tokens_per_step": ...}, the tokens of one optimizer step over all processes.'
         ) from error
-    if trainer.accelerator.num_processes > 1:  # every process must use the same number
+    if trainer.accelerator.num_processes > 1:  # Every process must use the same number.
         mean = torch.tensor(per_sequence, dtype=torch.float32, device=trainer.accelerator.device)
         per_sequence = float(trainer.accelerator.reduce(mean, reduction="mean"))
     return max(1, round(sequences * per_sequence))
 
 
-def _tokens_per_sequence(trainer: Any) -> float:
+def _tokens_per_sequence(trainer: Trainer) -> float:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     with _untouched_random_numbers():
         examples = _some_examples(trainer.train_dataset)
@@ -135,11 +146,12 @@ def _tokens_per_sequence(trainer: Any) -> float:
     return float(batch[getattr(trainer.model, "main_input_name", "input_ids")].numel()) / len(examples)
 
 
-def _some_examples(dataset: Any) -> list[Any]:
-    streams = isinstance(dataset, torch.utils.data.IterableDataset)  # inherits a __getitem__ that only raises
+def _some_examples(dataset: Any) -> list[object]:
+    streams = isinstance(dataset, IterableDataset)  # It inherits a __getitem__ that only raises.
     if not streams and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         count = min(len(dataset), SAMPLED_EXAMPLES)
         return [dataset[i * len(dataset) // count] for i in range(count)]
+    # A stream that hands out itself, or one iterator again and again, could not give back what is read from it here.
     iterator = iter(dataset)
     if iterator is dataset or iterator is iter(dataset):
         raise TypeError("the dataset is a one-pass iterator, and counting would use up its first examples")

@@ -9,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_power.checkpoints.seal import checkpoints
-from hf_power.cli import parse_settings, run_verb
-from hf_power.data import blocks as data
+from hf_power.cli import parse_settings
+from hf_power.cli.dispatch import with_exit_code
+from hf_power.data.order import BlockStream, spread_blocks
+from hf_power.data.packing import pack
 from hf_power.data.text import load_text
-from hf_power.evaluate.heldout import ngram_losses
 from hf_power.pretrain import run as train
-from hf_power.settings.settings import parse_tokens
+from hf_power.pretrain.anneal import anneal
+from hf_power.settings.sections import parse_tokens
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 PROMPT = "def __init__(self, "
@@ -26,20 +28,20 @@ def main(argv: list[str]) -> int:
     folder = free_folder(Path(settings.training.output_dir or ""))
     settings.training.output_dir = str(folder)
     trunk = train.pretrain(settings)
-    steps, per_step = trunk["steps"], trunk["tokens_per_step"]
+    steps, per_step = trunk.steps, trunk.tokens_per_step
     checkpoint = checkpoints(folder)[1]  # the last but one: its tail ends at the tokens where the trunk ended
     tail = (steps - int(checkpoint.name.split("-")[1])) * per_step
-    annealed = train.anneal(checkpoint, str(tail))
-    annealed_folder = folder.with_name(annealed["name"])
+    annealed = anneal(checkpoint, str(tail))
+    annealed_folder = folder.with_name(annealed.name)
 
     tokenizer = AutoTokenizer.from_pretrained(annealed_folder)
     train_text, held_out_text = load_text(settings.data)
     block = settings.data.block_size
-    blocks = data.pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
-    held_out = data.pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
-    seen = data.BlockStream(blocks, seed=settings.training.seed, start=0, stop=trunk["tokens_seen"] // block)
+    blocks = pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
+    held_out = pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
+    seen = BlockStream(blocks, seed=settings.training.seed, start=0, stop=trunk.tokens_seen // block)
     num_scored = parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block
-    scored = data.spread_blocks(held_out, num_scored)[:]["input_ids"]
+    scored = spread_blocks(held_out, num_scored)[:]["input_ids"]
     baselines = ngram_losses(
         np.stack([row["input_ids"] for row in seen.__getitems__(list(range(len(seen))))]), scored, len(tokenizer)
     )
@@ -47,10 +49,10 @@ def main(argv: list[str]) -> int:
     rows = [
         ("unigram of the same tokens", baselines["unigram"]),
         ("bigram of the same tokens", baselines["bigram"]),
-        ("trunk: Power schedule, no decay", trunk["held_out_loss"]),
-        (f"annealed from {checkpoint.name}", annealed["held_out_loss"]),
+        ("trunk: Power schedule, no decay", trunk.held_out_loss),
+        (f"annealed from {checkpoint.name}", annealed.held_out_loss),
     ]
-    print(f"\nHeld-out files of the standard library, each after {trunk['tokens_seen']:,} training tokens:")
+    print(f"\nHeld-out files of the standard library, each after {trunk.tokens_seen:,} training tokens:")
     print(f"  {'':<34} {'nats/token':>10} {'perplexity':>11}")
     for name, loss in rows:
         print(f"  {name:<34} {loss:>10.4f} {math.exp(loss):>11.1f}")
@@ -64,6 +66,43 @@ def main(argv: list[str]) -> int:
         "       your own text:  .venv/bin/hf-power pretrain scripts/recipes/demo.yaml --dataset my.jsonl --output_dir runs/mine"
     )
     return 0
+
+
+def ngram_losses(train_blocks: object, held_out_blocks: object, vocab_size: int) -> dict[str, float]:
+    """Loss of a unigram and a bigram model on the positions that a causal model is scored on.
+
+    Unigram: ``P1(w) = (N(w) + 1) / (N + V)`` (add-one). Bigram: Witten-Bell,
+    ``P2(w | v) = (N(v, w) + T(v) * P1(w)) / (N(v) + T(v))`` with T(v) the number of distinct successors of v; after a
+    token that was never seen, P1.
+
+    Args:
+        train_blocks: token ids the counts come from, shape (blocks, block_size).
+        held_out_blocks: token ids to be scored, shape (blocks, block_size); the first of each block is context only.
+        vocab_size: V.
+
+    Returns:
+        {"unigram": nats per token, "bigram": nats per token}.
+
+    >>> losses = ngram_losses([[0, 1, 0, 1]], [[0, 1]], vocab_size=2)
+    >>> round(float(np.exp(-losses["unigram"])), 4), round(float(np.exp(-losses["bigram"])), 4)  # 3/6, (2 + .5)/(2 + 1)
+    (0.5, 0.8333)
+    """
+    train, held_out = np.asarray(train_blocks, dtype=np.int64), np.asarray(held_out_blocks, dtype=np.int64)
+    counts = np.bincount(train.ravel(), minlength=vocab_size)
+    unigram = (counts + 1) / (counts.sum() + vocab_size)
+    pairs, pair_counts = np.unique(train[:, :-1].ravel() * vocab_size + train[:, 1:].ravel(), return_counts=True)
+    contexts = pairs // vocab_size
+    seen = np.bincount(contexts, weights=pair_counts, minlength=vocab_size)
+    distinct = np.bincount(contexts, minlength=vocab_size)
+
+    context, target = held_out[:, :-1].ravel(), held_out[:, 1:].ravel()
+    wanted = context * vocab_size + target
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    count = np.where(pairs[place] == wanted, pair_counts[place], 0)
+    # After a token that was never seen, all weight is on the unigram.
+    weight = np.maximum(distinct[context], seen[context] == 0)
+    bigram = (count + weight * unigram[target]) / (seen[context] + weight)
+    return {"unigram": float(-np.log(unigram[target]).mean()), "bigram": float(-np.log(bigram).mean())}
 
 
 def free_folder(folder: Path) -> Path:
@@ -84,4 +123,4 @@ def sample(folder: Path, tokenizer: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb("demo", function=main))
+    sys.exit(with_exit_code("demo", lambda: main(sys.argv[1:])))

@@ -1,8 +1,29 @@
-"""accelerate launch scripts/sweep.py ...; the same as `hf-power sweep`."""
+"""Train a grid of small models: accelerate launch scripts/sweep.py GRID.yaml --output_dir runs/sweep [--dry_run].
+
+`hf-power sweep` does the same: the body of main is the same there, and the arguments are read in one place.
+"""
 
 import sys
 
 from hf_power.cli import run_verb
+from hf_power.cli.arguments import ExitCode, SweepArguments
+from hf_power.records.rows import ROWS_FILE
+from hf_power.sweep.cost import estimate, estimate_text
+from hf_power.sweep.grid import load_grid
+from hf_power.sweep.run import rows_text, run_sweep
+
+
+def main(arguments: SweepArguments) -> int:
+    """Train a grid of small models: sweep GRID.yaml --output_dir runs/sweep [--dry_run]."""
+    grid = load_grid(arguments.grid)
+    if arguments.dry_run:
+        print(estimate_text(estimate(grid, arguments.output_dir, arguments.workers)))
+        return ExitCode.DONE
+    rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers)
+    print(rows_text(rows))
+    print(f"rows: {arguments.output_dir}/{ROWS_FILE}\nnext: hf-power fit {arguments.output_dir}")
+    return ExitCode.DONE
+
 
 if __name__ == "__main__":
-    sys.exit(run_verb("sweep"))
+    sys.exit(run_verb("sweep", function=main))

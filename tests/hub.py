@@ -39,8 +39,6 @@ ROUTES = [  # method, path, what the token must be allowed to do with the reposi
     ("GET", MODEL + "/refs", "read", "refs"),
     ("GET", MODEL + "/commits/{revision}", "read", "commits"),
     ("POST", MODEL + "/branch/{branch}", "write", "add_branch"),
-    ("DELETE", MODEL + "/branch/{branch}", "write", "delete_branch"),
-    ("POST", MODEL + "/tag/{revision}", "write", "add_tag"),
     ("POST", MODEL + "/preupload/{revision}", "write", "preupload"),
     ("POST", "/{repo}.git/info/lfs/objects/batch", "write", "batch"),
     ("PUT", "/lfs/{oid}", None, "store"),
@@ -102,14 +100,14 @@ class Commit:
 
 class Repo:
     def __init__(self, files, private, gated):
-        self.private, self.gated, self.branches, self.tags, self.commits = private, gated, {}, {}, {}
+        self.private, self.gated, self.branches, self.commits = private, gated, {}, {}
         self.add("main", Commit(files, "initial commit"))
 
     def add(self, branch, commit):
         self.branches[branch] = self.commits[commit.oid] = commit
 
     def at(self, revision):
-        for commits in (self.branches, self.tags, self.commits):
+        for commits in (self.branches, self.commits):
             if revision in commits:
                 return commits[revision]
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -303,11 +301,9 @@ class Hub:
         return [{"type": "file", "path": path, **f.entry} for path, f in shown.items()]
 
     def _refs(self, asked):
-        kinds = {"branches": ("heads", asked.repo.branches), "tags": ("tags", asked.repo.tags), "converts": ("", {})}
-        return {
-            kind: [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": c.oid} for n, c in commits.items()]
-            for kind, (place, commits) in kinds.items()
-        }
+        heads = asked.repo.branches.items()
+        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": head.oid} for name, head in heads]
+        return {"branches": branches, "tags": [], "converts": []}
 
     def _commits(self, asked):
         commit, found = asked.repo.at(asked.revision), []
@@ -318,20 +314,10 @@ class Hub:
         return found
 
     def _add_branch(self, asked):
-        return self._add_ref(asked.repo, "branches", asked.branch, json.loads(asked.body).get("startingPoint", "main"))
-
-    def _add_tag(self, asked):
-        return self._add_ref(asked.repo, "tags", json.loads(asked.body)["tag"], asked.revision)
-
-    def _add_ref(self, repo, kind, name, revision):
-        if name in getattr(repo, kind):
-            raise HubError(409, f"Reference already exists: {name}")
-        getattr(repo, kind)[name] = repo.at(revision)
-        return {}
-
-    def _delete_branch(self, asked):
-        if asked.repo.branches.pop(asked.branch, None) is None:
-            raise HubError(404, f"Invalid rev id: {asked.branch}", "RevisionNotFound")
+        if asked.branch in asked.repo.branches:
+            raise HubError(409, f"Reference already exists: {asked.branch}")
+        start = json.loads(asked.body).get("startingPoint", "main")
+        asked.repo.branches[asked.branch] = asked.repo.at(start)
         return {}
 
     def _preupload(self, asked):
@@ -476,9 +462,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def hub_environment(hub, home):
     """The environment of a child process whose Hub this is, with its cache under the folder `home`."""
-    kept = {
-        k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith(("HF_", "HUGGINGFACE_"))
-    }
+    kept = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith(("HF_", "HUGGING"))}
     switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return {**kept, **switches, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(home)}
 
@@ -489,17 +473,11 @@ def pointed_at(hub, monkeypatch, home):
     import transformers.utils.hub
     from huggingface_hub import close_session, constants, hf_api
 
-    values = {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": os.path.join(home, "hub"),
-        "HF_TOKEN_PATH": os.path.join(home, "token"),
-        "HF_STORED_TOKENS_PATH": os.path.join(home, "stored_tokens"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-    }
+    values = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}"}
+    values |= {"HF_HOME": str(home), "HF_HUB_CACHE": os.path.join(home, "hub")}
+    values |= {"HF_TOKEN_PATH": os.path.join(home, "token")}
+    values |= {"HF_STORED_TOKENS_PATH": os.path.join(home, "stored_tokens"), "HF_HUB_OFFLINE": False}
+    values |= {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
     with monkeypatch.context() as patch, warnings.catch_warnings():
         # the client's own LFS upload passes the file as data=
         warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)

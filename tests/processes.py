@@ -1,6 +1,7 @@
-"""What the tests of several processes share: a free port, and who shares a batch under which parallelism."""
+"""What the tests of several processes share: how long they wait, a free port, and who shares a batch under which parallelism."""
 
 import socket
+import time
 
 import pytest
 
@@ -18,7 +19,29 @@ SHARED_BATCHES = pytest.mark.parametrize(
 )
 
 
+# Seconds that a test waits for another process. It only ends a test that hangs: a busy machine takes ten times as long.
+PATIENCE = 600
+
+
+def until(happened):
+    """Wait until something is so, such as a file that appears."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+_HELD = []  # the sockets of the ports that were given out
+
+
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody else is given while this process lives, for those who listen with SO_REUSEADDR, as torch does.
+
+    A port that was only found free may be somebody else's before its user listens there. So it stays bound, and a socket that
+    does not listen is in nobody's way who allows the reuse of addresses.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    _HELD.append(held)
+    return held.getsockname()[1]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig
 
-from hf_power.coord_check import MAX_SLOPE, CoordCheck, coord_check
-from hf_power.mup import mup_init_, mup_param_groups
+from hf_power import mup_init_, mup_param_groups
+from hf_power.coordinates import MAX_SLOPE, CoordCheck, coord_check
 
 pytestmark = pytest.mark.slow  # together
 
@@ -38,11 +38,7 @@ def power_law(exponents: dict[str, float], widths: tuple[int, ...] = (64, 128, 2
 class StandardParametrization:
     """One learning rate, one init std, none of the multipliers."""
 
-    multipliers: dict[str, Any] = {
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 16**-0.5,
-    }
+    multipliers = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 16**-0.5}
 
     @staticmethod
     def init(model: Any) -> None:
@@ -125,14 +121,14 @@ def test_dense_passes_and_every_module_is_measured() -> None:
 
 def test_standard_parametrization_fails() -> None:
     sp = StandardParametrization
-    check = coord_check(llama(), init=sp.init, param_groups=sp.groups, **sp.multipliers)
+    check = coord_check(llama(), init=sp.init, param_groups=sp.groups, steps=1, **sp.multipliers)
     assert not check.passed
     assert check.worst["slope"] > 1.0, check.table()
     assert slope(check, "logits") > 0.5, check.table()
 
 
 def test_head_counted_twice_fails_in_the_logits_alone() -> None:
-    check = coord_check(llama(), param_groups=groups_with_head_twice)
+    check = coord_check(llama(), param_groups=groups_with_head_twice, steps=1)
     assert not check.passed
     assert slope(check, "logits") < -0.35, check.table()
     assert all(abs(s["slope"]) < MAX_SLOPE for s in check.slopes if s["module"] != "logits")
@@ -145,7 +141,7 @@ def test_head_counted_twice_fails_in_the_logits_alone() -> None:
     ids=["gqa2", "gqa4", "tied", "moe"],
 )
 def test_other_models_pass(config: Any) -> None:
-    check = coord_check(config)
+    check = coord_check(config, steps=2)
     assert check.passed, check.table()
 
 
@@ -156,7 +152,7 @@ def test_moe_measures_router_and_experts() -> None:
 
 @pytest.mark.slow
 def test_experts_left_out_fails() -> None:
-    check = coord_check(mixtral(), param_groups=groups_without_experts)
+    check = coord_check(mixtral(), param_groups=groups_without_experts, steps=1)
     assert not check.passed
     assert slope(check, "layer 0 moe") > 1.0, check.table()
 
@@ -168,7 +164,7 @@ def test_hidden_init_without_width_fails() -> None:
             if "_proj" in name:
                 nn.init.normal_(tensor, std=model.config.initializer_range)
 
-    check = coord_check(llama(), init=same_init_at_every_width)
+    check = coord_check(llama(), init=same_init_at_every_width, steps=1)
     assert not check.passed
     assert slope(check, "layer 0 mlp") > 0.5, check.table()
 
@@ -192,10 +188,7 @@ def test_config_is_not_changed_and_its_special_tokens_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"widths": (64, 128, 128, 256)},
-            "a slope needs at least 4 different widths, got [64, 128, 256]: add widths.",
-        ),
+        ({"widths": (64, 128, 128, 256)}, "a slope needs at least 4 different widths, got [64, 128, 256]: add widths."),
         ({"steps": 0}, "steps must be from 1 to 10, got 0: choose a number in that range."),
         ({"steps": 11}, "steps must be from 1 to 10, got 11: choose a number in that range."),
         ({"seeds": ()}, "seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2)."),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from examples import synthetic_rows
 
 import hf_power
 from hf_power.cli import main
@@ -81,63 +82,6 @@ def write_words(path):
             words.append(known[i] + ("." if luck.random() < 0.1 else ""))
         lines.append(json.dumps({"text": " ".join(words)}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def synthetic_rows():
-    """A sweep around 3 * beta**.7 * T**-.4, with half of that for power; all numbers are short, so no last digit varies."""
-    rows = []
-    for width in (32, 64):
-        for batch in (256, 1024):
-            for tokens in (131_072, 262_144, 524_288):
-                for schedule in ("warmup_stable_decay", "power"):
-                    for octaves in (-1.6, -0.6, 0.4, 1.4):
-                        rows += [synthetic_row(width, batch, tokens, schedule, octaves, seed) for seed in (0, 1)]
-    rows[6] |= {"status": "diverged", "reason": "the training loss was not finite", "loss": None, "train_loss": None}
-    return rows
-
-
-def synthetic_row(width, batch, tokens, schedule, octaves, seed):
-    best = 3 * (batch / 4096) ** 0.7 * tokens**-0.4
-    law = None
-    rate = float(f"{best * 2**octaves:.4g}")
-    if schedule == "power":
-        law = {"a": float(f"{1.5 * 2**octaves:.4g}"), "b": -0.4, "batch_exponent": 0.7}
-        rate = float(f"{best / 2 * 2**octaves:.4g}")
-    luck = random.Random(f"{width} {batch} {schedule} {octaves} {seed}").random()
-    loss = round(3 + 4 * (tokens / 1e6) ** -0.3 + 0.03 * octaves**2 + 0.004 * (luck - 0.5), 5)
-    trunk = f"{schedule}-{width}-{batch}-{octaves}-{seed}"
-    return {
-        "schema": 1,
-        "id": f"{trunk}-{tokens}",
-        "status": "finished",
-        "reason": None,
-        "model_type": "llama",
-        "width": width,
-        "parameters": 1250 * width,
-        "parameters_without_embeddings": 750 * width,
-        "tokens_per_step": batch,
-        "tokens": tokens,
-        "schedule": schedule,
-        "learning_rate": rate,
-        "law": law,
-        "max_lr": 0.05 if law else rate,
-        "warmup_tokens": 8192,
-        "decay_tokens": round(0.2 * tokens / batch) * batch,
-        "decay_shape": "1-sqrt",
-        "weight_decay": 0.1,
-        "seed": seed,
-        "loss": loss,
-        "train_loss": loss,
-        "trunk": trunk,
-        "trained_tokens": tokens,
-        "flops_per_token": 3e5,
-        "seconds": 1.0,
-        "block_size": 64,
-        "settings": {"model": {"hidden_size": width}, "mup": {"base_width": 32, "preset": "power_of_two"}},
-        "data": {"dataset": "d", "fingerprint": "f", "tokenizer": "t", "held_out_tokens": 1000},
-        "versions": {"hf_power": "0"},
-        "hardware": {"device": "cpu"},
-    }
 
 
 def hand_made_recipe(path):
@@ -232,9 +176,6 @@ def place(sections, tmp_path_factory):
     place.write("big.yaml", {"model": model, "data": DATA, "run": base["run"] | {"tokens": 5120}, "training": verified})
     place.run("verify", "big.yaml", "--recipe", "hand.json", "--tolerance", "0.1", said="verify")
     return place
-
-
-# ---- comparison
 
 
 def covered(content):
@@ -344,9 +285,6 @@ def covered_card(text):
     return CARD_LINES.sub(lambda found: f"{found[1] or found[2] or found[3]} {COVERED}", text)
 
 
-# ---- runs
-
-
 @pytest.mark.parametrize("run", ["trunk", "trunk/checkpoint-8", "trunk-anneal-8", "trunk-anneal-8/checkpoint-12"])
 def test_run_json(place, run):
     compare_json(f"run-{run.replace('/', '-')}.json", place.json(f"{run}/run.json"))
@@ -375,8 +313,6 @@ def test_what_verbs_say(place):
     text = "\n".join(f"# {name}\n\n{text}" for name, text in place.said.items())
     compare_text("said.txt", text)
 
-
-# ---- from a sweep to a plan
 
 EACH_ROW = (
     *("id", "status", "reason", "tokens_per_step", "tokens", "schedule", "learning_rate", "law", "max_lr"),
@@ -434,8 +370,6 @@ def test_verify_json(place):
 def test_verify_md(place):
     compare_text("verify.md", (place.folder / "page/verify.md").read_text(encoding="utf-8"))
 
-
-# ---- the Hub
 
 PUSHED_CARDS = [
     ("push-card-of-a-checkpoint.md", "tester/trunk", "trunk-1.024k-tokens"),

@@ -14,15 +14,15 @@ import pytest
 from processes import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_power.data.blocks import load_tokenizer
 from hf_power.data.text import DataArguments, load_text
+from hf_power.data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow  # a process each
 
 RUN = ["-m", "hf_power.run"]
-LAUNCHERS = pytest.mark.parametrize(
-    "launcher", [[], ["-m", "accelerate.commands.launch"]], ids=["python", "accelerate"]
-)
+ACCELERATE = ["-m", "accelerate.commands.launch"]
+LAUNCHERS = pytest.mark.parametrize("launcher", [[], ACCELERATE], ids=["python", "accelerate"])
+CPUS = Path(__file__).parent.parent / "scripts" / "accelerate" / "cpu.yaml"
 CAP, BLOCK, BATCH, ACCUMULATION, STEPS = 0.02, 32, 2, 3, 10
 TOKENS = BLOCK * BATCH * ACCUMULATION  # of one optimizer step
 
@@ -101,7 +101,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 accelerator = Accelerator(gradient_accumulation_steps=3)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-data = torch.utils.data.DataLoader(torch.randint(0, 400, (60, 32)), batch_size=2)
+data = torch.utils.data.DataLoader(torch.randint(0, 400, (60 * accelerator.num_processes, 32)), batch_size=2)
 scheduler = get_scheduler("power", optimizer, num_warmup_steps=2 * accelerator.num_processes,
     num_training_steps=10 * accelerator.num_processes,
     scheduler_specific_kwargs={"tokens_per_step": 3 * 2 * 32, "decay_ratio": 0.4, "min_lr_ratio": 0.0})
@@ -120,6 +120,13 @@ def test_a_raw_accelerate_loop(checkpoint, rates, tmp_path, launcher):
     """prepare(), accumulation, a warmup of 2 steps, and a tail of 40 % of the run."""
     (tmp_path / "loop.py").write_text(RAW_LOOP)
     assert rates(*launcher, *RUN, "loop.py", checkpoint) == closed_form(warmup=2, tail=4)
+
+
+def test_a_raw_accelerate_loop_on_two_processes(checkpoint, rates, tmp_path):
+    """The lengths are multiplied, for the prepared scheduler is stepped once for each process."""
+    (tmp_path / "loop.py").write_text(RAW_LOOP)
+    launcher = [*ACCELERATE, "--config_file", CPUS, "--main_process_port", free_port()]
+    assert rates(*launcher, *RUN, "loop.py", checkpoint, processes=2) == closed_form(warmup=2, tail=4)
 
 
 CONTINUE = """
@@ -165,8 +172,7 @@ def test_continual_pretraining(checkpoint, rates, tmp_path):
 def test_a_trainer_script_on_two_processes(checkpoint, rates, tmp_path):
     """Each process has its own batch: a step has twice the tokens, and both processes have the same rates."""
     (tmp_path / "clm.py").write_text(CONTINUE)
-    config = Path(__file__).parent.parent / "scripts" / "accelerate" / "cpu.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", free_port()]
+    launcher = [*ACCELERATE, "--config_file", CPUS, "--main_process_port", free_port()]
     flags = trainer_flags(model_name_or_path=checkpoint, lr_scheduler_kwargs='{"tokens_seen": 1000000}')
     got = rates(*launcher, *RUN, "clm.py", *flags, processes=2)
     assert got == closed_form(before=1_000_000, tokens=2 * TOKENS)

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_power.data.blocks import load_tokenizer, pack
+from hf_power.data.packing import pack
 from hf_power.data.text import DataArguments, load_text
+from hf_power.data.tokenizer import load_tokenizer
 from hf_power.pretrain import run as train
 from hf_power.sweep import ensemble
 
@@ -159,17 +160,20 @@ def only_the_training():
     A billion weights take half a minute of a CPU's random numbers, and the finished model's evaluation and its 5 GB are
     no part of a step.
     """
-    build, finish = train.build_model, train._finish
+    build, new, finish = train.build_model, ensemble.new_model, train._finish
 
-    def on_device(*args):
-        with torch.device(DEVICE):
-            return build(*args)
+    def on_device(function):
+        def built(*args):
+            with torch.device(DEVICE):
+                return function(*args)
 
-    train.build_model = ensemble.build_model = on_device
+        return built
+
+    train.build_model, ensemble.new_model = on_device(build), on_device(new)
     train._finish = lambda *args: None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        train.build_model = ensemble.build_model = build
+        train.build_model, ensemble.new_model = build, new
         train._finish = finish

@@ -10,11 +10,12 @@ import time
 import torch
 from common import DEVICE, Clock, free_memory, now, only_the_training, tokenizer_of
 
-from hf_power.data.blocks import pack_both
+from hf_power.data.packing import pack_both
 from hf_power.data.text import load_text
 from hf_power.pretrain import run as train
 from hf_power.settings.settings import Settings
-from hf_power.sweep.ensemble import Ensemble
+from hf_power.sweep.ensemble import Ensemble, Member
+from hf_power.sweep.stacked import SweepData
 
 # name -> width, layers, vocabulary, block size, tokens per step
 CASES = {
@@ -47,19 +48,16 @@ def trainer(made, warmup, steps):
     with tempfile.TemporaryDirectory() as folder, Clock(warmup, steps) as clock, only_the_training():
         made["training"] |= {"output_dir": f"{folder}/run", "logging_steps": warmup + steps}
         run = train.pretrain(Settings.from_dict(made))
-    return clock.row(tokens_per_step), next(p["loss"] for p in run["loss_curve"] if "loss" in p)
+    return clock.row(tokens_per_step), next(p["loss"] for p in run.loss_curve if "loss" in p)
 
 
 def engine(made, members, warmup, steps, prepared, **options):
     """Tokens per second of an ensemble, and the mean of the losses of its first member."""
-    tokenizer, blocks, held_out = prepared
-    runs = [Settings.from_dict(made | {"training": made["training"] | {"seed": i % 3}}) for i in range(members)]
-    tokens_per_step = runs[0].training.per_device_train_batch_size * runs[0].data.block_size
+    settings = Settings.from_dict(made)
+    tokens_per_step = settings.training.per_device_train_batch_size * settings.data.block_size
+    runs = [Member(settings.training.learning_rate, i % 3) for i in range(members)]
     with only_the_training():
-        ensemble = Ensemble(
-            runs, tokenizer, blocks, held_out, num_sequences=tokens_per_step // runs[0].data.block_size,
-            device=torch.device(DEVICE), **options,
-        )  # fmt: skip
+        ensemble = Ensemble(settings, runs, prepared, device=torch.device(DEVICE), **options)
     losses = []
     for step in range(warmup + steps):
         if step == warmup:
@@ -91,7 +89,8 @@ def measure(rows, options, scratch):
             made["data"]["tokenizer"] = str(folder)
             if prepared is None:
                 texts = load_text(given.data)
-                prepared = (tokenizer, *pack_both(given.data, tokenizer, *texts, 4 * block)[:2])
+                packed = pack_both(given.data, tokenizer, *texts, 4 * block)
+                prepared = SweepData(tokenizer, packed.train, packed.held_out, packed.about())
             started = time.perf_counter()
             row, expected = trainer(made, warmup, steps)
             case = {"parameters": name, "width": width, "tokens_per_step": tokens_per_step}

@@ -14,7 +14,7 @@ from common import DEVICE, tokenizer_of
 from engine import CASES, sections
 from transformers import LlamaConfig
 
-from hf_power.coord_check import coord_check
+from hf_power.coordinates import coord_check
 from hf_power.settings.settings import Settings
 
 STEPS, SAVE = 60, 20

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from common import DEVICE, Rows
@@ -48,8 +47,7 @@ def main():
         print(f"{options.part} is measured already")
         return
     started = time.perf_counter()
-    device = SimpleNamespace(device=torch.device(DEVICE), world_size=1)
-    rows.add("machine", of=options.part, versions=versions(), hardware=hardware(device))
+    rows.add("machine", of=options.part, versions=versions(), hardware=hardware(torch.device(DEVICE)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.part in ("dense", "moe", "host"):

@@ -17,10 +17,12 @@ from transformers import Trainer, set_seed
 
 from hf_power import MupAdamW, PowerLR
 from hf_power.cli import parse_settings
-from hf_power.data.blocks import BlockStream, collate_blocks
+from hf_power.data.order import BlockStream, collate_blocks
 from hf_power.models import flops_per_token
 from hf_power.pretrain import run as train
 from hf_power.pretrain.speed import speed_up_
+from hf_power.settings.sections import Tokens
+from hf_power.settings.settings import build_model
 
 RECIPES = {"dense": "powerlm-1b", "moe": "powermoe-1b", "host": "powerlm-1b"}
 SEQUENCES = 16  # of a step
@@ -47,7 +49,7 @@ def settings(shape, folder, batch, steps, compiled, options):
     given.training.lr_scheduler_kwargs = {"a": 4.0, "warmup_tokens": given.data.block_size}
     given.training.report_to = []
     per_step = batch * given.training.gradient_accumulation_steps * given.data.block_size
-    given.run.tokens, given.run.max_eval_tokens = str(steps * per_step), str(given.data.block_size)
+    given.run.tokens, given.run.max_eval_tokens = Tokens(steps * per_step), Tokens(given.data.block_size)
     tokenizer = tokenizer_of(given)
     given.data.tokenizer = str(folder.parent / "tokenizer")  # so that `pretrain` does not train it anew
     tokenizer.save_pretrained(given.data.tokenizer)
@@ -59,7 +61,7 @@ def parts(given, tokenizer_of):
     tokenizer, blocks = tokenizer_of
     set_seed(given.training.seed)
     with torch.device(DEVICE):
-        model = train.build_model(given, tokenizer)
+        model = build_model(given, tokenizer)
     args = given.training
     sequences = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     return BlockStream(blocks, seed=args.seed, start=0, stop=sequences), model
@@ -67,7 +69,7 @@ def parts(given, tokenizer_of):
 
 def ours(given, known):
     with only_the_training():
-        return [p["loss"] for p in train.pretrain(given)["loss_curve"] if "loss" in p][-1]
+        return [p["loss"] for p in train.pretrain(given).loss_curve if "loss" in p][-1]
 
 
 def by_hand(given, known, experts=None):

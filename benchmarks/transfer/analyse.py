@@ -12,11 +12,17 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import numpy as np
+from picture import plot_transfer
 from scipy.stats import t as student
 
-from hf_power.fit.fit import fit_law, law_lr
-from hf_power.plots import fit as fit_plots
+from hf_power.fit.fit import fit_law
+from hf_power.fit.report import fit_text
+from hf_power.plots.cells import plot_cells
+from hf_power.plots.figures import save
+from hf_power.plots.law import plot_law, plot_map
 from hf_power.records.files import replaced, write_json
+from hf_power.records.rows import Row
+from hf_power.schedule import Law
 from hf_power.sweep.grid import few_digits
 
 HERE = Path(__file__).parent
@@ -33,10 +39,9 @@ def main():
     rows = read(results / "rows.csv")
     tuned = json.loads((results / "tuned.json").read_text())
     fit_rows = [row for row in rows if row["part"] in ("fit", f"fit cap {tuned['power']['max_lr']:g}")]
-    fit = fit_law(fit_rows)
-    content = fit.to_dict()
-    write_json(results / "fit.json", content)
-    (results / "fit.txt").write_text(fit.table() + "\n", encoding="utf-8")
+    fit = fit_law([measured(row) for row in fit_rows])
+    fit.save(results)
+    (results / "fit.txt").write_text(fit_text(fit) + "\n", encoding="utf-8")
     cells = held_out(rows, tuned)
     table = {"rows": regrets(cells), "summary": summary(cells), "unknown_horizon": unknown_horizon(cells, tuned)}
     table["oracles"] = oracles(cells)
@@ -44,15 +49,15 @@ def main():
     write_json(results / "table.json", table)
     with replaced(results / "table.md") as temporary:
         temporary.write_text(markdown(table), encoding="utf-8")
-    fit_plots.plot_cells(content, results / "cells.png")
-    fit_plots.plot_law(content, results / "law.png")
-    fit_plots.plot_map(content, results / "map.png")
-    fit_plots.plot_transfer(table, results / "transfer.png")
+    save(plot_cells(fit), results / "cells.png")
+    save(plot_law(fit), results / "law.png")
+    save(plot_map(fit), results / "map.png")
+    save(plot_transfer(table), results / "transfer.png")
     print(markdown(table))
 
 
 def read(path):
-    """The rows of rows.csv with their types, as fit_law takes them."""
+    """The rows of rows.csv with their types."""
     rows = []
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -62,6 +67,12 @@ def read(path):
             row["law"] = law if law["a"] is not None else None
             rows.append(row)
     return rows
+
+
+def measured(row):
+    """A row of rows.csv as `fit_law` takes it."""
+    names = ("width", "schedule", "learning_rate", "tokens_per_step", "tokens", "loss", "seed", "status", "trunk")
+    return Row(**{name: row[name] for name in names})
 
 
 def held_out(rows, tuned):
@@ -85,7 +96,7 @@ def held_out(rows, tuned):
                 cell["methods"][name] = ladder[tuned[which]["a"]]
         for schedule in set(ladders) & set(tuned["laws"]):
             name = SHORT.get(schedule, schedule)
-            center = few_digits(law_lr(tuned["laws"][schedule], tokens=horizon, tokens_per_step=batch))
+            center = few_digits(Law.from_dict(tuned["laws"][schedule]).lr(horizon, batch))
             cell["methods"][f"{name} law"] = ladders[schedule][center]
             cell["methods"][f"{name} fixed"] = ladders[schedule][tuned["fixed"][schedule]]
     return dict(sorted(cells.items()))
@@ -164,7 +175,7 @@ def unknown_horizon(cells, tuned):
         for schedule in ("warmup_stable_decay", "linear"):
             ladder = cell["ladders"].get(schedule)
             for factor in (0.25, 4.0) if ladder else ():
-                rate = law_lr(tuned["laws"][schedule], tokens=horizon * factor, tokens_per_step=batch)
+                rate = Law.from_dict(tuned["laws"][schedule]).lr(horizon * factor, batch)
                 values = sorted(ladder)
                 loss = float(np.interp(math.log2(rate), np.log2(values), [mean(ladder[v]) for v in values]))
                 rows.append(

@@ -12,17 +12,20 @@ import csv
 import math
 from pathlib import Path
 
-from hf_power.fit.fit import fit_cells, fit_law, law_lr, regret
+from hf_power.fit.cells import fit_cells
+from hf_power.fit.fit import fit_law
 from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
-from hf_power.sweep.grid import Grid, Group, few_digits
+from hf_power.records.schema import encode
+from hf_power.schedule import PAPER_LAW, Law
+from hf_power.sweep.grid import Grid, few_digits
+from hf_power.sweep.jobs import Group, row_law
 from hf_power.sweep.run import run_sweep
 
 HERE = Path(__file__).parent
 RIVALS = ("warmup_stable_decay", "linear", "cosine", "inverse_sqrt")
 LAW_SCHEDULES = ("warmup_stable_decay", "linear")  # whose learning rate a law sets per cell
 LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
-PAPER = {"a": 4.0, "b": -0.51, "batch_exponent": 1.0}
 PAPER_CAP = 0.02
 K = 1024
 # Three main schedules at the dear cells, five elsewhere.
@@ -88,12 +91,13 @@ def main():
     results.mkdir(parents=True, exist_ok=True)
 
     fit_rows = run_sweep(grid(size, {name: START[name] for name in RIVALS}), folder / "fit")
-    law = {k: few_digits(v) for k, v in fit_law(fit_rows).law.items() if k in ("a", "b", "batch_exponent")}
+    fitted = fit_law(fit_rows).law
+    law = Law(few_digits(fitted.a), few_digits(fitted.b), few_digits(fitted.batch_exponent))
     by_cap = {}
     for cap in size["caps"]:
         capped = grid(size, {"power": START["power"]}, law=law, max_lr=cap)
         by_cap[cap] = run_sweep(capped, folder / f"fit-power-cap{cap:g}")
-    scales = {cap: few_digits(fit_law([*fit_rows, *each]).power["a"]) for cap, each in by_cap.items()}
+    scales = {cap: few_digits(fit_law([*fit_rows, *each]).power.a) for cap, each in by_cap.items()}
     validation = {}
     batch, horizons = size["validation"]
     for cap in size["caps"]:
@@ -135,15 +139,15 @@ def tune(fit_rows, by_cap, scales, validation, law):
     for cap, rows in by_cap.items():
         cells = [cell for cell in fit_cells(rows) if cell.used]
         loss_of_cap[cap] = sum(cell.min_loss for cell in cells) / len(cells)
-    beyond = {cap: sum(row["loss"] or math.inf for row in rows) / len(rows) for cap, rows in validation.items()}
+    beyond = {cap: sum(row.loss or math.inf for row in rows) / len(rows) for cap, rows in validation.items()}
     chosen = {"power": min(beyond, key=beyond.get), "power_by_fit": min(loss_of_cap, key=loss_of_cap.get)}
     powers = {cap: fit_law([*fit_rows, *rows]).power for cap, rows in by_cap.items()}
     return {
-        "law": law,
-        "laws": {name: fit_law(fit_rows, schedule=name).law for name in RIVALS},
+        "law": row_law(law),
+        "laws": {name: fit_law(fit_rows, schedule=name).law.to_dict() for name in RIVALS},
         "fixed": {name: one_rate(fit_rows, name) for name in RIVALS},
-        **{name: {**law, "a": scales[cap], "max_lr": cap} for name, cap in chosen.items()},
-        "power_fits": {f"{cap:g}": {k: v for k, v in p.items() if k != "cells"} for cap, p in powers.items()},
+        **{name: {**row_law(law), "a": scales[cap], "max_lr": cap} for name, cap in chosen.items()},
+        "power_fits": {f"{cap:g}": {k: v for k, v in encode(p).items() if k != "cells"} for cap, p in powers.items()},
         "fit_loss_by_cap": {f"{cap:g}": loss for cap, loss in loss_of_cap.items()},
         "validation_loss_by_cap": {f"{cap:g}": loss for cap, loss in beyond.items()},
     }
@@ -154,31 +158,31 @@ def one_rate(rows, schedule):
     cells = [cell for cell in fit_cells(rows) if cell.used and cell.schedule == schedule]
     low, high = min(c.optimum_lr for c in cells), max(c.optimum_lr for c in cells)
     rates = [low * (high / low) ** (i / 200) for i in range(201)]
-    return few_digits(min(rates, key=lambda rate: sum(regret(cell, rate) for cell in cells)))
+    return few_digits(min(rates, key=lambda rate: sum(cell.regret_at(rate) for cell in cells)))
 
 
 def held_out_groups(size, tuned):
     """(name, grid, groups): at each held-out cell a ladder around the law's rate, the fixed rate, and Power's scales."""
     base = {"seeds": HELD_OUT_SEEDS, "max_extensions": 1}
     rivals, powers, paper = [], {"power": [], "power_by_fit": []}, []
-    law = tuned["law"]
+    law = Law.from_dict(tuned["law"])
     for width, batch, horizon, names in size["held_out"]:
         cell = (width, batch, (horizon,), HELD_OUT_SEEDS)
         for name in names:
-            center = law_lr(tuned["laws"][name], tokens=horizon, tokens_per_step=batch)
+            center = Law.from_dict(tuned["laws"][name]).lr(horizon, batch)
             values = {few_digits(center * factor) for factor in LADDER} | {tuned["fixed"][name]}
             rivals.append(Group(name, *cell, tuple(sorted(values))))
         for which, groups in powers.items():
             ladder = LADDER if which == "power" else (1.0,)
             scales = tuple(few_digits(factor * tuned[which]["a"]) for factor in ladder)
             groups.append(Group("power", *cell, scales, law))
-        paper.append(Group("power", *cell, (PAPER["a"],), PAPER))
+        paper.append(Group("power", *cell, (PAPER_LAW.a,), PAPER_LAW))
     yield "held out", grid(size, START, **base), rivals
     for which, groups in powers.items():
         cap, extensions = tuned[which]["max_lr"], int(which == "power")
         each = grid(size, START, **base | {"max_extensions": extensions}, law=law, max_lr=cap)
         yield f"held out power cap {cap:g}", each, groups
-    yield "paper", grid(size, START, **base | {"max_extensions": 0}, law=PAPER, max_lr=PAPER_CAP), paper
+    yield "paper", grid(size, START, **base | {"max_extensions": 0}, law=PAPER_LAW, max_lr=PAPER_CAP), paper
 
 
 def write_rows(rows, path):
@@ -189,9 +193,9 @@ def write_rows(rows, path):
         writer = csv.DictWriter(file, keys, extrasaction="ignore")
         writer.writeheader()
         for part, each in rows.items():
-            for row in sorted(each, key=lambda r: [r[k] for k in ("schedule", "width", "tokens_per_step", "tokens")]):
-                law = row["law"] or {}
-                writer.writerow({"part": part, **row} | {k: law.get(k) for k in ("a", "b", "batch_exponent")})
+            for row in sorted(each, key=lambda r: (r.schedule, r.width, r.tokens_per_step, r.tokens)):
+                law = row.law or {}
+                writer.writerow({"part": part, **row.to_json()} | {k: law.get(k) for k in ("a", "b", "batch_exponent")})
 
 
 if __name__ == "__main__":

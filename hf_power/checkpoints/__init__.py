@@ -1,1 +1,6 @@
-"""Checkpoints that can be trusted: sealed, verified, the newest intact one found."""
+"""Checkpoints that can be trusted: sealed by a manifest, verified before use, the newest intact one found.
+
+* seal.py      seal, problems, newest_intact, rotate: the manifest of a checkpoint; examine: what a run can resume from
+* callback.py  SealCheckpoints: the Trainer's callback that seals and rotates
+* locate.py    find_model, weights_sha256: a model by its name, in a folder or on the Hub
+"""

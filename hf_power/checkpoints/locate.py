@@ -2,41 +2,38 @@
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download
 
 from hf_power.checkpoints.seal import MANIFEST, problems
 from hf_power.records.errors import NotFoundError, UserError
-from hf_power.records.schema import read_object
+from hf_power.records.files import read_record
+from hf_power.records.run import Model
 
 
-def find_model(model: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Config:
+    """What is read of a model's config.json."""
+
+    model_type: str
+
+
+def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
     """A model's folder on this disk, downloaded from the Hub if it is none, and what a record says of it.
 
-    Args:
-        model: folder, or Hub repository.
-
-    Returns:
-        The folder, and {"name": of the folder or repository, "revision": commit (Hub only), "model_type"}.
+    The record has the name of the folder or repository, the revision (the commit; of the Hub only), and the model_type.
 
     Raises:
-        ValueError: a folder without config or weights, or a checkpoint that is not as it was sealed.
-        FileNotFoundError: neither a folder nor a repository that can be read; the sentence says which it is.
+        UserError: a folder without config or weights, or a checkpoint that is not as it was sealed.
+        NotFoundError: neither a folder nor a repository that can be read; the sentence says which it is.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         place = folder.resolve()
         name = f"{place.parent.name}/{place.name}" if place.name.startswith("checkpoint-") else place.name
-        about = {"name": name}
+        about: Model = {"name": name}
         if (folder / MANIFEST).exists() and (found := problems(folder)):
             raise UserError(f"the checkpoint {folder} cannot be used: {', '.join(found)}; take an earlier one.")
     else:
@@ -48,9 +45,7 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             "folders, or an export."
         )
     try:
-        config = {"model_type": (str, None)}
-        raw = read_object(folder / "config.json", config, schema=None, required=("model_type",))
-        about["model_type"] = raw["model_type"]
+        about["model_type"] = read_record(folder / "config.json", _Config, schema=None).model_type
     except UserError as error:
         raise UserError(
             f"{folder / 'config.json'} is no config of a model: pass a folder that was saved whole."
@@ -74,21 +69,22 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _download(name: str) -> Path:
-    patterns = {"allow_patterns": ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"], "ignore_patterns": ["*/*"]}
+    # What lies in folders of a repository, such as older checkpoints, is not the model.
+    files, folders = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"], ["*/*"]
     try:
-        return Path(snapshot_download(name, **patterns))
-    except HFValidationError as error:
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=folders))
+    except errors.HFValidationError as error:
         raise NotFoundError(f"there is no model at {name}: pass a folder, or a Hub repository.") from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise NotFoundError(
             f"the Hub repository {name} is gated: ask for access on its page, then log in with hf auth login."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise NotFoundError(
             f"there is no folder {name}, and no Hub repository of that name that you may read: correct the name, or log "
             "in with hf auth login if it is private."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
         raise NotFoundError(
             f"there is no folder {name}, and the Hub cannot be reached (or HF_HUB_OFFLINE is set) and has not been asked "
             "for it before: pass a folder, or connect to the Hub."

@@ -1,36 +1,59 @@
-"""Checkpoints that can be trusted: sealed by a manifest, verified before use, newest intact one first."""
+"""Checkpoints that can be trusted: sealed by a manifest, verified before use, newest intact one first; `examine`."""
 
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from hf_power.records.errors import NotFoundError, UserError, shown
-from hf_power.records.files import flush, sha256, temporaries, temporary_name, write_json
-from hf_power.records.schema import read_object
+from hf_power.records.errors import NotFoundError, UserError
+from hf_power.records.files import flush, read_record, sha256, temporaries, temporary_name, write_json
+from hf_power.records.run import RUN_FILE, Run
+from hf_power.records.schema import Count, encode
 
 MANIFEST = "manifest.json"
-RUN_FILE = "run.json"  # what the run was and how far it got, in the run folder and in every checkpoint
-SAVING = ".saving"  # in a checkpoint from before its first file until it is sealed
+# A checkpoint holds this file from before its first file until it is sealed.
+SAVING = ".saving"
 SCHEMA = 1
-LATER = ("eval.json", "push.json")  # what evaluate and publish add to a sealed checkpoint
-NOTES = (".md", ".txt", ".log", ".png")  # for people; no loader of a checkpoint with a tokenizer.json reads any
+# The verbs evaluate and publish add these to a sealed checkpoint.
+LATER = ("eval.json", "push.json")
+# Files for people may be added to a sealed checkpoint: no loader of one with a tokenizer.json reads any of them.
+NOTES = (".md", ".txt", ".log", ".png")
 
 
-def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
+@dataclass(frozen=True)
+class Entry:
+    """A file of a checkpoint as it was sealed: its size in bytes, and its SHA-256 in hexadecimal digits."""
+
+    bytes: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json: the files of a checkpoint by their names, paths with slashes from its folder on."""
+
+    files: dict[str, Entry]
+
+
+def seal(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
     """Write manifest.json, the last file of a checkpoint: size and SHA-256 of every other file.
 
     A folder without it was not finished. Entries of files that are known already are taken from `known`.
     """
     inside = sorted(p for p in folder.rglob("*") if p.name not in (MANIFEST, SAVING) and not p.name.endswith(".tmp"))
-    inside = [p for p in inside if p.exists()]  # no link to nothing
+    # A link to nothing has neither a size nor a hash.
+    inside = [p for p in inside if p.exists()]
     names = {p.relative_to(folder).as_posix(): p for p in inside if p.is_file()}
-    entries = {name: (known or {}).get(name) or _entry(path) for name, path in names.items()}
+    entries = {
+        name: (known or {}).get(name) or Entry(path.stat().st_size, sha256(path)) for name, path in names.items()
+    }
+    # All that the manifest speaks of must be on the disk before the manifest is.
     for path in [*inside, folder, folder.parent]:
         flush(path)
-    write_json(folder / MANIFEST, {"schema": SCHEMA, "files": entries})
+    write_json(folder / MANIFEST, {"schema": SCHEMA, **encode(Manifest(entries))})
     flush(folder)
     (folder / SAVING).unlink(missing_ok=True)
 
@@ -38,15 +61,12 @@ def seal(folder: Path, known: dict[str, Any] | None = None) -> None:
 def problems(folder: Path, complete: bool = False) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; an empty list if it is as it was sealed.
 
-    A file that was added is a problem because a tokenizer or the Trainer would read it; notes and hidden ones they never do.
-
-    Args:
-        folder: the checkpoint.
-        complete: of one that is as it was sealed, a part that was never in it is a problem too, see `missing_parts`.
+    A file that was added is a problem because a tokenizer or the Trainer would read it; notes and hidden ones they
+    never do. With `complete`, a part that was never in it is a problem too, see `missing_parts`.
     """
     try:
         entries = sealed(folder)
-    except FileNotFoundError:
+    except NotFoundError:
         return [f"{MANIFEST} is missing, so its saving was not finished"]
     except UserError:
         return [f"{MANIFEST} cannot be read"]
@@ -58,22 +78,16 @@ def problems(folder: Path, complete: bool = False) -> list[str]:
     return [f"no {part} is in it" for part in missing_parts(folder)]
 
 
-def sealed(folder: Path) -> dict[str, Any]:
-    """The entries of a checkpoint's manifest, file name -> {"bytes", "sha256"}, as they are written there.
-
-    Raises:
-        FileNotFoundError: there is no manifest.
-        ValueError: it is none of this schema.
-    """
-    table = {"files": (dict, None), "files.*": (dict, None)}
-    content: dict[str, Any] = read_object(folder / MANIFEST, table, schema=SCHEMA, required=("files",))["files"]
-    return content
+def sealed(folder: Path) -> dict[str, Entry]:
+    """The entries of a checkpoint's manifest by file name; a NotFoundError if there is none, else a UserError."""
+    return read_record(folder / MANIFEST, Manifest, schema=SCHEMA, remedy="take another checkpoint").files
 
 
 def missing_parts(folder: Path) -> list[str]:
     """What an intact checkpoint lacks for a run to go on as if it had not stopped; an empty list if nothing."""
     names = {PurePosixPath(name).parts[0] for name in sealed(folder)}
-    if any(name.startswith("global_step") for name in names):  # DeepSpeed's engine has all but the Trainer's part
+    if any(name.startswith("global_step") for name in names):
+        # DeepSpeed's engine keeps weights, optimizer and random numbers in a folder of its own.
         needed = {"trainer_state.json": ["trainer_state.json"], "run.json": [RUN_FILE]}
     else:
         needed = {
@@ -91,7 +105,10 @@ def missing_parts(folder: Path) -> list[str]:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether a checkpoint's saving began under our eyes and did not come to its end."""
+    """Whether the saving of a checkpoint was begun by `SealCheckpoints` and did not come to its end.
+
+    A folder without a manifest that lacks the mark too, and is not empty, is somebody else's and is left alone.
+    """
     return not (folder / MANIFEST).exists() and ((folder / SAVING).exists() or not any(folder.iterdir()))
 
 
@@ -107,14 +124,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_intact(run: Path, complete: bool = False) -> tuple[Path, dict[str, list[str]]]:
-    """The newest checkpoint that verifies, and what is wrong with those after it.
-
-    Args:
-        run: the run folder.
-        complete: it must also have every part that `hf-power pretrain` goes on from, see `problems`.
+    """The newest checkpoint that verifies, and what is wrong with those after it, see `problems`.
 
     Raises:
-        FileNotFoundError: if the run has no intact checkpoint; the message names each and its problem.
+        NotFoundError: if the run has no intact checkpoint; the message names each and its problem.
     """
     broken: dict[str, list[str]] = {}
     for folder in checkpoints(run):
@@ -137,7 +150,7 @@ def checkpoint_bytes(run: Path, parameters: int) -> int:
 
 
 def remove_leftovers(run: Path) -> list[str]:
-    """Delete the checkpoints whose saving began under our eyes and was not finished; returns their names.
+    """Delete the checkpoints that are `unfinished`; returns their names.
 
     With them goes what a killed process has left under a temporary name, and the mark of one that was sealed all the same.
     """
@@ -153,22 +166,17 @@ def remove_leftovers(run: Path) -> list[str]:
 
 
 def rotate(run: Path, limit: int, keep: Path | None = None, known: Path | None = None) -> list[str]:
-    """Delete the oldest sealed checkpoints beyond `limit`, and only those that have two newer intact ones.
+    """Delete the oldest sealed checkpoints beyond `limit`, and only those that have two newer intact ones; their names.
 
-    Args:
-        run: the run folder.
-        limit: how many sealed checkpoints stay; 1 counts as 2.
-        keep: one that stays in any case, such as the best.
-        known: one that is intact for certain and is not hashed again, such as that which was just sealed.
-
-    Returns:
-        The names of those deleted.
+    The one to `keep`, such as the best, stays in any case, and a limit of 1 counts as 2. The one that is `known` to be
+    intact, such as that which was just sealed, is not hashed again.
     """
     folders = [p for p in checkpoints(run) if (p / MANIFEST).exists()]
     if len(folders) <= limit:
         return []
     intact = 0
     removed = []
+    # Newest first, so that by the time a folder is beyond the limit the two that must stay have been found.
     for place, folder in enumerate(folders):
         if intact >= 2 and place >= limit and folder != keep:
             _remove(folder)
@@ -185,19 +193,21 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
-    pure, path, size = PurePosixPath(name), folder / name, entry.get("bytes")
+def _problem(folder: Path, name: str, entry: Entry) -> str | None:
+    pure, path = PurePosixPath(name), folder / name
     try:
         inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-    except ValueError:  # a zero byte, or half a surrogate pair
+    except ValueError:
+        # The name has a zero byte or half a surrogate pair, which no file system takes.
         inside = False
     if not inside or pure.is_absolute() or ".." in pure.parts:
         return "lies outside of the folder"
     if not os.path.isfile(path):
         return "is missing"
-    if path.stat().st_size != size:
-        return f"has {path.stat().st_size} bytes instead of {shown(size)}"
-    return None if sha256(path) == entry.get("sha256") else "has other content than when it was sealed"
+    # The size is asked first because hashing a large file takes seconds.
+    if path.stat().st_size != entry.bytes:
+        return f"has {path.stat().st_size} bytes instead of {entry.bytes}"
+    return None if sha256(path) == entry.sha256 else "has other content than when it was sealed"
 
 
 def _names(folder: Path) -> list[str]:
@@ -207,5 +217,59 @@ def _names(folder: Path) -> list[str]:
     return [p.as_posix() for p in names if not any(part.startswith(".") for part in p.parts)]
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint: its name, the tokens it has seen if it says so, and what is wrong with it, a phrase each."""
+
+    name: str
+    tokens: int | None
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The checkpoints of a run, newest first, and the name of the one that --resume_from_checkpoint true takes.
+
+    `remaining_tokens` are left to train from there; None if that is not known.
+    """
+
+    checkpoints: list[Examined]
+    resume: str | None
+    remaining_tokens: int | None
+
+
+def examine(run: Path) -> Examination:
+    """Look at every checkpoint of a run folder, and change nothing; a NotFoundError without the folder."""
+    if not run.is_dir():
+        raise NotFoundError(f"there is no run folder at {run}: pass the output_dir of a training.")
+    # A stock Trainer's checkpoints have other parts, so only a run of hf_power is asked for those that it needs.
+    ours = (run / RUN_FILE).exists()
+    found = [_examined(folder, ours) for folder in checkpoints(run)]
+    resume, remaining = next((each for each in found if not each[0].problems), (None, None))
+    return Examination([each for each, _ in found], None if resume is None else resume.name, remaining)
+
+
+def examined_text(result: Examination) -> str:
+    """The result of `examine` as a table and a sentence."""
+    lines = [f"{'checkpoint':<20} {'tokens':>16}  state"]
+    for row in result.checkpoints:
+        tokens = "-" if row.tokens is None else f"{row.tokens:,}"
+        lines.append(f"{row.name:<20} {tokens:>16}  {', '.join(row.problems) or 'intact'}")
+    if result.resume is None:
+        return "\n".join([*lines, "nothing can be resumed"])
+    rest = "" if result.remaining_tokens is None else f", {result.remaining_tokens:,} tokens remain to train"
+    return "\n".join([*lines, f"--resume_from_checkpoint true takes {result.resume}{rest}"])
+
+
+def _examined(folder: Path, ours: bool) -> tuple[Examined, int | None]:
+    """A checkpoint, and the tokens that remain to train after it."""
+    found = problems(folder, complete=ours)
+    try:
+        record = Run.load(folder, required=("tokens_seen",))
+    except NotFoundError:
+        return Examined(folder.name, None, found), None
+    except UserError as error:
+        return Examined(folder.name, None, found or [str(error)]), None
+    # Nothing says how long the run was to be where total_tokens is missing.
+    remaining = max(0, record.total_tokens - record.tokens_seen) if record.total_tokens else None
+    return Examined(folder.name, record.tokens_seen, found), remaining

@@ -19,56 +19,44 @@ a factor of q_proj is one of the scores. A tied head is e times too large; the f
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import safetensors
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
+from hf_power.models import MULTIPLIERS, Family, kind_of, num_experts
 from hf_power.records.files import write_json
 
-MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+# transformers' names, which `from_pretrained` looks for.
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# huggingface_hub's own limit, which `save_pretrained` keeps.
 MAX_SHARD_BYTES = 5_000_000_000
-PLAIN_FAMILIES = ("llama", "mixtral")
-
-# Kind of a tensor by its name in the plain model; what matches none of these is an error, never a guess.
-_LAYER = r"model\.layers\.\d+\."
-_KINDS = (
-    ("embedding", re.compile(r"model\.embed_tokens\.weight")),
-    ("query", re.compile(_LAYER + r"self_attn\.q_proj\.(weight|bias)")),
-    ("output", re.compile(_LAYER + r"(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias)")),
-    ("output", re.compile(_LAYER + r"block_sparse_moe\.experts\.\d+\.w2\.weight")),
-    ("norm", re.compile(r"model\.norm\.weight")),
-    ("unchanged", re.compile(_LAYER + r"(self_attn\.[kv]_proj|mlp\.(gate|up)_proj)\.(weight|bias)")),
-    ("unchanged", re.compile(_LAYER + r"block_sparse_moe\.(gate|experts\.\d+\.w[13])\.weight")),
-    ("unchanged", re.compile(_LAYER + r"(input|post_attention)_layernorm\.weight|lm_head\.weight")),
-)
 
 
 def fold_factors(multipliers: dict[str, float], head_dim: int, tied: bool) -> dict[str, float]:
-    """Kind of tensor: its factor on the way to the plain model."""
+    """Kind of tensor, see `hf_power.models.kind_of`: its factor on the way to the plain model, 1 for the others."""
     e, a, r, s = (multipliers[key] for key in MULTIPLIERS)
     query = a * math.sqrt(head_dim)
     power = 2.0 ** round(math.log2(query))
-    if math.isclose(query, power, rel_tol=1e-14):  # a is itself the rounded quotient of a power and a square root
+    # The preset "power_of_two" makes a the quotient of a power of two and a square root, which is rounded, so that the
+    # product may miss that power by a last digit.
+    if math.isclose(query, power, rel_tol=1e-14):
         query = power
-    return {"embedding": e, "query": query, "output": r, "norm": 1 / (e * s) if tied else 1 / s}
+    outputs = dict.fromkeys(("attention output", "MLP output", "experts' output"), r)
+    return {"embedding": e, "query": query, **outputs, "final norm": 1 / (e * s) if tied else 1 / s}
 
 
-def kind_of(plain_name: str) -> str | None:
-    """The kind of a tensor of the plain model, which has its factor; None for one that has no rule."""
-    return next((kind for kind, pattern in _KINDS if pattern.fullmatch(plain_name)), None)
-
-
-def plain_names(mup_name: str, num_experts: int) -> list[str]:
+def plain_names(mup_name: str, experts: int) -> list[str]:
     """The plain model's tensors that a tensor of the muP model holds, as they lie in it."""
     if match := re.fullmatch(r"(.*\.block_sparse_moe\.)(router\.layer|input_linear|output_linear)\.weight", mup_name):
         if match[2] == "router.layer":
             return [f"{match[1]}gate.weight"]
         matrices = ("w1", "w3") if match[2] == "input_linear" else ("w2",)
-        return [f"{match[1]}experts.{i}.{w}.weight" for i in range(num_experts) for w in matrices]
+        return [f"{match[1]}experts.{i}.{w}.weight" for i in range(experts) for w in matrices]
     return [mup_name]
 
 
@@ -79,44 +67,65 @@ def mup_name(plain_name: str) -> str:
     return re.sub(r"\.experts\.\d+\.w2\.", ".output_linear.", name)
 
 
-def write_weights(
-    files: dict[str, Path], folder: Path, config: Any, to: str, factors: dict[str, float], dtype: torch.dtype
-) -> None:
+@dataclass(frozen=True)
+class Conversion:
+    """How the weights of a model (each tensor's file) become those of its twin; a tensor without a factor stays."""
+
+    files: dict[str, Path]
+    config: PreTrainedConfig
+    to: Family
+    factors: dict[str, float]
+    dtype: torch.dtype
+
+    def scaled(self, plain_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor times its factor, which its name in the plain model tells."""
+        factor = self.factors.get(kind_of(plain_name) or "", 1.0)
+        # In float64, so that the result is rounded once.
+        return (tensor.double() * factor).to(self.dtype) if factor != 1.0 else tensor.to(self.dtype).contiguous()
+
+
+def write_weights(conversion: Conversion, folder: Path) -> None:
     """Convert tensor by tensor into the shards of the source, cut where they are larger than MAX_SHARD_BYTES.
 
     It holds one shard at a time, and the parts of one stacked tensor of experts.
     """
     shards = _Shards(folder)
-    for origin, name, tensor in _converted(files, config, to, factors, dtype):
+    for origin, name, tensor in _converted(conversion):
         shards.add(origin, name, tensor)
     shards.finish()
 
 
-def _converted(
-    files: dict[str, Path], config: Any, to: str, factors: dict[str, float], dtype: torch.dtype
-) -> Iterator[tuple[Path, str, torch.Tensor]]:
+def _converted(conversion: Conversion) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """Every tensor of the result, with the source's file to whose shard it belongs."""
-    experts = getattr(config, "num_local_experts", 0)
-    reader = Reader(files)
-
-    def scaled(plain_name: str, tensor: torch.Tensor) -> torch.Tensor:
-        factor = factors.get(kind_of(plain_name) or "", 1.0)
-        return (tensor.double() * factor).to(dtype) if factor != 1.0 else tensor.to(dtype).contiguous()
-
-    if to in PLAIN_FAMILIES:
+    experts = num_experts(conversion.config)
+    files, reader = conversion.files, Reader(conversion.files)
+    if not conversion.to.has_multipliers:
         for name, path in files.items():
             tensor, parts = reader.get(name), plain_names(name, experts)
+            # Stacked experts are (experts, rows, columns), and w1 lies above w3 in the rows of each.
             pieces = tensor.flatten(0, 1).chunk(len(parts)) if tensor.ndim == 3 else [tensor]
             for part, piece in zip(parts, pieces, strict=True):
-                yield path, part, scaled(part, piece)
+                yield path, part, conversion.scaled(part, piece)
         return
+    # Experts that are stacked into one tensor may lie in several shards; their stack goes into the first of them.
     first_files: dict[str, Path] = {}
     for name, path in files.items():
         first_files.setdefault(mup_name(name), path)
     for name, path in first_files.items():
-        pieces = [scaled(part, reader.get(part)) for part in plain_names(name, experts)]
+        pieces = [conversion.scaled(part, reader.get(part)) for part in plain_names(name, experts)]
         stacked = name.endswith(("input_linear.weight", "output_linear.weight"))
         yield path, name, torch.cat(pieces).view(experts, -1, pieces[0].shape[-1]) if stacked else pieces[0]
+
+
+class _Opened(Protocol):
+    """What is used of safetensors' `safe_open`, whose methods have no types."""
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+    def get_slice(self, name: str) -> "_Slice": ...
+
+
+class _Slice(Protocol):
+    def get_dtype(self) -> str: ...
 
 
 class Reader:
@@ -125,18 +134,17 @@ class Reader:
     def __init__(self, files: dict[str, Path]) -> None:
         self.files = files
         self.path: Path | None = None
-        self.file: Any = None
+        self.file: _Opened
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor."""
-        tensor: torch.Tensor = self._opened(name).get_tensor(name)
-        return tensor
+        return self._opened(name).get_tensor(name)
 
     def dtype(self, name: str) -> str:
         """The type of a tensor as safetensors writes it, e.g. "F32"."""
-        return str(self._opened(name).get_slice(name).get_dtype())
+        return self._opened(name).get_slice(name).get_dtype()
 
-    def _opened(self, name: str) -> Any:
+    def _opened(self, name: str) -> _Opened:
         if self.files[name] != self.path:
             self.path = self.files[name]
             self.file = safetensors.safe_open(self.path, "pt")
@@ -144,7 +152,11 @@ class Reader:
 
 
 class _Shards:
-    """Collects tensors and writes them as the shards of a model, with an index if there are several."""
+    """Collects tensors and writes them as the shards of a model, with an index if there are several.
+
+    `huggingface_hub.save_torch_state_dict` would need the whole model in memory, because it plans all shards before it
+    writes the first one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -164,6 +176,7 @@ class _Shards:
 
     def flush(self) -> None:
         if self.tensors:
+            # How many shards there will be is not known yet, and their names hold that number.
             save_file(self.tensors, self.folder / str(len(self.written)), metadata={"format": "pt"})
             self.written.append(list(self.tensors))
             self.tensors, self.bytes = {}, 0

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_power.fit.cells import Array, Cell, draw_errors
-from hf_power.schedule import TOKENS_PER_BETA
+from hf_power.fit.cells import Array, draw_errors
+from hf_power.fit.result import FittedCell, Interval, Intervals
+from hf_power.schedule import TOKENS_PER_BETA, Law, beta
 
-_SD_FLOOR = 1e-3  # octaves; without it a cell without noise has infinite weight
-_NORMAL = 1.959964  # 97.5 % quantile
+# Octaves. Without a floor a cell without noise would have infinite weight.
+_SD_FLOOR = 1e-3
+_NORMAL = 1.959964  # This is the 97.5 % quantile of the normal distribution.
 _CAPS_PER_OCTAVE = 8
 
 
@@ -26,14 +28,14 @@ class Optima(NamedTuple):
     errors: Array
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], num_samples: int, generator: np.random.Generator) -> "Optima":
+    def of(cls, cells: Sequence[FittedCell], num_samples: int, generator: np.random.Generator) -> "Optima":
         """The optima of used cells."""
         return cls(
             tokens=np.log2([cell.tokens for cell in cells]),
-            beta=np.log2([cell.tokens_per_step / TOKENS_PER_BETA for cell in cells]),
+            beta=np.log2([beta(cell.tokens_per_step) for cell in cells]),
             width=np.log2([max(cell.width, 1) for cell in cells]),
-            lr=np.log2([cell.optimum_lr or math.nan for cell in cells]),
-            sd=np.array([cell.optimum_sd_octaves for cell in cells], dtype=np.float64),
+            lr=np.log2([cell.optimum().lr for cell in cells]),
+            sd=np.array([cell.optimum().sd_octaves for cell in cells], dtype=np.float64),
             errors=draw_errors(cells, num_samples, generator),
         )
 
@@ -51,6 +53,7 @@ class LeastSquares(NamedTuple):
 def least_squares(design: Array, y: Array, sd: Array) -> LeastSquares:
     """Weighted least squares; the spread is the moment estimate of DerSimonian and Laird (1986)."""
     own = np.maximum(sd, _SD_FLOOR) ** 2
+    # The spread is estimated with the weights of the cells' own errors, and only then enters the weights itself.
     weights = 1 / own
     solver = _solver(design, weights)
     excess = float(weights @ (y - design @ (solver @ y)) ** 2) - (len(y) - design.shape[1])
@@ -79,15 +82,19 @@ def widening(freedom: int) -> float:
     return float(stdtrit(freedom, 0.975)) / _NORMAL
 
 
-def interval(value: float, draws: Array, freedom: int) -> tuple[float, float]:
+def interval(value: float, draws: Array, freedom: int) -> Interval:
     """95 %: the value and Student's quantile times the standard deviation of its draws."""
     half = widening(freedom) * _NORMAL * float(draws.std())
     return value - half, value + half
 
 
 @dataclass(frozen=True)
-class Law:
-    """log2 lr = log2_a + b log2 T + c min(log2 beta, cap), and draws of (log2_a, b, c, cap)."""
+class FittedLaw:
+    """log2 lr = log2_a + b log2 T + c min(log2 beta, cap), with its draws, one a row; an infinite cap is none.
+
+    c_held says whether c was given and not fitted, freedom is cells less fitted parameters, r2 the share of the weighted
+    variance of log2 lr that is explained; residuals are in octaves.
+    """
 
     parameters: tuple[float, float, float, float]
     draws: Array
@@ -95,6 +102,22 @@ class Law:
     freedom: int
     r2: float
     residuals: Array
+
+    @property
+    def law(self) -> Law:
+        """The law in its own units."""
+        log2_a, b, c, cap = self.parameters
+        return Law(2**log2_a, b, c, 2**cap * TOKENS_PER_BETA if math.isfinite(cap) else None)
+
+    @property
+    def intervals(self) -> Intervals:
+        """95 % intervals of the law's numbers."""
+        low, high = self.interval(0)
+        critical = None
+        if math.isfinite(self.parameters[3]):
+            first, last = (2**x * TOKENS_PER_BETA for x in self.interval(3))
+            critical = first, last
+        return Intervals((2**low, 2**high), self.interval(1), self.interval(2), critical)
 
     def log2_lr(self, log2_tokens: float, log2_beta: float) -> float:
         """log2 of the law's rate."""
@@ -106,7 +129,7 @@ class Law:
         d = self.draws
         return np.asarray(d[:, 0] + d[:, 1] * log2_tokens + d[:, 2] * np.minimum(log2_beta, d[:, 3]))
 
-    def interval(self, index: int) -> tuple[float, float]:
+    def interval(self, index: int) -> Interval:
         """95 % interval of parameter `index`; of the cap plain percentiles, for it comes from a grid."""
         if index == 3:
             low, high = np.percentile(self.draws[:, 3], (2.5, 97.5))
@@ -118,43 +141,46 @@ class Law:
         d = self.draws[:, :3]
         return np.asarray(np.array(self.parameters[:3]) + (d - d.mean(axis=0)) * widening(self.freedom))
 
-    def contains(self, a: float, b: float, c: float, log2_tokens: float, log2_beta: float) -> bool:
-        """Does (a, b, c) lie in the joint 95 % region, Hotelling's ellipse of the draws?
+    def contains(self, other: Law, log2_tokens: float, log2_beta: float) -> bool:
+        """Whether a, b and c of another law lie in the joint 95 % region, Hotelling's ellipse of the draws.
 
         The scale enters as the rate at the centre of the cells (`log2_tokens`, `log2_beta`), for a itself, the rate at
         one token, is all but a function of b. A held c must be equal.
         """
         from scipy.special import fdtri
 
+        b, c = other.b, other.batch_exponent
         if self.c_held and not math.isclose(c, self.parameters[2]):
             return False
         free = [1] if self.c_held else [1, 2]
-        beta = min(log2_beta, self.parameters[3])
-        rate = math.log2(a) + b * log2_tokens + c * beta - self.log2_lr(log2_tokens, log2_beta)
-        other = np.array([rate, *(np.array([0.0, b, c])[free] - np.array(self.parameters)[free])])
+        rate = math.log2(other.a) + b * log2_tokens + c * min(log2_beta, self.parameters[3])
+        rate -= self.log2_lr(log2_tokens, log2_beta)
+        gap = np.array([rate, *(np.array([0.0, b, c])[free] - np.array(self.parameters)[free])])
         draws = np.column_stack([self.log2_lr_draws(log2_tokens, log2_beta), self.draws[:, free]])
-        spread = np.cov(draws.T) + 1e-12 * np.eye(len(other))  # losses without noise have none
-        distance = float(other @ np.linalg.solve(spread, other)) / len(other)
-        return distance <= float(fdtri(len(other), self.freedom, 0.95))
+        # Losses without noise have no spread, and a matrix of zeros cannot be solved.
+        spread = np.cov(draws.T) + 1e-12 * np.eye(len(gap))
+        distance = float(gap @ np.linalg.solve(spread, gap)) / len(gap)
+        return distance <= float(fdtri(len(gap), self.freedom, 0.95))
 
 
 def _design(optima: Optima, c: float | None, cap: float) -> tuple[Array, Array]:
     """Design and offset of log2 lr: 1, log2 T and, where c is free, min(log2 beta, cap)."""
-    beta = np.minimum(optima.beta, cap)
-    columns = [np.ones_like(beta), optima.tokens]
+    capped = np.minimum(optima.beta, cap)
+    columns = [np.ones_like(capped), optima.tokens]
     if c is None:
-        return np.stack([*columns, beta], axis=1), np.zeros_like(beta)
-    return np.stack(columns, axis=1), c * beta
+        return np.stack([*columns, capped], axis=1), np.zeros_like(capped)
+    return np.stack(columns, axis=1), c * capped
 
 
 def solve_law(
     optima: Optima, c: float | None, caps: Sequence[float], num_free: int, generator: np.random.Generator
-) -> Law:
-    """The law with the best of the caps (log2 beta; infinite: none), refitted on each draw of the optima."""
+) -> FittedLaw:
+    """The law with the best of the caps (log2 beta; an infinite one is none), refitted on each draw of the optima."""
     cap = caps[int(np.argmin([squares_at(optima, c, cap) for cap in caps]))]
     design, offset = _design(optima, c, cap)
     best = least_squares(design, optima.lr - offset, optima.sd)
     y_draws = offset + draw_optima(best, optima.lr - offset, optima.errors, generator)
+    # Each draw chooses its own cap, for which one is best is a part of what is not known.
     found = np.full(len(y_draws), np.inf)
     draws = np.empty((len(y_draws), 4))
     for each in caps:
@@ -169,7 +195,7 @@ def solve_law(
         )[better]
     log2_a, b, *rest = best.parameters.tolist()
     mean = float(best.weights @ optima.lr / best.weights.sum())
-    return Law(
+    return FittedLaw(
         parameters=(log2_a, b, rest[0] if c is None else c, cap),
         draws=draws,
         c_held=c is not None,
@@ -202,26 +228,23 @@ def squares_at(optima: Optima, c: float | None, cap: float) -> float:
     return float(weights @ (y - design @ (_solver(design, weights) @ y)) ** 2)
 
 
-def candidate_caps(optima: Optima) -> list[float]:
-    """A grid of log2 beta from the second-smallest to the largest batch: below the second, c would have no data."""
-    batches = np.unique(optima.beta)
-    num = math.ceil((batches[-1] - batches[1]) * _CAPS_PER_OCTAVE) + 1
-    return [float(x) for x in np.linspace(batches[1], batches[-1], num)]
-
-
 def supported_caps(optima: Optima, c: float | None) -> tuple[list[float], str | None]:
     """The grid of caps if the data ask for one, else only "none" and a sentence that says why.
 
-    A cap is supported if it lies within the grid and an F-test of it against none rejects at 5 %.
+    The grid is of log2 beta, from the second-smallest batch, below which c would have no data, to the largest. A cap is
+    supported if it lies within the grid and an F-test of it against none rejects at 5 %.
     """
     from scipy.special import fdtri
 
-    caps = candidate_caps(optima)
+    batches = np.unique(optima.beta)
+    num = math.ceil((batches[-1] - batches[1]) * _CAPS_PER_OCTAVE) + 1
+    caps = [float(x) for x in np.linspace(batches[1], batches[-1], num)]
     squares = [squares_at(optima, c, cap) for cap in caps]
     index = int(np.argmin(squares))
     freedom = len(optima.lr) - (4 if c is None else 3)
-    improvement = (squares[-1] - squares[index]) * freedom  # the last cap is the largest batch: no cap at all
-    noise = squares[index] + 1e-9  # of losses without noise only rounding is left
+    # The last cap is the largest batch, which is no cap at all.
+    improvement = (squares[-1] - squares[index]) * freedom
+    noise = squares[index] + 1e-9  # Without noise in the losses only rounding would be left.
     if improvement <= float(fdtri(1, freedom, 0.95)) * noise or index == len(caps) - 1:
         return [math.inf], "no critical batch: the rate rises up to the largest batch, as far as the data can tell"
     if index == 0:

@@ -2,31 +2,25 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hf_power.checkpoints.seal import (
-    RUN_FILE,
-    checkpoints,
-    missing_parts,
-    newest_intact,
-    problems,
-    saved_under_fsdp,
-    unfinished,
-)
+from hf_power.checkpoints.seal import checkpoints, missing_parts, newest_intact, problems, saved_under_fsdp, unfinished
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import read_json
-from hf_power.records.schema import read_run
-from hf_power.schedule import LAW
-from hf_power.settings.settings import NOT_RECORDED, SECTIONS, TRAINING_DEFAULTS, Settings, flatten
+from hf_power.records.run import RUN_FILE, Run
+from hf_power.schedule import LAW_NAMES
+from hf_power.settings.read import flatten
+from hf_power.settings.sections import NOT_RECORDED, SECTIONS, TRAINING_DEFAULTS
+from hf_power.settings.settings import Settings
 
-# Another value makes another run: other weights, other text, or a law that was not tuned for it.
+# Another value of these makes another run: other weights, other text, or a law that was not tuned for it.
 _GUARDED = {f.name for f in dataclasses.fields(SECTIONS["mup"])} | {"model_config", "seed", "streaming"}
 _SHAPE = {f.name for f in dataclasses.fields(SECTIONS["model"])} - {"model_config"}
 TOKENIZER = {"tokenizer", "vocab_size"}
-LAW_NAMES = {f"lr_scheduler_kwargs.{name}" for name in LAW}
+_LAW = {f"lr_scheduler_kwargs.{name}" for name in LAW_NAMES}
 
 
 def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
@@ -36,8 +30,8 @@ def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
     and resumes.
 
     Raises:
-        ValueError: a folder that holds another run, or a checkpoint that is damaged or lacks a part.
-        FileNotFoundError: no such checkpoint, or none in the folder that is intact.
+        UserError: a folder that holds another run, or a checkpoint that is damaged or lacks a part.
+        NotFoundError: no such checkpoint, or none in the folder that is intact.
     """
     wanted = settings.training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -50,7 +44,8 @@ def checkpoint_to_resume(settings: Settings, folder: Path) -> Path | None:
         verify(checkpoint)
         return checkpoint
     if all(unfinished(p) for p in checkpoints(folder)):
-        if (read_json(folder / RUN_FILE) or {}).get("status") == "finished":  # by a run that saved no checkpoint
+        # A run may have finished without a checkpoint; its model must not be written over.
+        if (read_json(folder / RUN_FILE) or {}).get("status") == "finished":
             refuse_other_run(folder)
         if settings.training.should_save:
             print(f"there is no checkpoint in {folder} yet: the run begins", flush=True)
@@ -68,7 +63,7 @@ def is_of(folder: Path, checkpoint: Path) -> bool:
 
 
 def refuse_other_run(folder: Path) -> None:
-    """Raise a ValueError for a folder in which a run has begun."""
+    """Raise a UserError for a folder in which a run has begun."""
     if (folder / RUN_FILE).exists() or checkpoints(folder):
         raise UserError(
             f"the output folder {folder} holds a run already: pass --resume_from_checkpoint true to go on with it, or "
@@ -89,10 +84,11 @@ def verify(checkpoint: Path) -> None:
         )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Run:
     """run.json of a checkpoint, with all that going on from it needs."""
-    run = read_run(folder, required=("tokens_seen", "tokens_per_step", "steps", "settings"))
-    if "decay_start_tokens" not in (run.get("schedule") or {"decay_start_tokens": None}):
+    run = Run.load(folder, required=("tokens_seen", "tokens_per_step", "steps", "settings"))
+    # It may be null, which says that there is no tail; where it is missing, nothing says whether there is one.
+    if run.schedule is not None and "decay_start_tokens" not in run.schedule:
         raise UserError(
             f"{folder / RUN_FILE} lacks schedule.decay_start_tokens: take a checkpoint that hf_power wrote."
         )
@@ -100,7 +96,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
-    """Raise a ValueError for a checkpoint of FSDP without it, and the other way round."""
+    """Raise a UserError for a checkpoint of FSDP without it, and the other way round."""
     if sharding != saved_under_fsdp(checkpoint):
         was, now = ("without FSDP", "under it") if sharding else ("under FSDP", "without it")
         raise UserError(
@@ -109,20 +105,15 @@ def refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
         )
 
 
-def changes(settings: Settings, run: dict[str, Any], before: dict[str, Any], checkpoint: Path) -> list[str]:
-    """What is another than in the checkpoint's run, a phrase each; all of it is taken up.
-
-    Args:
-        settings: of the run that goes on; run.allow_changed names what may differ although it makes another run.
-        run: its record; tokens_per_step and settings are compared.
-        before: the checkpoint's record.
-        checkpoint: whose recipe, if it has one, fixed the numbers of the law.
+def changes(settings: Settings, run: Run, before: Run, checkpoint: Path) -> list[str]:
+    """What is another than in the record of the checkpoint, a phrase each; all of it is taken up.
 
     Raises:
-        ValueError: the model's shape, or without leave: muP, the data, the tokenizer, the seed, or a number that the
-            checkpoint's recipe has tuned.
+        UserError: the model's shape, or without leave (run.allow_changed): muP, the data, the tokenizer, the seed, or a
+            number that the checkpoint's recipe has tuned.
     """
-    old, new = (_values(record["settings"]) for record in (before, run))
+    old, new = (_values(record.settings) for record in (before, run))
+    # Names with a dot are keys of lr_scheduler_kwargs, of which one that was left out has changed too.
     names = [name for name in [*old, *new] if name in new or "." in name]
     differ = {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
     fixed = dict.fromkeys(_SHAPE, "whose weights do not fit another model")
@@ -139,22 +130,22 @@ def changes(settings: Settings, run: dict[str, Any], before: dict[str, Any], che
                 f"{what}: leave it as it was, or pass --allow_changed {name} to go on all the same, with a run that is "
                 "partly another."
             )
-    differ["tokens_per_step"] = before["tokens_per_step"], run["tokens_per_step"]
+    differ["tokens_per_step"] = before.tokens_per_step, run.tokens_per_step
     return [f"{name} {shown(was)} -> {shown(now)}" for name, (was, now) in differ.items() if was != now]
 
 
-def other_data(settings: Settings, run: dict[str, Any], before: dict[str, Any]) -> str | None:
+def other_data(settings: Settings, run: Run, before: Run) -> str | None:
     """A phrase if the blocks are not those of the checkpoint's run though they are cut in the same way.
 
-    Raises:
-        ValueError: they are not, and a pretraining run has no leave for it.
+    A pretraining run that has no leave for it ends with a UserError.
     """
-    was, now = before.get("data", {}).get("fingerprint"), run["data"]["fingerprint"]
-    old = _values(before["settings"])
+    was, now = (record.data.get("fingerprint") if record.data else None for record in (before, run))
+    old = _values(before.settings)
+    # Data that are cut in another way have other blocks, which `changes` has named already.
     same = all(old[name] == getattr(settings.data, name) for name in ("block_size", "streaming", *TOKENIZER))
     if not same or was in (None, now):
         return None
-    if run["kind"] == "pretrain" and "dataset" not in settings.allowed_changes():
+    if run.kind == "pretrain" and "dataset" not in settings.allowed_changes():
         raise UserError(
             f"the data have the fingerprint {now}, but {was} when the checkpoint was saved, so their text is another: "
             "restore it, or pass --allow_changed dataset to go on with other text."
@@ -166,10 +157,10 @@ def _tuned(checkpoint: Path) -> set[str]:
     """Names of the settings that the checkpoint's recipe has tuned."""
     if not (checkpoint / RECIPE_FILE).exists():
         return set()
-    return {*Recipe.load(checkpoint / RECIPE_FILE).settings()} | LAW_NAMES
+    return {*Recipe.load(checkpoint / RECIPE_FILE).settings()} | _LAW
 
 
-def _values(sections: dict[str, Any]) -> dict[str, Any]:
+def _values(sections: Mapping[str, object]) -> dict[str, object]:
     """Every setting of a run, those that were not given at their defaults; lr_scheduler_kwargs by their dotted names."""
     values = {
         f.name: None if f.default is dataclasses.MISSING else f.default

@@ -1,24 +1,35 @@
-"""What makes a training step faster without changing what it computes, for models that train on whole blocks."""
+"""What makes a step on whole blocks faster and changes none of its numbers; uses private parts of transformers."""
 
 import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
+from torch import nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.functional import pad
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from hf_power.models import num_experts
 
 ATTENTION = "sdpa_of_blocks"
 EXPERTS = "grouped_mm_under_autocast"
-LOGITS_BYTES = 2**30  # of one chunk in fp32; a loss whose logits are larger is taken in chunks
-IGNORED = -100  # the label of a token that no loss counts, in torch and transformers
+# A loss whose fp32 logits take more bytes than this is taken in chunks that do not.
+LOGITS_BYTES = 2**30
+# torch and transformers give this label to a token that no loss counts.
+IGNORED = -100
+
+Compiler: TypeAlias = Callable[[Callable[..., object]], Callable[..., object]]
+# Logits and targets -> their summed loss, and its gradient by the logits.
+LossOfLogits: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedModel:
+def speed_up_(model: PreTrainedModel, args: TrainingArguments, block_size: int) -> PreTrainedModel:
     """Prepare a model in place for training on packed blocks without padding; its losses stay those of the stock path.
 
     * SDPA attention is told that a block is one causal sequence. The stock path looks for padding and packed sequences in
@@ -40,7 +51,7 @@ def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedM
         The model.
     """
     attend_to_blocks_(model)
-    if getattr(model.config, "num_local_experts", None) and model.config._experts_implementation == "grouped_mm":
+    if num_experts(model.config) and model.config._experts_implementation == "grouped_mm":
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_mm_under_autocast)
         model.set_experts_implementation(EXPERTS)
     chunks = loss_chunks(args.per_device_train_batch_size * block_size, model.config.vocab_size)
@@ -48,29 +59,34 @@ def speed_up_(model: PreTrainedModel, args: Any, block_size: int) -> PreTrainedM
     if chunks > 1 and args.deepspeed_plugin is None:
         chunk_loss_(model, chunks, compiler if args.torch_compile else None)
     if args.torch_compile:
-        for region in _regions(model):  # not their hooks: those of FSDP and of the router's logits would break graphs
+        for region in _regions(model):
+            # Not the module with its hooks: those of FSDP and of the router's logits would break graphs.
             region.forward = compiler(region.forward)
+        # accelerate would compile the whole model besides; it reads the backend from the environment.
         args.torch_compile_backend = os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
-    if args.device.type != "cpu":
+    if args.device.type != "cpu" and isinstance(args.accelerator_config, AcceleratorConfig):
         args.accelerator_config.non_blocking = True
     return model
 
 
-def attend_to_blocks_(model: Any) -> Any:
+def attend_to_blocks_(model: PreTrainedModel) -> PreTrainedModel:
     """Tell SDPA attention that a block is one causal sequence, in place; other attention is left as it is."""
     if model.config._attn_implementation == "sdpa":
+        # Under a name of our own transformers builds no mask, and the same function then takes its causal path.
         AttentionInterface.register(ATTENTION, sdpa_attention_forward)
         model.set_attn_implementation(ATTENTION)
     return model
 
 
-def _regions(model: Any) -> Iterator[Any]:
-    for layer in model.base_model.layers:
-        if not getattr(model.config, "num_local_experts", None):
+def _regions(model: PreTrainedModel) -> Iterator[nn.Module]:
+    layers = model.get_submodule(f"{model.base_model_prefix}.layers")
+    for layer in layers.children():
+        if not num_experts(model.config):
             yield layer
             continue
         for part in layer.children():
-            yield getattr(part, "experts", part)
+            experts = getattr(part, "experts", part)
+            yield experts if isinstance(experts, nn.Module) else part
 
 
 def loss_chunks(tokens: int, vocab_size: int) -> int:
@@ -78,24 +94,17 @@ def loss_chunks(tokens: int, vocab_size: int) -> int:
     return int(2 ** math.ceil(math.log2(max(1.0, 4 * tokens * vocab_size / LOGITS_BYTES))))
 
 
-def chunk_loss_(model: PreTrainedModel, chunks: int, compiler: Callable[[Any], Any] | None = None) -> PreTrainedModel:
-    """Take the training loss of a causal model in chunks of its tokens, without the logits of all of them at once.
+def chunk_loss_(model: PreTrainedModel, chunks: int, compiler: Compiler | None = None) -> PreTrainedModel:
+    """Take the training loss of a causal model in chunks of its tokens (>= 1), without the logits of all at once.
 
-    The gradients of a chunk's logits are computed beside them, see `_ChunkedLoss`, so that only one chunk's logits exist
-    at any time and no product is computed twice. What the model does between its head and its loss must be linear, as
-    Granite's division by logits_scaling is: here it is applied to the hidden states.
-
-    In training mode the output's ``logits`` are those hidden states; in evaluation mode nothing changes.
-
-    Args:
-        model: with ``lm_head``, without bias, and transformers' ``loss_function``; changed in place.
-        chunks: >= 1.
-        compiler: compiles the part between the head's products, as torch.compile does; None leaves it as it is.
-
-    Returns:
-        The model.
+    The gradients of a chunk's logits are computed beside them, see `_ChunkedLoss`, so that only one chunk's logits
+    exist at any time and no product is computed twice. What the model does between its head and its loss must be
+    linear, as Granite's division by logits_scaling is: here it is applied to the hidden states. In training mode the
+    output's ``logits`` are those hidden states; in evaluation mode nothing changes. The model is changed in place and
+    returned: it has an ``lm_head`` without bias and transformers' ``loss_function``. The compiler is for the part
+    between the head's products.
     """
-    head: Any = model.lm_head
+    head = model.get_submodule("lm_head")
     whole_head, whole_loss = head.forward, model.loss_function
     loss_of_logits = compiler(_loss_of_logits) if compiler else _loss_of_logits
 
@@ -103,7 +112,11 @@ def chunk_loss_(model: PreTrainedModel, chunks: int, compiler: Callable[[Any], A
         return hidden if model.training else whole_head(hidden)
 
     def loss_function(
-        logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, num_items_in_batch: Any = None, **kwargs: Any
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
         if not model.training:
             loss: torch.Tensor = whole_loss(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
@@ -111,7 +124,9 @@ def chunk_loss_(model: PreTrainedModel, chunks: int, compiler: Callable[[Any], A
         # Each token is the target of the one before it, and the last of a block has none, so that all chunks are alike.
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         summed: Callable[..., torch.Tensor] = _ChunkedLoss.apply
-        total = summed(logits.flatten(0, 1), head.weight, targets, chunks, loss_of_logits)
+        # An engine that shards the model puts another tensor here for every pass.
+        weight = cast(torch.Tensor, head.weight)
+        total = summed(logits.flatten(0, 1), weight, targets, chunks, loss_of_logits)
         return total / (targets.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     head.forward, model.loss_function = deferred_head, loss_function
@@ -128,12 +143,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
         chunks: int,
-        loss_of_logits: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        loss_of_logits: LossOfLogits,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -145,12 +160,15 @@ class _ChunkedLoss(torch.autograd.Function):
                 losses.append(loss)
                 grads.append((grad @ matrix).to(hidden.dtype))
                 grad_weight += grad.T @ part
+        # Both gradients are known now, so the backward pass has nothing left to compute but a product with a number.
         ctx.save_for_backward(torch.cat(grads), grad_weight)
         return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(
+        ctx: BackwardCFunction, grad_loss: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        grad_hidden, grad_weight = cast("tuple[torch.Tensor, torch.Tensor]", ctx.saved_tensors)
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
 
 
@@ -167,15 +185,16 @@ def _loss_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
 class _Experts:
     """The experts of a module with weights of another type; everything else is the module's, whatever a version asks for."""
 
-    def __init__(self, experts: Any, dtype: torch.dtype) -> None:
+    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
         self._experts = experts
-        self.gate_up_proj, self.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+        self.gate_up_proj = cast(torch.Tensor, experts.gate_up_proj).to(dtype)
+        self.down_proj = cast(torch.Tensor, experts.down_proj).to(dtype)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._experts, name)
 
 
-def grouped_mm_under_autocast(experts: Any, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+def grouped_mm_under_autocast(experts: nn.Module, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
     """The grouped products of transformers in autocast's type: torch does not cast them by itself.
 
     Under bf16 with fp32 weights the stock path multiplies experts, most of a mixture's FLOPs, in fp32.
@@ -183,6 +202,6 @@ def grouped_mm_under_autocast(experts: Any, hidden_states: torch.Tensor, *routin
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        experts, hidden_states = _Experts(experts, dtype), hidden_states.to(dtype)
+        experts, hidden_states = cast(nn.Module, _Experts(experts, dtype)), hidden_states.to(dtype)
     output: torch.Tensor = grouped_mm_experts_forward(experts, hidden_states, *routing)
     return output

@@ -1,43 +1,24 @@
-"""A run folder -> a repository of the Hub: what goes where, staged beside the run until the Hub is seen to hold it.
+"""A run folder -> a repository of the Hub: the verb `publish`, `report_text` of what came of it, and `PushGuard`.
 
-The finished model goes to main, checkpoints to branches named by phase and tokens. Everything that is to be pushed first
-lies in RUN/.push/REVISION@STEP/, as hard links, so rotation cannot take it away, and goes when the push is verified.
+The finished model goes to main, checkpoints to branches that are named by phase and tokens.
 """
 
-import contextlib
 import os
-import shutil
-import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
 
-from hf_power.checkpoints.seal import RUN_FILE, checkpoints, problems
-from hf_power.export.export import EXPORT_FILE
-from hf_power.publish.card import make_card, write_card
-from hf_power.publish.remote import (
-    LAST_CHECKPOINT,
-    check_repo_id,
-    client,
-    explain,
-    is_passing,
-    mirror,
-    open_repository,
-    record,
-    with_patience,
-)
-from hf_power.publish.staging import PRIVATE, TRAINING_STATE, branch_name, link_checkpoint, link_files
+from accelerate.utils import FullyShardedDataParallelPlugin
+from huggingface_hub.utils import disable_progress_bars
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from hf_power.checkpoints.seal import problems
+from hf_power.publish.card import check_license, make_card
+from hf_power.publish.publisher import Publisher, PushOptions, staged_in, warn
+from hf_power.publish.remote import explain, is_passing
 from hf_power.records.errors import NotFoundError, UserError
-from hf_power.records.files import read_json, write_json
-from hf_power.records.schema import PUSH, read_object
-
-SCHEMA = 1
-STAGING = ".push"
-STATE_FILE = "push.json"
-CHECKPOINTS = ("none", "last", "all")
-DONE = ("verified", "kept")
+from hf_power.records.results import EXPORT_FILE, Export, Push
+from hf_power.records.run import RUN_FILE, Run
 
 
 def publish(
@@ -48,7 +29,7 @@ def publish(
     license: str | None = None,
     private: bool | None = None,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Push:
     """Push a finished run, an exported model or a checkpoint, or complete a push that was not; see that it arrived.
 
     What the repository holds already, by size and hash, is not sent again.
@@ -63,31 +44,33 @@ def publish(
         overwrite: take a repository that holds something else.
 
     Returns:
-        The content of push.json; "complete" says whether everything was verified.
+        The content of push.json; `complete` says whether everything was verified.
 
     Raises:
-        ValueError, FileNotFoundError: bad input, nothing was sent.
+        UserError: bad input, and nothing was sent.
     """
     folder = Path(folder)
-    state = _state(folder)
-    staged = any(Publisher.staged_in(folder))
-    lineage = _check(folder, may_lack_weights=staged)
-    repo_id = repo_id or state.get("repo")
+    before = Push.load_if_there(folder)
+    # What a killed run has staged can be pushed even if the run has no finished model yet.
+    lineage = _check(folder, may_lack_weights=bool(staged_in(folder)))
+    repo_id = repo_id or (before.repo if before else None)
     if repo_id is None:
         raise UserError(f"{folder} was not pushed before: name the repository, e.g. --repo user/{folder.name}.")
-    publisher = Publisher(
-        folder,
+    options = PushOptions(
         repo_id,
-        lineage=lineage,
-        checkpoints=checkpoints or state.get("checkpoints", "none"),
-        license=license or state.get("license"),
+        lineage,
+        checkpoints=checkpoints or (before and before.checkpoints) or "none",
+        license=license or (before.license if before else None),
         private=private,
         overwrite=overwrite,
-        revision=state.get("revision", "main"),
+        revision=(before and before.revision) or "main",
     )
+    publisher = Publisher(folder, options)
     if _weights(folder):
-        make_card(folder, license=publisher.license)  # a missing licence is said before anything is sent
+        # A missing licence and a damaged checkpoint are said before anything is sent.
+        make_card(folder, license=options.license)
         publisher.checkpoints()
+    # A Hub that is down for the moment is no reason to stop: what is staged is tried below, and kept if that fails too.
     try:
         publisher.open()
     except Exception as error:
@@ -98,249 +81,28 @@ def publish(
     return publisher.push_all()
 
 
-class Publisher:
-    """Stages what a run is to push and pushes it; knows and writes push.json.
-
-    Args:
-        folder: the run folder.
-        repo_id: with or without namespace.
-        lineage: of the run, see run.json.
-        checkpoints: see `publish`.
-        license: of the model.
-        private: for a new repository.
-        overwrite: take a repository that holds something else.
-        token: by default the one that was logged in with.
-        revision: of the finished model.
-        keep_waiting: push a model that still waits even if a newer one is staged.
-
-    Raises:
-        ValueError: an impossible name, no token, or the Hub is switched off.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        repo_id: str,
-        *,
-        lineage: str,
-        checkpoints: str = "none",
-        license: str | None = None,
-        private: bool | None = None,
-        overwrite: bool = False,
-        token: str | None = None,
-        revision: str = "main",
-        keep_waiting: bool = False,
-    ) -> None:
-        check_repo_id(repo_id)
-        if checkpoints not in CHECKPOINTS:
-            raise UserError(f"checkpoints must be one of {', '.join(CHECKPOINTS)}, got {checkpoints!r}.")
-        self.api = client(token)
-        self.folder, self.lineage, self.revision = folder, lineage, revision
-        self.license, self.private, self.overwrite = license, private, overwrite
-        self.keep_waiting = keep_waiting
-        before = _state(folder)
-        same = repo_id in (before.get("repo"), str(before.get("repo")).rpartition("/")[2])
-        self.state: dict[str, Any] = {
-            "schema": SCHEMA,
-            "repo": repo_id,
-            "revision": revision,
-            "checkpoints": checkpoints,
-            "license": license,
-            "complete": False,
-            "targets": {k: v for k, v in before["targets"].items() if v["status"] in DONE} if same else {},
-        }
-        self._opened = False
-        self._lock, self._busy = threading.Condition(), ""
-        for half in (folder / STAGING).glob(".*"):
-            shutil.rmtree(half)
-
-    @staticmethod
-    def staged_in(folder: Path) -> list[Path]:
-        """What waits in a run folder, checkpoints first, older ones first."""
-        found = list((folder / STAGING).glob("[!.]*@*"))  # a dot: still being staged
-        return sorted(found, key=lambda p: ("-tokens@" not in p.name, _step(p)))
-
-    def open(self) -> None:
-        """Create the repository unless it is there, once; see `hf_power.publish.remote.open_repository`."""
-        if not self._opened:
-            self.state["repo"] = open_repository(
-                self.api, self.state["repo"], private=self.private, lineage=self.lineage, overwrite=self.overwrite
-            )
-            self._opened = True
-
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints of the folder that are to go up, newest first.
-
-        Raises:
-            ValueError: if one of them does not verify.
-        """
-        wanted = {"none": 0, "last": 1, "all": None}[self.state["checkpoints"]]
-        found = checkpoints(self.folder)[:wanted]
-        for checkpoint in found:
-            if broken := problems(checkpoint):
-                raise UserError(
-                    f"{checkpoint} cannot be published: {', '.join(broken)}; remove it, or pass --checkpoints none."
-                )
-        return found
-
-    def stage_run(self) -> None:
-        """Stage the finished model and the checkpoints that go with it."""
-        found = self.checkpoints()
-        if self.state["checkpoints"] == "all":
-            for checkpoint in found:
-                self.stage_checkpoint(checkpoint)
-        self.stage_model(self.folder, found[0] if found else None)
-
-    def stage_model(self, source: Path, checkpoint: Path | None) -> None:
-        """Stage the model of a folder for main.
-
-        Args:
-            source: run folder, export or checkpoint.
-            checkpoint: the newest one that goes up: into last-checkpoint/, or named in the card if it has a branch.
-        """
-        run = read_json(source / RUN_FILE) or {}
-        branch = None
-        with self._staging(self.revision, run.get("steps", 0)) as target:
-            link_files(source, target, (*PRIVATE, *TRAINING_STATE))
-            if checkpoint is not None and self.state["checkpoints"] == "last":
-                link_checkpoint(checkpoint, target / LAST_CHECKPOINT)
-            elif checkpoint is not None:
-                branch = branch_name(read_json(checkpoint / RUN_FILE) or {})
-            write_card(target, license=self.license, repo_id=self.state["repo"], branch=branch)
-
-    def stage_checkpoint(self, checkpoint: Path) -> None:
-        """Stage a whole checkpoint for a branch of its own."""
-        run = read_json(checkpoint / RUN_FILE) or {}
-        branch = branch_name(run)
-        with self._staging(branch, run["steps"]) as target:
-            link_checkpoint(checkpoint, target)
-            write_card(target, license=self.license, repo_id=self.state["repo"], branch=branch)
-
-    def record_failure(self, name: str, error: Exception) -> None:
-        """Report and record that something could not be staged."""
-        with self._lock:
-            self.state["targets"][name] = {"status": "failed", "error": f"could not be staged: {error}"}
-        warn(f"{name} could not be staged ({error}); it is safe where it is, and the rest goes on")
-
-    def push_all(self) -> dict[str, Any]:
-        """Push all that is staged, each with several attempts; report and record what came of it.
-
-        Returns:
-            The content of push.json.
-        """
-        waiting = self.staged_in(self.folder)
-        with self._lock:
-            for staged in waiting:
-                self.state["targets"][_revision(staged)] = {"step": _step(staged), "status": "waiting"}
-        for staged in waiting:
-            with self._lock:
-                if not staged.exists():  # a newer one took its place
-                    continue
-                self._busy = staged.name
-            try:
-                if not self._push(staged):
-                    break
-            finally:
-                with self._lock:
-                    self._busy = ""
-                    self._lock.notify_all()
-        self._save()
-        return self.state
-
-    def _push(self, staged: Path) -> bool:
-        """Whether it makes sense to go on with the next one."""
-        revision = _revision(staged)
-        entry: dict[str, Any] = {"step": _step(staged), "status": "waiting"}
-        self.state["targets"][revision] = entry
-        self._save()
-        try:
-            with_patience(lambda: self._mirror(staged, revision, entry), warn)
-        except Exception as error:
-            entry |= {"status": "failed", "error": explain(error)}
-            warn(f"{self.state['repo']}@{revision} is not complete: {entry['error']}; everything is kept")
-            self._save()
-            return not is_passing(error)
-        shutil.rmtree(staged)
-        self._save()
-        return True
-
-    def _mirror(self, staged: Path, revision: str, entry: dict[str, Any]) -> None:
-        self.open()
-        ours = read_json(staged / RUN_FILE) or {}
-        if revision == self.revision and ours.get("kind") == "pretrain" and not self.overwrite:
-            theirs = record(self.api, self.state["repo"], RUN_FILE, revision) or {}
-            if theirs.get("kind") == "anneal":
-                entry |= {"status": "kept", "reason": "the repository holds an annealed model of this run"}
-                return
-        commit = mirror(self.api, self.state["repo"], revision, staged, _message(ours))
-        sizes = [path.stat().st_size for path in staged.rglob("*") if path.is_file()]
-        entry |= {"status": "verified", "commit": commit, "files": len(sizes), "bytes": sum(sizes)}
-
-    def _save(self) -> None:
-        with self._lock:
-            states = {entry["status"] for entry in self.state["targets"].values()}
-            self.state["complete"] = states <= set(DONE) and not self.staged_in(self.folder)
-            write_json(self.folder / STATE_FILE, self.state)
-
-    @contextlib.contextmanager
-    def _staging(self, revision: str, step: int) -> Iterator[Path]:
-        """An empty folder that becomes .push/REVISION@STEP, in the place of older ones that are not on their way."""
-        name = quote(revision, safe="")
-        half = self.folder / STAGING / f".{name}@{step}"
-        half.mkdir(parents=True)
-        try:
-            yield half
-        except BaseException:
-            shutil.rmtree(half)
-            raise
-        whole = half.with_name(half.name[1:])
-        with self._lock:
-            self._lock.wait_for(lambda: self._busy != whole.name)
-            for older in (self.folder / STAGING).glob(f"{name}@*"):
-                if older == whole or not (older.name == self._busy or self.keep_waiting):
-                    shutil.rmtree(older)
-            half.rename(whole)
-
-
 def report_text(folder: Path) -> tuple[str, bool]:
-    """What came of the last push, for a person, and whether it is complete."""
-    state = _state(folder)
+    """What came of the last push, for a person, and whether it is complete; a NotFoundError without push.json."""
+    state = Push.load_if_there(folder)
+    if state is None:
+        raise NotFoundError(f"{folder} was not pushed before: give the command hf-power publish {folder}.")
     lines = []
-    for revision, entry in state["targets"].items():
-        size = f", {entry['files']} files, {entry['bytes']:,} bytes" if entry["status"] == "verified" else ""
-        why = "".join(f": {entry[key]}" for key in ("error", "reason") if key in entry)
-        lines.append(f"  {revision:<28} {entry['status']}{size}{why}")
-    if state["complete"]:
-        return "\n".join([f"{state['repo']}: complete; names, sizes and hashes checked", *lines]), True
-    head = f"{state['repo']}: NOT complete; the model is safe in {folder}"
+    for revision, target in state.targets.items():
+        size = "" if target.bytes is None else f", {target.files} files, {target.bytes:,} bytes"
+        why = "".join(f": {text}" for text in (target.error, target.reason) if text is not None)
+        lines.append(f"  {revision:<28} {target.status}{size}{why}")
+    if state.complete:
+        return "\n".join([f"{state.repo}: complete; names, sizes and hashes checked", *lines]), True
+    head = f"{state.repo}: NOT complete; the model is safe in {folder}"
     return "\n".join([head, *lines, f"complete it with: hf-power publish {folder}"]), False
-
-
-def warn(text: str) -> None:
-    """Say something about the push, at once, beside the training's own output."""
-    print(f"push: {text}", file=sys.stderr, flush=True)
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    """push.json; {} before the first push."""
-    path, parts = folder / STATE_FILE, ("repo", "complete", "targets")
-    return read_object(path, PUSH, required=parts, remedy="delete it to push anew") if path.is_file() else {}
-
-
-def _revision(staged: Path) -> str:
-    return unquote(staged.name.rpartition("@")[0])
-
-
-def _step(staged: Path) -> int:
-    return int(staged.name.rpartition("@")[2])
 
 
 def _check(folder: Path, may_lack_weights: bool) -> str:
     """The lineage of what is to be published, after every check that needs no network."""
     if not folder.is_dir():
         raise NotFoundError(f"there is no folder {folder}: pass the output of pretrain, anneal or export.")
-    known = read_json(folder / RUN_FILE) or read_json(folder / EXPORT_FILE)
-    if not known or "lineage" not in known:
+    known = Run.load_if_there(folder) or Export.load_if_there(folder)
+    if known is None or known.lineage is None:
         raise UserError(
             f"{folder} is no run: it has neither {RUN_FILE} nor {EXPORT_FILE} of pretrain, anneal or export."
         )
@@ -350,12 +112,113 @@ def _check(folder: Path, may_lack_weights: bool) -> str:
         raise UserError(
             f"{folder} has no finished model: go on with its training, or publish one of its checkpoint folders."
         )
-    return str(known["lineage"])
+    return known.lineage
 
 
 def _weights(folder: Path) -> list[Path]:
     return list(folder.glob("*.safetensors"))
 
 
-def _message(run: dict[str, Any]) -> str:
-    return f"{run['kind']}: {run['tokens_seen']:,} tokens, step {run['steps']}" if run else "export"
+CHECKPOINTS = {HubStrategy.CHECKPOINT: "last", HubStrategy.ALL_CHECKPOINTS: "all"}
+
+
+class PushGuard(TrainerCallback):
+    """TrainingArguments' push_to_hub with its four strategies, verified.
+
+    ==================  ==============================================================================================
+    hub_strategy        what is pushed
+    ==================  ==============================================================================================
+    end                 the finished model, to main (or hub_revision)
+    every_save          the model at each save too
+    checkpoint          and the last checkpoint, to last-checkpoint/
+    all_checkpoints     as every_save, and each checkpoint on a branch of its own, such as trunk-2.1B-tokens
+    ==================  ==============================================================================================
+
+    A checkpoint is staged (hard links) before the training goes on and pushed from there, so it may be rotated away. A
+    push that fails is reported at once and tried again at the next save and at the end. Without hub_always_push a model
+    that still waits gives way to a newer one.
+
+    Args:
+        args: TrainingArguments; push_to_hub and hub_token are taken out of them, so that the Trainer neither pushes by
+            itself nor stores the token.
+        folder: the run folder.
+        lineage: of the run.
+        license: of the model.
+
+    Raises:
+        UserError: no token, no licence, an impossible name, missing rights, or a repository that holds something else.
+            A Hub that cannot be reached is reported, no more.
+    """
+
+    def __init__(self, args: TrainingArguments, folder: Path, *, lineage: str, license: str | None) -> None:
+        check_license(license)
+        self.strategy, self.folder = HubStrategy(args.hub_strategy), folder
+        options = PushOptions(
+            args.hub_model_id or folder.name,
+            lineage,
+            checkpoints=CHECKPOINTS.get(self.strategy, "none"),
+            license=license,
+            private=args.hub_private_repo,
+            revision=args.hub_revision or "main",
+            keep_waiting=args.hub_always_push,
+        )
+        self.publisher = Publisher(folder, options, args.hub_token)
+        # The Trainer must not push as well, and it would write the token into training_args.bin.
+        args.push_to_hub, args.hub_token = False, None
+        # Bars of uploads would be drawn across the training's own.
+        disable_progress_bars()
+        try:
+            self.publisher.open()
+        except Exception as error:
+            if not is_passing(error):
+                raise UserError(f"{explain(error)}.") from error
+            warn(f"{explain(error)}; the training goes on, and the push is tried again at each save and at the end")
+        # A daemon, so that a training that ends with an error does not wait for a slow upload.
+        self._wake, self._over = threading.Event(), False
+        self._thread = threading.Thread(target=self._work, daemon=True, name="push")
+        self._thread.start()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Stage what the strategy asks for and wake the thread."""
+        if self.strategy == HubStrategy.END:
+            return
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        try:
+            if self.strategy == HubStrategy.ALL_CHECKPOINTS:
+                self.publisher.stage_checkpoint(checkpoint)
+            self.publisher.stage_model(checkpoint, None if self.strategy == HubStrategy.EVERY_SAVE else checkpoint)
+        except Exception as error:  # Whatever it is, a full disk for example: the training is worth more than the push.
+            self.publisher.record_failure(checkpoint.name, error)
+        self._wake.set()
+
+    def finish(self) -> Push:
+        """Stage the finished model, wait for the thread, try once more what has failed; gives push.json's content."""
+        try:
+            self.publisher.stage_run()
+        except Exception as error:
+            self.publisher.record_failure(self.folder.name, error)
+        self._over = True
+        self._wake.set()
+        self._thread.join()
+        # Whatever the thread could not push is tried once more, now that nothing else is left to do.
+        return self.publisher.push_all()
+
+    def _work(self) -> None:
+        while not self._over:
+            self._wake.wait()
+            self._wake.clear()
+            if not self._over:
+                self.publisher.push_all()
+
+
+def refuse_sharded(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Raise a UserError for FSDP that saves shards, because a push of them would contain no weights."""
+    if plugin is None:
+        return
+    # The plugin takes a text or the enumeration's member, and turns the text into a member when it is built.
+    kind = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
+    if kind != "FULL_STATE_DICT":
+        raise UserError(
+            f"push_to_hub needs whole weights, and FSDP is set to save {kind}: set fsdp_state_dict_type to "
+            "FULL_STATE_DICT in the accelerate config, or leave push_to_hub out."
+        )

@@ -4,27 +4,26 @@ import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    get_session,
-    get_token,
-    hf_hub_download,
-)
+import huggingface_hub as hub
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from hf_power.records.errors import UserError
 from hf_power.records.files import git_blob_id, read_json, sha256
+from hf_power.records.schema import Json
 
-WAITS = (5.0, 20.0)  # seconds before the second and third attempt, besides the waits of the client itself
-SILENCE = 60.0  # seconds without a byte after which a request is given up; the client itself waits for ever
-LATER = frozenset({408, 409, 412, 429, 500, 502, 503, 504})  # statuses that may be gone at the next attempt
-UNTOUCHED = frozenset({".gitattributes"})  # what the Hub itself puts into a new repository
+# Seconds to wait before the second and before the third attempt; the client adds waits of its own within each of them.
+WAITS = (5.0, 20.0)
+# A request that brings no byte for so many seconds is given up. Left alone, the client would wait for ever.
+SILENCE = 60.0
+# HTTP statuses of a trouble that may have passed at the next attempt.
+LATER = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
+# What the Hub itself puts into a new repository.
+UNTOUCHED = frozenset({".gitattributes"})
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 LAST_CHECKPOINT = "last-checkpoint/"
 Result = TypeVar("Result")
@@ -35,26 +34,22 @@ class IncompletePushError(RuntimeError):
 
 
 def client(token: str | None = None) -> HfApi:
-    """The Hub's client with a token.
-
-    Raises:
-        ValueError: if there is no token, or the Hub is switched off.
-    """
+    """The Hub's client with a token; a UserError if there is none, or the Hub is switched off."""
     if constants.is_offline_mode():
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or leave push_to_hub out.")
-    token = token or get_token()
+    token = token or hub.get_token()
     if not token:
         raise UserError(
             "there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to a token that may write."
         )
-    session = get_session()
+    session = hub.get_session()  # It is shared by the whole process; a timeout that somebody has set is left alone.
     if session.timeout.read is None:
         session.timeout = SILENCE
     return HfApi(token=token)
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a ValueError unless it can be the name of a repository."""
+    """Raise a UserError unless it can be the name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -65,23 +60,13 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def open_repository(api: HfApi, repo_id: str, *, private: bool | None, lineage: str, overwrite: bool) -> str:
-    """Create the repository unless it exists, and see that this run may write there.
+    """Create the repository unless it exists, see that this run may write there, and return its full name.
 
-    Args:
-        api: from `client`.
-        repo_id: with or without the namespace.
-        private: for a new repository.
-        lineage: of the run, see run.json; a repository whose run.json has the same one is the run's own.
-        overwrite: take a repository that holds something else.
-
-    Returns:
-        The full repo_id.
-
-    Raises:
-        ValueError: it holds something else and overwrite is False.
-        Exception: what the client raises; see `explain` and `is_passing`.
+    A repository whose run.json has the lineage of the run is the run's own. One that holds something else is a
+    UserError unless it may be overwritten; for what the client raises, see `explain` and `is_passing`.
     """
     full = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    # create_repo says nothing where the repository exists and the token may only read.
     api.auth_check(full, write=True)
     names = {file.path for file in _tree(api, full, "main")}
     if overwrite or names <= UNTOUCHED or (record(api, full, "run.json") or {}).get("lineage") == lineage:
@@ -92,44 +77,34 @@ def open_repository(api: HfApi, repo_id: str, *, private: bool | None, lineage: 
     )
 
 
-def record(api: HfApi, repo_id: str, name: str, revision: str = "main") -> dict[str, Any] | None:
+def record(api: HfApi, repo_id: str, name: str, revision: str = "main") -> dict[str, Json] | None:
     """The content of a JSON file of the repository; None if there is no such file."""
     if not api.file_exists(repo_id, name, revision=revision):
         return None
-    path = hf_hub_download(repo_id, name, revision=revision, token=api.token, endpoint=api.endpoint)
+    path = hub.hf_hub_download(repo_id, name, revision=revision, token=api.token, endpoint=api.endpoint)
     return read_json(Path(path))
 
 
 def mirror(api: HfApi, repo_id: str, revision: str, folder: Path, message: str) -> str:
-    """Make a revision hold the files of a folder, in one commit, and check that it does.
+    """Make a revision hold the files of a folder, in one commit, check that it does, and return that commit.
 
     What is there already, by size and hash, is not sent. Other files of the revision stay, but for weights and a
-    last-checkpoint of an earlier upload, which would be loaded beside, or instead of, today's.
-
-    Args:
-        api: from `client`.
-        repo_id: the full one.
-        revision: "main" or a branch; a missing branch is made from the repository's first commit.
-        folder: all of its files, in subfolders too, go there under the same names.
-        message: of the commit.
-
-    Returns:
-        The commit that was checked.
-
-    Raises:
-        IncompletePushError: the check after the upload found other names, sizes or hashes.
-        Exception: what the client raises; see `explain` and `is_passing`.
+    last-checkpoint of an earlier upload, which would be loaded beside, or instead of, today's. A missing branch is made
+    from the repository's first commit. Other names, sizes or hashes after the upload are an IncompletePushError.
     """
-    branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}  # fails at once if the Hub is down
+    # This is the first question to the Hub, so that one that is down is noticed before any file is hashed.
+    branches = {branch.name for branch in api.list_repo_refs(repo_id).branches}
     if revision not in branches:
+        # From the first commit and not from main, whose weights a checkpoint's branch must not hold.
         first = api.list_repo_commits(repo_id)[-1].commit_id
         api.create_branch(repo_id, branch=revision, revision=first, exist_ok=True)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     missing, surplus = _differences(api, repo_id, revision, files)
     if missing or surplus:
-        add = [CommitOperationAdd(name, files[name]) for name in missing]
-        delete = [CommitOperationDelete(name) for name in surplus]
+        add = [hub.CommitOperationAdd(name, files[name]) for name in missing]
+        delete = [hub.CommitOperationDelete(name) for name in surplus]
         api.create_commit(repo_id, [*add, *delete], commit_message=message, revision=revision)
+        # An upload may arrive cut although no error was reported, so that the Hub is asked again what it holds.
         missing, surplus = _differences(api, repo_id, revision, files)
         if missing or surplus:
             raise IncompletePushError(
@@ -191,18 +166,22 @@ def _is_stale(name: str) -> bool:
     return name.startswith(LAST_CHECKPOINT) or ("/" not in name and any(fnmatch(name, weights) for weights in WEIGHTS))
 
 
-def _same(path: Path, file: Any) -> bool:
-    """Size and hash: SHA-256 of a large file, git's id of a small one."""
+def _same(path: Path, file: RepoFile | None) -> bool:
+    """Whether size and hash agree: the SHA-256 of a large file, git's own id of a small one."""
     if file is None or file.size != path.stat().st_size:
         return False
-    return bool(sha256(path) == file.lfs.sha256 if file.lfs else git_blob_id(path) == file.blob_id)
+    return sha256(path) == file.lfs.sha256 if file.lfs else git_blob_id(path) == file.blob_id
 
 
-def _tree(api: HfApi, repo_id: str, revision: str) -> list[Any]:
-    return [item for item in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(item, "blob_id")]
+def _tree(api: HfApi, repo_id: str, revision: str) -> list[RepoFile]:
+    """The files of a revision, without its folders."""
+    return [
+        item for item in api.list_repo_tree(repo_id, recursive=True, revision=revision) if isinstance(item, RepoFile)
+    ]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, the outermost first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,1 +1,9 @@
-"""Files of a run and how they are read: JSON checked before anything is believed, rows, atomic writes, provenance."""
+"""What is written beside a run, and how it is read again.
+
+errors: `UserError` and its kinds, `refused_by`; whose fault an error is.
+schema: `decode` and `encode`, between JSON and dataclasses; `Json`, and types with a range such as `Count`.
+files: `Record`, `read_record`, `read_object`, `write_json`; files that are there whole or not at all, hashes, a folder's lock.
+machine: what makes a CPU fast, versions and hardware.
+run: `Run` (run.json), and what several records share, such as `Data` and `Sections`.
+rows: `Row` (sweep.jsonl). results: `Evaluation` (eval.json), `Export` (export.json), `Push` (push.json).
+"""

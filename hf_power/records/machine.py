@@ -7,26 +7,23 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from hf_power.records.run import Hardware
 from hf_power.version import __version__
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-def tune_cpu(args: Any) -> dict[str, Any]:
-    """Settings that make training on a CPU faster; does nothing on an accelerator.
 
-    glibc hands large tensors back to the system after every step and asks for them anew, page by page; told to keep
-    them, it saves several percent of a small model's step (benchmarks/throughput.py). `accelerate launch` sets one
-    thread for a process that was given all cores.
-
-    Returns:
-        What is in force: threads, and whether the allocator keeps its memory.
-    """
+def tune_cpu(args: "TrainingArguments") -> dict[str, int]:
+    """Make training on a CPU faster, and say what is in force: cpu_threads, and whether malloc keeps_freed_memory."""
     kept = False
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False
+        # accelerate launch sets one thread for a process that was given all cores.
         if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         kept = keep_freed_memory()
@@ -35,14 +32,16 @@ def tune_cpu(args: Any) -> dict[str, Any]:
 
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep freed memory (no mmap for large blocks, no trimming); False on other systems."""
+    # Without this, glibc hands large tensors back to the system after every step and asks for them anew, page by page,
+    # which costs several percent of a small model's step (benchmarks/throughput.py).
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    m_trim_threshold, m_mmap_max = -1, -4  # These are the numbers that malloc.h gives the options.
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
 
 
-_libc: Any = None  # while children are to end with this process
+_libc: ctypes.CDLL | None = None  # It is set while children are to end with this process.
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def children_end_with_us() -> Iterator[None]:
 
 def _end_with_parent() -> None:
     if _libc is not None:
-        pr_set_pdeathsig = 1  # linux/prctl.h
+        pr_set_pdeathsig = 1  # The number is from linux/prctl.h.
         _libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
@@ -75,15 +74,12 @@ def versions() -> dict[str, str]:
     import datasets
     import transformers
 
-    modules = {"torch": torch, "transformers": transformers}
-    modules |= {"accelerate": accelerate, "datasets": datasets}
-    return {"hf_power": __version__, "python": platform.python_version()} | {
-        name: m.__version__ for name, m in modules.items()
-    }
+    modules = (torch, transformers, accelerate, datasets)
+    named = {module.__name__: str(module.__version__) for module in modules}
+    return {"hf_power": __version__, "python": platform.python_version()} | named
 
 
-def hardware(args: Any) -> dict[str, Any]:
-    """The device, without anything that names the host."""
-    device = args.device.type
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    return {"device": device, "device_name": name, "processes": args.world_size, "cpu_cores": os.cpu_count()}
+def hardware(device: torch.device, processes: int = 1) -> Hardware:
+    """The device of a run, without anything that names the host."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return {"device": device.type, "device_name": name, "processes": processes, "cpu_cores": os.cpu_count()}

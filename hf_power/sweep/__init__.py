@@ -1,1 +1,10 @@
-"""A grid of small models, trained side by side."""
+"""A grid of small models, trained side by side: measurements of the learning rate, one row for each run.
+
+grid.py      what is to be trained, and its YAML: Grid, load_grid, few_digits
+jobs.py      which runs come next, at which learning rates: Group, Job, groups_of, next_job, row_settings, rate_factors
+stacked.py   models of one shape computed as one, and their batches: stack, SweepData, BlocksOfSeeds
+ensemble.py  models that take their optimizer steps together: Ensemble
+trunks.py    from a job to its rows, one ensemble after another: prepare, run_group
+run.py       the whole sweep, side by side, which a killed one goes on with: run_sweep, run_groups, rows_text
+cost.py      what a sweep will cost, from a short measurement: estimate
+"""

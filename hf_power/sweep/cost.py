@@ -2,101 +2,148 @@
 
 import os
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from hf_power.models import flops_per_token
 from hf_power.settings.settings import Settings
-from hf_power.sweep.ensemble import Ensemble
-from hf_power.sweep.grid import Grid, Group, job_tokens, sections
-from hf_power.sweep.run import check_budget, stages_of, start_jobs
+from hf_power.sweep.ensemble import Ensemble, Member
+from hf_power.sweep.grid import Grid
+from hf_power.sweep.jobs import Group, job_tokens, start_jobs
+from hf_power.sweep.run import stages_of, within_budget
 from hf_power.sweep.trunks import Bench, prepare
 
 TRIAL_STEPS = 4
+# The first steps make the optimizers' state and are slower.
+UNCOUNTED_STEPS = 2
+# Of a line in sweep.jsonl, about.
+ROW_BYTES = 3000
 
 
-def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GroupCost:
+    """What a group will cost: tokens with its trunks counted once, or for each row; seconds of one worker."""
+
+    name: str
+    runs: int
+    tokens: int
+    tokens_without_sharing: int
+    flops: float
+    seconds: float
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep will cost: its groups and what they have in all, wall time with the workers, bytes of disk."""
+
+    groups: Sequence[GroupCost]
+    workers: int
+    runs: int
+    tokens: int
+    tokens_without_sharing: int
+    flops: float
+    seconds: float
+    bytes: int
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupCost], workers: int) -> "Estimate":
+        """The estimate of all groups, of which none is ever divided among the workers."""
+        runs, seconds = sum(group.runs for group in groups), [group.seconds for group in groups]
+        return cls(
+            groups,
+            workers,
+            runs=runs,
+            tokens=sum(group.tokens for group in groups),
+            tokens_without_sharing=sum(group.tokens_without_sharing for group in groups),
+            flops=sum(group.flops for group in groups),
+            seconds=max(*seconds, sum(seconds) / workers),
+            bytes=runs * ROW_BYTES + workers * max(group.state_bytes for group in groups),
+        )
+
+
+def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = None) -> Estimate:
     """What a sweep will cost, from a few steps of every width and batch: the rows of ``--dry-run``.
 
     Learning rates that the sweep may add are not in it.
-
-    Returns:
-        {"groups": [{"name", "runs", "tokens", "flops", "seconds"}], "runs", "tokens", "tokens_without_sharing",
-        "flops", "seconds" (wall time with the workers), "bytes", "workers"}.
     """
     bench = prepare(grid, folder)
-    stages = stages_of(grid)
-    check_budget(grid, stages)
-    workers = 1 if bench.device.type != "cpu" else workers or os.cpu_count() or 1
+    stages = within_budget(grid, stages_of(grid))
     threads = torch.get_num_threads()
     if bench.device.type == "cpu":
+        # As in the sweep's own workers.
         torch.set_num_threads(1)
-    measured: dict[tuple[int, int, int], tuple[float, float, float, int]] = {}
-    rows: list[dict[str, Any]] = []
-    for job in start_jobs(grid, [group for stage in stages for group in stage]):
+    measured: dict[tuple[int, int, int], _Trial] = {}
+    costs = []
+    for job in start_jobs([group for stage in stages for group in stage]):
         group, members = job.group, len(job.group.values) * len(job.group.seeds)
         key = (group.width, group.tokens_per_step, members)
         if key not in measured:
             measured[key] = _trial(bench, group, members)
-        per_token, per_eval, flops, state = measured[key]
-        tokens, runs = job_tokens(grid, job), members * len(group.tokens)
-        seconds = tokens * per_token + runs * per_eval
-        rows.append({"name": group.name, "runs": runs, "tokens": tokens, "flops": tokens * flops, "seconds": seconds})
-        rows[-1] |= {"without_sharing": members * sum(group.tokens), "state": state}
+        trial, tokens, runs = measured[key], job_tokens(grid, job), members * len(group.tokens)
+        costs.append(
+            GroupCost(
+                name=group.name,
+                runs=runs,
+                tokens=tokens,
+                tokens_without_sharing=members * sum(group.tokens),
+                flops=tokens * trial.flops_per_token,
+                seconds=tokens * trial.seconds_per_token + runs * trial.seconds_per_evaluation,
+                state_bytes=trial.state_bytes,
+            )
+        )
     torch.set_num_threads(threads)
-    busiest = max(row["seconds"] for row in rows)
-    return {
-        "groups": rows,
-        "runs": sum(row["runs"] for row in rows),
-        "tokens": sum(row["tokens"] for row in rows),
-        "tokens_without_sharing": sum(row["without_sharing"] for row in rows),
-        "flops": sum(row["flops"] for row in rows),
-        "seconds": max(busiest, sum(row["seconds"] for row in rows) / workers),
-        "bytes": sum(row["runs"] for row in rows) * 3000 + workers * max(row["state"] for row in rows),
-        "workers": workers,
-    }
+    return Estimate.of(costs, 1 if bench.device.type != "cpu" else workers or os.cpu_count() or 1)
 
 
-def estimate_text(cost: dict[str, Any]) -> str:
+def estimate_text(cost: Estimate) -> str:
     """The result of `estimate` as text."""
-    saved = 1 - cost["tokens"] / cost["tokens_without_sharing"]
+    saved = 1 - cost.tokens / cost.tokens_without_sharing
     lines = [f"{'group':<36} {'runs':>5} {'tokens':>12} {'FLOP':>9} {'minutes':>8}"]
-    for row in cost["groups"]:
+    for group in cost.groups:
         lines.append(
-            f"{row['name']:<36} {row['runs']:>5} {row['tokens']:>12,} {row['flops']:>9.1e} {row['seconds'] / 60:>8.1f}"
+            f"{group.name:<36} {group.runs:>5} {group.tokens:>12,} {group.flops:>9.1e} {group.seconds / 60:>8.1f}"
         )
     lines.append(
-        f"{cost['runs']} runs, {cost['tokens']:,} tokens (shared trunks save {saved:.0%} of "
-        f"{cost['tokens_without_sharing']:,}), {cost['flops']:.1e} FLOP, about {cost['seconds'] / 60:.1f} minutes with "
-        f"{cost['workers']} worker(s), {cost['bytes'] / 1e6:.0f} MB of disk; learning rates that the sweep adds beyond "
+        f"{cost.runs} runs, {cost.tokens:,} tokens (shared trunks save {saved:.0%} of "
+        f"{cost.tokens_without_sharing:,}), {cost.flops:.1e} FLOP, about {cost.seconds / 60:.1f} minutes with "
+        f"{cost.workers} worker(s), {cost.bytes / 1e6:.0f} MB of disk; learning rates that the sweep adds beyond "
         "an edge come on top."
     )
     return "\n".join(lines)
 
 
-def _trial(bench: Bench, group: Group, members: int) -> tuple[float, float, float, int]:
-    """Seconds per trained token and per evaluation, FLOPs per token, bytes of a trunk's state."""
-    base = sections(bench.grid, group.width, group.tokens_per_step)
-    settings = Settings.from_dict(base)
-    block = len(bench.blocks[0]["input_ids"])
-    ensemble = Ensemble(
-        [settings] * members,
-        bench.tokenizer,
-        bench.blocks,
-        bench.held_out,
-        num_sequences=group.tokens_per_step // block,
-        device=bench.device,
-    )
-    for _ in range(2):
-        ensemble.step([1e-3] * members)
+class _Trial(NamedTuple):
+    seconds_per_token: float
+    seconds_per_evaluation: float
+    flops_per_token: float
+    state_bytes: int
+
+
+def _trial(bench: Bench, group: Group, num_members: int) -> _Trial:
+    """A few steps of as many members as a group has."""
+    settings = Settings.from_dict(bench.grid.sections_at(group.width, group.tokens_per_step))
+    member = Member(settings.training.learning_rate, settings.training.seed)
+    ensemble = Ensemble(settings, [member] * num_members, bench.data, device=bench.device)
+    # So small a rate that no model diverges in the trial, whose step would then be left out.
+    factors = [1e-3] * num_members
+    for _ in range(UNCOUNTED_STEPS):
+        ensemble.step(factors)
     started = time.perf_counter()
     for _ in range(TRIAL_STEPS):
-        ensemble.step([1e-3] * members)
+        ensemble.step(factors)
+    # This waits for the device, which may still be at work.
     ensemble.check_alive()
     trained = time.perf_counter()
     ensemble.held_out_losses()
-    per_eval = (time.perf_counter() - trained) / members
-    per_token = (trained - started) / (TRIAL_STEPS * members * group.tokens_per_step)
-    state: int = 12 * ensemble.models[0].num_parameters() * members
-    return per_token, per_eval, flops_per_token(ensemble.models[0].config, block), state
+    model, block = ensemble.models[0], settings.data.block_size
+    return _Trial(
+        seconds_per_token=(trained - started) / (TRIAL_STEPS * num_members * group.tokens_per_step),
+        seconds_per_evaluation=(time.perf_counter() - trained) / num_members,
+        flops_per_token=flops_per_token(model.config, block),
+        # Weights and two moments in fp32.
+        state_bytes=12 * model.num_parameters() * num_members,
+    )

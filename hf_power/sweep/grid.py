@@ -1,22 +1,27 @@
-"""The grid of a sweep: what is to be trained, in which order, and which learning rate comes next."""
+"""The grid of a sweep: what is to be trained, read from a YAML and checked before anything is started."""
 
 import copy
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
-from hf_power.mup import scale_width
+from hf_power.mup.config import scale_width
 from hf_power.records.errors import UserError
-from hf_power.schedule import power_law
-from hf_power.settings.settings import SECTIONS, Settings, flatten, parse_tokens, read_yaml, unknown_key
+from hf_power.schedule import PAPER_MAX_LR, Law
+from hf_power.settings.read import flatten, read_yaml
+from hf_power.settings.sections import SECTIONS, parse_tokens, unknown_key
+from hf_power.settings.settings import Settings
 
 SCHEDULES = ("warmup_stable_decay", "power", "cosine", "linear", "inverse_sqrt")
-LAW = ("a", "b", "batch_exponent")
-FEW_DIGITS = 4  # significant digits of a learning rate or a scale: a row can be typed again
+# Significant digits of a learning rate or a scale. A number of a row can be typed again, and a value that was reached in
+# two ways is one value.
+FEW_DIGITS = 4
+# What scale_width changes.
+SCALED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+# As a YAML has them, name of the section -> key -> value. `Settings.from_dict` checks them.
+Sections = dict[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -24,135 +29,134 @@ class Grid:
     """A sweep: the ``sweep`` section of its YAML; the other sections are those of pretraining.
 
     Attributes:
-        sections: model, mup, data and training, as pretraining takes them; the model's hidden_size is the first width.
-        widths: hidden sizes, the shape scaled by `hf_power.mup.scale_width`.
+        sections: model, mup, data, run and training, as pretraining takes them; the model's hidden_size is the first
+            width. They stay as they were written, since the ids of the rows are hashes of them.
+        widths: hidden sizes, the shape scaled by `hf_power.mup.config.scale_width`.
         tokens_per_step: batch sizes, in tokens, multiples of block_size.
         tokens: horizons T, in tokens, decay included.
-        seeds: of the initialization and the data order.
         schedules: name -> learning rates to begin with; for "power" scales, in multiples of the law's a.
-        law: a, b and batch_exponent of the power runs; None: fitted on this sweep's warmup_stable_decay rows.
+        seeds: of the initialization and the data order.
+        law: of the power runs, whose scales multiply its a; None means that it is fitted on this sweep's
+            warmup_stable_decay rows.
         warmup_tokens: linear warmup, the same for every horizon.
         decay_ratio: length of the tail over the horizon (warmup_stable_decay, power, inverse_sqrt).
         decay_shape: of the tail: linear, 1-sqrt or cosine.
         max_lr: the cap of the power runs.
         factor: between neighbouring learning rates where the sweep adds some.
-        max_extensions: how often learning rates are added beyond an edge at which the best one lies; 0: never.
+        max_extensions: how often learning rates are added beyond an edge at which the best one lies; 0 means never.
         start_exponent: another batch B begins at learning rates times (B / first batch)**start_exponent, in whole
-            factors, because the optimum grows with the batch; only a start, the sweep extends from there.
-        max_tokens: budget of the whole sweep; None: none.
+            factors, because the optimum grows with the batch; this is only a start, and the sweep extends from there.
+        max_tokens: budget of the whole sweep; None means that there is none.
     """
 
-    sections: dict[str, dict[str, Any]]
+    sections: Sections
     widths: tuple[int, ...]
     tokens_per_step: tuple[int, ...]
     tokens: tuple[int, ...]
     schedules: dict[str, tuple[float, ...]]
     seeds: tuple[int, ...] = (0,)
-    law: dict[str, float] | None = None
+    law: Law | None = None
     warmup_tokens: int = 0
     decay_ratio: float = 0.1
     decay_shape: str = "linear"
-    max_lr: float = 0.02
+    max_lr: float = PAPER_MAX_LR
     factor: float = 2.0
     max_extensions: int = 4
     start_exponent: float = 0.7
     max_tokens: int | None = None
 
-    def groups(self, schedule: str, law: dict[str, float] | None = None) -> list["Group"]:
-        """One group per width and batch, the widest and largest first; `law` for "power"."""
-        groups = []
-        for width in sorted(self.widths, reverse=True):
-            for batch in sorted(self.tokens_per_step, reverse=True):
-                shift = 0
-                if schedule != "power" and self.max_extensions:
-                    ratio = batch / self.tokens_per_step[0]
-                    shift = round(self.start_exponent * math.log(ratio) / math.log(self.factor))
-                scale = self.factor**shift if law is None else law["a"]
-                values = tuple(sorted(few_digits(value * scale) for value in self.schedules[schedule]))
-                groups.append(Group(schedule, width, batch, self.tokens, self.seeds, values, law))
-        return groups
+    @cached_property
+    def settings(self) -> Settings:
+        """The sections, parsed once."""
+        return Settings.from_dict(self.sections)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: a worker's devices are its own, and TrainingArguments keep those of their process."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def tail_tokens(self, horizon: int, tokens_per_step: int) -> int:
+        """Length of a horizon's decay, in tokens: whole steps, and at least one."""
+        return max(1, round(self.decay_ratio * horizon / tokens_per_step)) * tokens_per_step
+
+    def sections_at(self, width: int, tokens_per_step: int) -> Sections:
+        """The sections at a width and batch, without a schedule."""
+        # A copy, because the sections of one grid are the start of many rows.
+        result, model = copy.deepcopy(self.sections), self.settings.model
+        scaled = scale_width(model.config(), width)
+        result["model"] = dataclasses.asdict(model) | {name: getattr(scaled, name) for name in SCALED}
+        training = result.setdefault("training", {})
+        # A sweep has one process per run and never accumulates, so the batch alone makes the tokens of a step.
+        training["per_device_train_batch_size"] = tokens_per_step // self.settings.data.block_size
+        training["gradient_accumulation_steps"] = 1
+        return result
 
 
-@dataclass(frozen=True)
-class Group:
-    """Cells that share trunks: one schedule, width and batch; `values` are learning rates, or a's of the power law."""
-
-    schedule: str
-    width: int
-    tokens_per_step: int
-    tokens: tuple[int, ...]
-    seeds: tuple[int, ...]
-    values: tuple[float, ...]
-    law: dict[str, float] | None = None
-    max_tokens: int | None = None  # share of the sweep's budget
-
-    @property
-    def name(self) -> str:
-        """For progress and file names."""
-        return f"{self.schedule}-{self.width}-{self.tokens_per_step}"
+def few_digits(value: float) -> float:
+    """The value at FEW_DIGITS significant digits."""
+    return float(f"{value:.{FEW_DIGITS}g}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """Trunks of a group that are trained together: value -> its horizons, ascending; `extension` counts from 0."""
-
-    group: Group
-    extension: int
-    horizons: dict[float, tuple[int, ...]]
+NEEDED = ("widths", "tokens_per_step", "tokens", "schedules")
+# Of Power's shapes, those that warmup_stable_decay of transformers has, too: one grid has one shape.
+DECAY_SHAPES = ("linear", "1-sqrt", "cosine")
+# Wide enough for every use, and narrow enough that a wrong unit or a slip of the pen is noticed.
+RANGES = {
+    "decay_ratio": (0.0, 1.0),
+    "max_lr": (1e-12, 1e6),
+    "factor": (1.01, 100.0),
+    "start_exponent": (-2.0, 2.0),
+    "max_extensions": (0.0, 100.0),
+}
+LAW_RANGES = {"a": (1e-12, 1e12), "b": (-10.0, -1e-6), "batch_exponent": (-10.0, 10.0)}
 
 
 def load_grid(path: str) -> Grid:
-    """Read and check the YAML of a sweep.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: an unknown or missing key, an empty or doubled axis, or a value out of its range.
-    """
+    """Read and check the YAML of a sweep; a UserError for a key or value that is missing, unknown or out of range."""
     content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("sweep"), dict):
         raise UserError(f"{path} lacks the section sweep: a grid has it beside {', '.join(SECTIONS)}.")
+    # For its checks alone: a row keeps the sections as they were written.
     flatten({name: values for name, values in content.items() if name != "sweep"}, path)
     return parse_grid(content, path)
 
 
-def parse_grid(content: dict[str, Any], source: str) -> Grid:
+def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
     """A `Grid` of the sections of a YAML, every value checked; `source` names it in errors."""
-    values = dict(content["sweep"])
-    known = [f.name for f in dataclasses.fields(Grid) if f.name != "sections"]
+    values, where = content["sweep"], f"{source}: sweep"
+    known = [field.name for field in dataclasses.fields(Grid) if field.name != "sections"]
     for key in values:
         if key not in known:
-            raise UserError(unknown_key(f"{source}: sweep.{key}", str(key), known))
-    for key in ("widths", "tokens_per_step", "tokens", "schedules"):
+            raise UserError(unknown_key(f"{where}.{key}", str(key), known))
+    for key in NEEDED:
         if not values.get(key):
-            raise UserError(f"{source}: sweep.{key} is missing or empty: name at least one.")
-    parsed: dict[str, Any] = {"sections": {k: dict(v) for k, v in content.items() if k != "sweep"}}
-    for key in ("widths", "tokens_per_step", "tokens", "seeds"):
-        if key in values:
-            parsed[key] = _axis(values[key], f"{source}: sweep.{key}", smallest=0 if key == "seeds" else 1)
-    parsed["schedules"] = _schedules(values["schedules"], source)
-    for key in ("warmup_tokens", "max_tokens"):
-        if values.get(key) is not None:
-            parsed[key] = parse_tokens(values[key], f"{source}: sweep.{key}")
-            if parsed[key] < 0:
-                raise UserError(f"{source}: sweep.{key} must not be negative, got {values[key]!r}: correct it.")
-    ranges = {"decay_ratio": (0, 1), "max_lr": (1e-12, 1e6), "factor": (1.01, 100), "start_exponent": (-2, 2)}
-    for key, (low, high) in ranges.items():
-        if key in values:
-            parsed[key] = _number(values[key], f"{source}: sweep.{key}", low, high)
-    if "max_extensions" in values:
-        parsed["max_extensions"] = int(_number(values["max_extensions"], f"{source}: sweep.max_extensions", 0, 100))
-    parsed["decay_shape"] = values.get("decay_shape", "linear")
-    if parsed["decay_shape"] not in ("linear", "1-sqrt", "cosine"):
-        raise UserError(f"{source}: sweep.decay_shape must be linear, 1-sqrt or cosine, got {parsed['decay_shape']!r}.")
-    if values.get("law") is not None:
-        parsed["law"] = _law(values["law"], source)
-    grid = Grid(**parsed)
-    _check(grid, source)
+            raise UserError(f"{where}.{key} is missing or empty: name at least one.")
+    numbers = {key: _number(values[key], f"{where}.{key}", *ends) for key, ends in RANGES.items() if key in values}
+    law = values.get("law")
+    grid = Grid(
+        sections={name: dict(section) for name, section in content.items() if name != "sweep"},
+        widths=_axis(values["widths"], f"{where}.widths"),
+        tokens_per_step=_axis(values["tokens_per_step"], f"{where}.tokens_per_step"),
+        tokens=_axis(values["tokens"], f"{where}.tokens"),
+        seeds=_axis(values.get("seeds", Grid.seeds), f"{where}.seeds", smallest=0),
+        schedules=_schedules(values["schedules"], f"{where}.schedules"),
+        warmup_tokens=_tokens(values, "warmup_tokens", where) or 0,
+        max_tokens=_tokens(values, "max_tokens", where),
+        decay_ratio=numbers.get("decay_ratio", Grid.decay_ratio),
+        max_lr=numbers.get("max_lr", Grid.max_lr),
+        factor=numbers.get("factor", Grid.factor),
+        start_exponent=numbers.get("start_exponent", Grid.start_exponent),
+        max_extensions=int(numbers.get("max_extensions", Grid.max_extensions)),
+        decay_shape=_decay_shape(values.get("decay_shape", Grid.decay_shape), where),
+        law=None if law is None else _law(law, f"{where}.law"),
+    )
+    _check_settings(grid, source)
+    _check_lengths(grid, source)
+    _check_law(grid, source)
     return grid
 
 
-def _axis(values: Any, name: str, smallest: int) -> tuple[int, ...]:
-    axis = tuple(parse_tokens(value, name) for value in (values if isinstance(values, list) else [values]))
+def _axis(value: object, name: str, smallest: int = 1) -> tuple[int, ...]:
+    axis = tuple(parse_tokens(each, name) for each in (value if isinstance(value, list | tuple) else [value]))
     if not axis:
         raise UserError(f"{name} is empty: name at least one.")
     if len(set(axis)) < len(axis):
@@ -162,42 +166,58 @@ def _axis(values: Any, name: str, smallest: int) -> tuple[int, ...]:
     return axis
 
 
-def _number(value: Any, name: str, low: float, high: float) -> float:
+def _tokens(values: dict[str, object], key: str, where: str) -> int | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    tokens = parse_tokens(value, f"{where}.{key}")
+    if tokens < 0:
+        raise UserError(f"{where}.{key} must not be negative, got {value!r}: correct it.")
+    return tokens
+
+
+def _number(value: object, name: str, low: float, high: float) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not low <= number <= high:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan  # NaN is in no range.
+    if not low <= number <= high:
         raise UserError(f"{name} must be a number between {low:g} and {high:g}, got {value!r}.")
     return number
 
 
-def _schedules(schedules: Any, source: str) -> dict[str, tuple[float, ...]]:
+def _decay_shape(value: object, where: str) -> str:
+    if not isinstance(value, str) or value not in DECAY_SHAPES:
+        raise UserError(f"{where}.decay_shape must be linear, 1-sqrt or cosine, got {value!r}.")
+    return value
+
+
+def _schedules(schedules: object, where: str) -> dict[str, tuple[float, ...]]:
     if not isinstance(schedules, dict):
-        raise UserError(f"{source}: sweep.schedules must map names to learning rates, got {schedules!r}.")
+        raise UserError(f"{where} must map names to learning rates, got {schedules!r}.")
     parsed = {}
     for name, values in schedules.items():
+        what = f"{where}.{name}"
         if name not in SCHEDULES:
-            raise UserError(unknown_key(f"{source}: sweep.schedules.{name}", str(name), list(SCHEDULES)))
-        what = f"{source}: sweep.schedules.{name}"
-        rates = [_number(v, what, 1e-12, 1e6) for v in (values if isinstance(values, list) else [values])]
+            raise UserError(unknown_key(what, str(name), list(SCHEDULES)))
+        rates = [_number(value, what, 1e-12, 1e6) for value in (values if isinstance(values, list) else [values])]
         if not rates:
             raise UserError(f"{what} is empty: name learning rates{' (scales of a)' if name == 'power' else ''}.")
+        # The rows have FEW_DIGITS of a rate, under which two rates must not become one.
         if len({few_digits(rate) for rate in rates}) < len(rates):
             raise UserError(f"{what} names a learning rate twice, got {rates}: name each once.")
         parsed[name] = tuple(rates)
     return parsed
 
 
-def _law(law: Any, source: str) -> dict[str, float]:
-    if not isinstance(law, dict) or set(law) != set(LAW):
-        raise UserError(f"{source}: sweep.law must have the keys {', '.join(LAW)}, got {law!r}.")
-    ranges = {"a": (1e-12, 1e12), "b": (-10, -1e-6), "batch_exponent": (-10, 10)}
-    return {key: _number(law[key], f"{source}: sweep.law.{key}", *ends) for key, ends in ranges.items()}
+def _law(law: object, where: str) -> Law:
+    if not isinstance(law, dict) or set(law) != set(LAW_RANGES):
+        raise UserError(f"{where} must have the keys {', '.join(LAW_RANGES)}, got {law!r}.")
+    return Law(**{name: _number(law[name], f"{where}.{name}", *ends) for name, ends in LAW_RANGES.items()})
 
 
-def _check(grid: Grid, source: str) -> None:
-    base = Settings.from_dict(grid.sections)
+def _check_settings(grid: Grid, source: str) -> None:
+    base = grid.settings
     if not base.mup.mup:
         raise UserError(f"{source}: a sweep needs muP (mup: true): without it nothing carries over widths.")
     if base.run.recipe is not None:
@@ -207,185 +227,35 @@ def _check(grid: Grid, source: str) -> None:
             f"{source}: a sweep compiles nothing, since its small models would compile longer than they train: remove "
             "training.torch_compile."
         )
-    block = base.data.block_size
+    # A shape that the model's own code refuses is the user's, and must not look like a bug in the middle of the sweep.
+    base.check_layer()
     if base.data.streaming:
         raise UserError(f"{source}: a sweep reads its data many times over: set streaming to false.")
+
+
+def _check_lengths(grid: Grid, source: str) -> None:
+    block = grid.settings.data.block_size
     for batch in grid.tokens_per_step:
         if batch % block:
             raise UserError(f"{source}: tokens_per_step {batch} is not a multiple of block_size {block}: round it.")
         for horizon in grid.tokens:
-            if horizon % batch or grid.warmup_tokens + tail_tokens(grid, horizon, batch) >= horizon:
+            if horizon % batch or grid.warmup_tokens + grid.tail_tokens(horizon, batch) >= horizon:
                 raise UserError(
                     f"{source}: {horizon:,} tokens are no whole number of steps of {batch:,}, or leave no room between "
                     f"a warmup of {grid.warmup_tokens:,} tokens and the decay: change one of them."
                 )
+    # A width at which the heads or the MLP would not be whole is refused here, before the data are loaded.
     for width in grid.widths:
-        sections(grid, width, grid.tokens_per_step[0])
-    if "power" in grid.schedules and grid.law is None and "warmup_stable_decay" not in grid.schedules:
+        grid.sections_at(width, grid.tokens_per_step[0])
+
+
+def _check_law(grid: Grid, source: str) -> None:
+    if "power" not in grid.schedules or grid.law is not None:
+        return
+    if "warmup_stable_decay" not in grid.schedules:
         raise UserError(f"{source}: power needs a law: give sweep.law, or sweep warmup_stable_decay to fit it on.")
-    if "power" in grid.schedules and grid.law is None and min(len(grid.tokens), len(grid.tokens_per_step)) < 2:
+    if min(len(grid.tokens), len(grid.tokens_per_step)) < 2:
         raise UserError(
             f"{source}: power's law is fitted on two horizons and two batches or more, got {len(grid.tokens)} and "
             f"{len(grid.tokens_per_step)}: add some, or give sweep.law."
         )
-
-
-def few_digits(value: float) -> float:
-    """The value at FEW_DIGITS significant digits."""
-    return float(f"{value:.{FEW_DIGITS}g}")
-
-
-def tail_tokens(grid: Grid, horizon: int, tokens_per_step: int) -> int:
-    """Length of the decay, in tokens, whole steps and at least one."""
-    return max(1, round(grid.decay_ratio * horizon / tokens_per_step)) * tokens_per_step
-
-
-def branch_tokens(grid: Grid, group: Group, horizon: int) -> int:
-    """Tokens up to which a horizon's learning rates are those of any longer one: its decay, or the end of the warmup."""
-    if group.schedule in ("cosine", "linear"):
-        return grid.warmup_tokens // group.tokens_per_step * group.tokens_per_step
-    return horizon - tail_tokens(grid, horizon, group.tokens_per_step)
-
-
-def horizon_tokens(grid: Grid, group: Group, horizons: Sequence[int]) -> dict[int, int]:
-    """Horizon -> tokens trained for it beyond those of the horizons before it."""
-    tokens, trunk = {}, 0
-    for horizon in sorted(horizons):
-        tokens[horizon] = horizon - trunk
-        trunk = branch_tokens(grid, group, horizon)
-    return tokens
-
-
-def job_tokens(grid: Grid, job: Job) -> int:
-    """Tokens that a job trains: trunks once, a tail per horizon; cosine and linear share the warmup only."""
-    each = (sum(horizon_tokens(grid, job.group, horizons).values()) for horizons in job.horizons.values())
-    return sum(each) * len(job.group.seeds)
-
-
-def sections(grid: Grid, width: int, tokens_per_step: int) -> dict[str, dict[str, Any]]:
-    """The grid's sections at a width and batch, without a schedule."""
-    result = copy.deepcopy(grid.sections)
-    model = Settings.from_dict({"model": result.get("model", {})}).model
-    scaled = scale_width(model.config(), width)
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    result["model"] = dataclasses.asdict(model) | {name: getattr(scaled, name) for name in names}
-    training = result.setdefault("training", {})
-    block = Settings.from_dict({"data": result.get("data", {})}).data.block_size
-    training["per_device_train_batch_size"] = tokens_per_step // block
-    training["gradient_accumulation_steps"] = 1
-    return result
-
-
-def row_settings(grid: Grid, group: Group, value: float, seed: int, tokens: int) -> dict[str, dict[str, Any]]:
-    """What pretraining takes to train one row of the sweep from scratch."""
-    result = sections(grid, group.width, group.tokens_per_step)
-    batch, tail = group.tokens_per_step, tail_tokens(grid, tokens, group.tokens_per_step)
-    training = result["training"]
-    training |= {"seed": seed, "learning_rate": value, "lr_scheduler_type": group.schedule, "lr_scheduler_kwargs": {}}
-    training["warmup_steps"] = grid.warmup_tokens // batch
-    if group.schedule == "warmup_stable_decay":
-        training["lr_scheduler_kwargs"] = {"num_decay_steps": tail // batch, "decay_type": grid.decay_shape}
-    elif group.schedule == "power":
-        assert group.law is not None
-        training["learning_rate"] = grid.max_lr
-        training["lr_scheduler_kwargs"] = {
-            **group.law,
-            "a": value,
-            "decay_tokens": tail,
-            "decay_shape": grid.decay_shape,
-        }
-    elif group.schedule == "inverse_sqrt":
-        # lr * sqrt(warmup / n) is transformers' schedule of this name, which has no tail; as a power law it has one.
-        warmup = max(1, training["warmup_steps"]) * batch
-        law = {"a": value * math.sqrt(warmup), "b": -0.5, "batch_exponent": 0.0}
-        training["lr_scheduler_type"] = "power"
-        training["lr_scheduler_kwargs"] = {**law, "decay_tokens": tail, "decay_shape": grid.decay_shape}
-    result.setdefault("run", {})["tokens"] = str(tokens)
-    return result
-
-
-def row_rate(group: Group, value: float, tokens: int) -> float:
-    """A row's learning_rate: the peak, or for power the uncapped law at the horizon."""
-    if group.law is None:
-        return value
-    return power_law(tokens, tokens_per_step=group.tokens_per_step, **{**group.law, "a": value})
-
-
-def row_id(settings: dict[str, Any], data: dict[str, Any]) -> str:
-    """16 hexadecimal digits that stand for everything that makes a row."""
-    return digest([settings, data])
-
-
-def digest(content: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of the content as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def next_job(grid: Grid, group: Group, rows: Sequence[dict[str, Any]]) -> Job | None:
-    """The first job of the group of which a row is missing; None when the group is complete or a run of it failed.
-
-    Job 0 has the values to begin with, at every horizon. Job k adds, for each horizon whose best mean loss so far lies on
-    an edge, the next value beyond it (and runs it up to the longest horizon that asks for it), until no horizon does,
-    max_extensions is reached, or the group's share of the budget has no room for them. A job follows from the rows of
-    the jobs before it alone, so a killed sweep goes on with exactly the job that it was in.
-    """
-    mine = [row for row in rows if belongs(row, group)]
-    if any(row["status"] == "failed" for row in mine):
-        return None
-    have = {(row_value(row), row["seed"], row["tokens"]) for row in mine}
-    for extension in range(grid.max_extensions + 1):
-        if extension == 0:
-            horizons = {value: tuple(sorted(group.tokens)) for value in group.values}
-        else:
-            before = [row for row in mine if row["extension"] < extension]
-            horizons = _beyond_edges(before, group, grid.factor)
-        if not horizons:
-            return None
-        job = Job(group, extension, horizons)
-        if extension and group.max_tokens is not None:
-            spent = sum(row["trained_tokens"] for row in before)
-            if spent + job_tokens(grid, job) > group.max_tokens:
-                return None
-        wanted = {(v, seed, tokens) for v, ts in horizons.items() for tokens in ts for seed in group.seeds}
-        if wanted - have:
-            return job
-    return None
-
-
-def belongs(row: dict[str, Any], group: Group) -> bool:
-    """Whether a row was made for the group."""
-    law = None if group.law is None else {**group.law, "a": row_value(row)}
-    return bool(
-        row["schedule"] == group.schedule
-        and row["width"] == group.width
-        and row["tokens_per_step"] == group.tokens_per_step
-        and row["law"] == law
-    )
-
-
-def row_value(row: dict[str, Any]) -> float:
-    """The value that a row was made with: its learning rate, or the a of its law."""
-    return float(row["law"]["a"] if row["law"] else row["learning_rate"])
-
-
-def edges(rows: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-    """Lowest, best and highest value of one cell's rows, by the mean loss over seeds; a diverged row makes it infinite."""
-    losses: dict[float, list[float]] = {}
-    for row in rows:
-        losses.setdefault(row_value(row), []).append(math.inf if row["loss"] is None else row["loss"])
-    means = {value: sum(each) / len(each) for value, each in losses.items()}
-    return min(means), min(sorted(means), key=lambda value: means[value]), max(means)
-
-
-def _beyond_edges(rows: Sequence[dict[str, Any]], group: Group, factor: float) -> dict[float, tuple[int, ...]]:
-    longest: dict[float, int] = {}
-    for tokens in group.tokens:
-        cell = [row for row in rows if row["tokens"] == tokens]
-        if not cell:
-            continue
-        lowest, best, highest = edges(cell)
-        for edge, beyond in ((lowest, lowest / factor), (highest, highest * factor)):
-            if best == edge:
-                value = few_digits(beyond)
-                longest[value] = max(tokens, longest.get(value, 0))
-    return {v: tuple(t for t in sorted(group.tokens) if t <= longest[v]) for v in sorted(longest)}

@@ -73,21 +73,6 @@ def test_nothing_intact(run, tmp_path):
         newest_intact(run)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "sub/rng.pth", MANIFEST])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
-def test_damage_to_any_file_is_found(run, name, damage):
-    path = run / "checkpoint-100" / name
-    content = path.read_bytes()
-    if damage == "deleted":
-        path.unlink()
-    else:
-        path.write_bytes(content[:-2] if damage == "truncated" else bytes([content[0] ^ 1]) + content[1:])
-    found, broken = newest_intact(run)
-    assert found.name == "checkpoint-10"
-    assert len(broken["checkpoint-100"]) == 1
-    assert broken["checkpoint-100"][0].startswith(name)
-
-
 def test_rotation_leaves_two_intact_ones(run):
     (run / "checkpoint-100" / "model.safetensors").unlink()
     assert rotate(run, 1) == []  # only two are intact

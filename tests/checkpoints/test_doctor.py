@@ -22,11 +22,7 @@ def test_a_broken_one_is_named_and_the_one_before_taken(run, capsys):
     assert run_verb("doctor", [str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "checkpoints": [
-            {
-                "name": "checkpoint-2",
-                "tokens": 200,
-                "problems": ["weights has other content than when it was sealed"],
-            },
+            {"name": "checkpoint-2", "tokens": 200, "problems": ["weights has other content than when it was sealed"]},
             {"name": "checkpoint-1", "tokens": 100, "problems": []},
         ],
         "resume": "checkpoint-1",

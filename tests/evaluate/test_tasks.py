@@ -3,13 +3,13 @@ import sys
 
 import pytest
 import torch
-from sentences import says
+from sentences import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_power.data.blocks import load_tokenizer
 from hf_power.data.text import DataArguments, load_text
+from hf_power.data.tokenizer import load_tokenizer
 from hf_power.evaluate.heldout import evaluate_model
-from hf_power.evaluate.tasks import NAMED_TASKS, PAPER_TASKS, run_tasks
+from hf_power.evaluate.tasks import NAMED_TASKS, PAPER_TASKS, Tasks, run_tasks
 
 TASK = """
 task: {name}
@@ -102,11 +102,11 @@ def ranked(folder, questions):
 @pytest.mark.slow
 def test_accuracy_against_ranking_by_hand(folder, questions, data):
     place, rows = questions
-    evaluated = evaluate_model(folder, data, progress=False)
+    evaluated = evaluate_model(folder, data)
     shares = {name: ranked(folder, rows[name]) for name in rows}
     assert len({*shares.values(), 0.0, 1.0}) == 4  # not of a kind that comes out by itself
 
-    scores = run_tasks(folder, list(rows), tasks_dir=place, batch_size=3)
+    scores = run_tasks(folder, Tasks(list(rows), place), batch_size=3)
     for name, share in shares.items():
         assert scores[name]["acc"] == pytest.approx(share, abs=1e-12)
         assert scores[name]["num_samples"] == len(rows[name])
@@ -115,34 +115,30 @@ def test_accuracy_against_ranking_by_hand(folder, questions, data):
     settings = content["tasks_settings"]["which_value"]
     assert (settings["num_fewshot"], settings["task_version"], settings["dtype"]) == (0, "1.0", "float32")
     assert settings["versions"]["lm_eval"]
-    assert {key: content[key] for key in evaluated} == evaluated  # the metrics are as they were
+    assert {key: content[key] for key in evaluated.to_json()} == evaluated.to_json()  # the metrics are as they were
     assert str(folder.parent) not in json.dumps(content)
     assert str(place) not in json.dumps(content)
 
-    group = run_tasks(folder, "both", tasks_dir=place, limit=10)["both"]
+    group = run_tasks(folder, Tasks("both", place, limit=10))["both"]
     firsts = [ranked(folder, rows[name][:10]) for name in rows]
     assert (group["acc"], group["num_samples"]) == (pytest.approx(sum(firsts) / 2, abs=1e-12), 20)
     content = json.loads((folder / "eval.json").read_text())
     assert set(content["tasks"]) == {"which_import", "which_value", "both"}
     assert content["tasks_settings"]["both"]["limit"] == 10
-    assert evaluate_model(folder, data, progress=False)["metrics"] == content["metrics"]
+    assert evaluate_model(folder, data).metrics == content["metrics"]
     assert json.loads((folder / "eval.json").read_text())["tasks"] == content["tasks"]
 
 
 @pytest.mark.slow
 def test_tasks_that_cannot_be_run(folder, questions):
-    with pytest.raises(ValueError) as caught:
-        run_tasks(folder, ["which_valve"], tasks_dir=questions[0])
-    says(caught, "there is no task 'which_valve'", "did you mean which_value")
-    with pytest.raises(FileNotFoundError) as caught:
-        run_tasks(folder, ["of_the_hub"], tasks_dir=questions[0])
-    says(caught, "the data of the task of_the_hub cannot be had", "connect to the Hub")
-    with pytest.raises(ValueError) as caught:
-        run_tasks(folder, ["which_value", "both"], tasks_dir=questions[0])
-    says(caught, "the task which_value is in which_value and in both")
-    with pytest.raises(ImportError) as caught:
-        run_tasks(folder, ["minerva_math"])
-    says(caught, "the task minerva_math needs a package that is missing")
+    with refused(ValueError, "there is no task 'which_valve'", "did you mean which_value"):
+        run_tasks(folder, Tasks(["which_valve"], questions[0]))
+    with refused(FileNotFoundError, "the data of the task of_the_hub cannot be had", "connect to the Hub"):
+        run_tasks(folder, Tasks(["of_the_hub"], questions[0]))
+    with refused(ValueError, "the task which_value is in which_value and in both"):
+        run_tasks(folder, Tasks(["which_value", "both"], questions[0]))
+    with refused(ImportError, "the task minerva_math needs a package that is missing"):
+        run_tasks(folder, Tasks(["minerva_math"]))
 
 
 @pytest.mark.slow
@@ -157,26 +153,25 @@ def test_the_paper_s_tasks_are_known_to_lm_eval():
 @pytest.mark.parametrize(
     ("wrong", "parts"),
     [
-        ({"tasks": []}, ["tasks is empty", "paper"]),
+        ({"names": []}, ["tasks is empty", "paper"]),
         ({"limit": 0}, ["limit must be at least 1, got 0"]),
         ({"batch_size": 0}, ["batch_size must be at least 1, got 0"]),
         ({"dtype": "fp8"}, ["dtype must be one of", "'fp8'"]),
-        ({"tasks": "paper-generation"}, ["humaneval runs code that the model wrote", "HF_ALLOW_CODE_EVAL=1"]),
-        ({"tasks_dir": "no/such"}, ["tasks_dir must be a folder", "no/such"]),
+        ({"names": "paper-generation"}, ["humaneval runs code that the model wrote", "HF_ALLOW_CODE_EVAL=1"]),
+        ({"folder": "no/such"}, ["tasks_dir must be a folder", "no/such"]),
         ({"model": "no/such/model"}, ["there is no model at no/such/model"]),
     ],
 )
 def test_bad_input(folder, wrong, parts, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    args = {"model": folder, "tasks": ["piqa"]} | wrong
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        run_tasks(args.pop("model"), args.pop("tasks"), **args)
-    says(caught, *parts)
+    args = {"model": folder, "names": ["piqa"]} | wrong
+    tasks = Tasks(**{name: args.pop(name) for name in ("names", "folder", "limit") if name in args})
+    with refused((ValueError, FileNotFoundError), *parts):
+        run_tasks(args.pop("model"), tasks, **args)
 
 
 def test_without_lm_eval(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ImportError) as caught:
-        run_tasks(folder, "paper")
-    says(caught, "lm_eval is needed for tasks", 'pip install "hf_power[eval]"')
+    with refused(ImportError, "lm_eval is needed for tasks", 'pip install "hf_power[eval]"'):
+        run_tasks(folder, Tasks("paper"))

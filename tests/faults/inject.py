@@ -95,14 +95,14 @@ PLACES = {
     "rotate": Place("hf_power.checkpoints.seal:shutil.rmtree", half_removed),
     "load": Place("torch:load", before),
     "tokenizer": Place("transformers:PreTrainedTokenizerFast.save_pretrained", after, names(1, "hf_power_tokenizers")),
-    "tokenize": Place("hf_power.data.blocks:_join", before),
+    "tokenize": Place("hf_power.data.packing:_join", before),
     "cache": Place("datasets.arrow_writer:ArrowWriter.finalize", before),
     "cached": Place("datasets.arrow_dataset:shutil.move", before),
     "evaluate": Place("hf_power.pretrain.trainer:PowerTrainer.evaluation_loop", before),
     "model": Place(
         "transformers.modeling_utils:safe_save_file", half_of(1), lambda *a, **k: "checkpoint-" not in str(a[1])
     ),
-    "picture": Place("hf_power.plots.figures:plot_lr_and_loss", half_of(1)),
+    "picture": Place("hf_power.plots.figures:save", half_of(1)),
     "row": Place("hf_power.records.rows:os.write", half_written),
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from processes import free_port
+from processes import PATIENCE, free_port, until
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_power.cli import run_verb
@@ -23,7 +23,7 @@ from hf_power.cli import run_verb
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hf_power.pretrain.run", "datasets", "transformers.trainer"])
 STEPS = 12
-BOUND = 20  # seconds; after them a process is said to hang
+HANGS = 20  # seconds that a process which waits for another one that is gone is given before it is said to hang
 
 
 def stock(folder, callbacks=(), hidden_size=8, family="llama", experts=None, **given):
@@ -91,11 +91,7 @@ def wait_at(step, here, there):
 
     def wait():
         here.touch()
-        for _ in range(10 * BOUND):
-            if there.exists():
-                return
-            time.sleep(0.1)
-        sys.exit(f"no {there}")
+        until(there.exists)
 
     at_step(step, wait)
 
@@ -107,6 +103,9 @@ def run(what, faults=(), said=None, env=None, **given):
         os.dup2(output, 1)
         os.dup2(output, 2)
     os.environ.update(env or {})
+    # A parent that runs in the background ignores SIGINT, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     for name, arguments in faults:
         globals()[name](**arguments)
@@ -129,7 +128,7 @@ def pair(what, *faults, **given):
     return [child(what, *faults, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **given) for rank in ("0", "1")]
 
 
-def ended(*processes, seconds=3 * BOUND):
+def ended(*processes, seconds=PATIENCE):
     """Their exit codes, None for one that has not ended in time, which is killed."""
     end = time.monotonic() + seconds
     for process in processes:
@@ -137,7 +136,7 @@ def ended(*processes, seconds=3 * BOUND):
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-        process.join(BOUND)
+        process.join(PATIENCE)
     return codes
 
 

@@ -8,9 +8,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hf_power.checkpoints import callback
 from hf_power.checkpoints.seal import checkpoints, problems
 from hf_power.cli import run_verb
-from hf_power.pretrain import callbacks
 from hf_power.pretrain import run as train
 
 
@@ -46,7 +46,7 @@ def goes_on(again, disk, whole):
 def test_full_in_the_middle_of_a_save(whole, sections, disk, capsys, monkeypatch, share):
     """The second save finds room for a share of it: in the weights, the optimizer, the small files, the seal."""
     size = sum(p.stat().st_size for p in (whole / "checkpoint-8").rglob("*"))
-    plain = callbacks._require_space
+    plain = callback._require_space
 
     def late(run, model):
         plain(run, model)
@@ -55,7 +55,7 @@ def test_full_in_the_middle_of_a_save(whole, sections, disk, capsys, monkeypatch
 
     again = command(sections, disk)
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "_require_space", late)
+        patch.setattr(callback, "_require_space", late)
         assert again() == 2
     said, (takes, free, missing) = said_in(capsys)
     assert said.startswith(f"hf-power pretrain: the disk of {disk / 'run'} is full: a checkpoint takes ")

@@ -9,18 +9,10 @@ import campaign
 import inject
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]
 STEPS, SAVE_STEPS = 120, 10
-IMPORTED = [
-    "hf_power.pretrain.run",
-    "inject",
-    "datasets",
-    "transformers.models.granite.modeling_granite",
-    "matplotlib.pyplot",
-]
+IMPORTED = ["hf_power.pretrain.run", "inject", "datasets", "matplotlib.pyplot"]
+IMPORTED += ["transformers.models.granite.modeling_granite"]
 BY_CLOCK = [
     {"place": campaign.START, "delay": 2.0, "target": "process"},
     {"place": campaign.TRAIN, "delay": 0.3, "target": "process group"},
@@ -75,6 +67,16 @@ def base(tmp_path_factory):
     return folder
 
 
+def killed(launch, verb, faults, out):
+    rows = campaign.interrupted(launch, verb, faults, out, print)
+    assert [row["hit"] for row in rows] == [True] * len(faults) + [False], rows[-1]
+    return rows
+
+
+def holds(rows, differences):
+    assert [row["wrong"] for row in campaign.judged(rows, differences) if not campaign.holds([row])] == []
+
+
 def armed(**counts):
     return [{"place": place, "count": count} for place, count in counts.items()]
 
@@ -98,38 +100,30 @@ def test_every_place_is_tried():
 )
 def test_killed_again_and_again_it_ends_the_same(base, request, launch, faults, limit):
     out = base / request.node.callspec.id.replace(" ", "_")
-    rows = campaign.interrupted(launch, campaign.pretrain(out, limit), faults, out, print)
-    assert [row["hit"] for row in rows] == [True] * len(faults) + [False], rows[-1]
-    rows = campaign.judged(rows, campaign.differences(out, base / "whole", limit))
-    assert [row["wrong"] for row in rows if not campaign.holds([row])] == []
+    rows = killed(launch, campaign.pretrain(out, limit), faults, out)
+    holds(rows, campaign.differences(out, base / "whole", limit))
 
 
 def test_an_anneal_goes_on_too(base):
     source = str(campaign.checkpoints(base / "whole")[-1])
     verb = ["anneal", "--from", source, "--tokens", "4096", "--resume_from_checkpoint", "true", "--output_dir"]
     campaign.whole_run(Forked, [*verb, str(base / "annealed")], base / "annealed")
-    out, faults = base / "tail", armed(weights=1, seal=2, state=4, model=1)
-    rows = campaign.interrupted(Forked, [*verb, str(out)], faults, out, print)
-    assert [row["hit"] for row in rows] == [True] * len(faults) + [False], rows[-1]
-    rows = campaign.judged(rows, campaign.differences(out, base / "annealed", 3))
-    assert [row["wrong"] for row in rows if not campaign.holds([row])] == []
+    out = base / "tail"
+    rows = killed(Forked, [*verb, str(out)], armed(weights=1, seal=2, state=4, model=1), out)
+    holds(rows, campaign.differences(out, base / "annealed", 3))
 
 
 def test_a_sweep_killed_while_it_writes(base):
     verb = campaign.sweep(base / "sweep", 1)
     campaign.whole_run(Forked, verb, base / "sweep")
-    out, faults = base / "swept", armed(row=1, state=1, rename=2)
-    rows = campaign.interrupted(Forked, campaign.sweep(out, 1), faults, out, print)
-    assert [row["hit"] for row in rows] == [True] * len(faults) + [False], rows[-1]
-    rows = campaign.judged(rows, campaign.other_rows(out, base / "sweep"))
-    assert [row["wrong"] for row in rows if not campaign.holds([row])] == []
+    out = base / "swept"
+    rows = killed(Forked, campaign.sweep(out, 1), armed(row=1, state=1, rename=2), out)
+    holds(rows, campaign.other_rows(out, base / "sweep"))
 
 
 def test_two_processes_lose_one(base):
     campaign.whole_run(campaign.start_two, campaign.pretrain(base / "two", 3), base / "two")
     out = base / "two_killed"
     fault = {"place": campaign.TRAIN, "delay": 0.5, "target": "rank 0"}
-    rows = campaign.interrupted(campaign.start_two, campaign.pretrain(out, 3), [fault], out, print)
-    assert [row["hit"] for row in rows] == [True, False], rows
-    rows = campaign.judged(rows, campaign.differences(out, base / "two", 3, campaign.TOLERANCE))
-    assert [row["wrong"] for row in rows if not campaign.holds([row])] == []
+    rows = killed(campaign.start_two, campaign.pretrain(out, 3), [fault], out)
+    holds(rows, campaign.differences(out, base / "two", 3, campaign.TOLERANCE))

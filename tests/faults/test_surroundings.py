@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_power import SealCheckpoints
+from hf_power.checkpoints import callback
 from hf_power.checkpoints.seal import checkpoints, newest_intact, problems
 from hf_power.cli import run_verb
-from hf_power.pretrain import callbacks
 from hf_power.pretrain import run as train
 from hf_power.settings.settings import Settings
 
@@ -51,7 +51,7 @@ def test_a_clock_that_jumps(whole, sections, tmp_path, monkeypatch, jump):
     monkeypatch.setattr(datetime, "datetime", Clock)
     at_step(monkeypatch, 6, lambda: offset.__setitem__(0, jump))
     started = time.monotonic()
-    run = train.pretrain(Settings.from_dict(sections(tmp_path / "run")))
+    run = train.pretrain(Settings.from_dict(sections(tmp_path / "run"))).to_json()
     took = time.monotonic() - started
     assert equal(tmp_path / "run", whole)
     assert 0 < run["train_seconds"] < took
@@ -120,8 +120,8 @@ def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsy
     given["data"] |= {"dataset": str(text), "streaming": True, "num_proc": None}
     given["data"]["tokenizer"] = str(tmp_path / "tokenizer")
     monkeypatch.setattr("hf_power.data.text.STREAM_EVAL_DOCUMENTS", 10)
-    from hf_power.data.blocks import load_tokenizer
     from hf_power.data.text import load_text
+    from hf_power.data.tokenizer import load_tokenizer
 
     plain = Settings.from_dict(sections(tmp_path / "run")).data
     load_tokenizer(plain, load_text(plain)[0]).save_pretrained(tmp_path / "tokenizer")
@@ -146,7 +146,7 @@ def make_read_only(disk):
 def test_output_that_is_read_only(sections, disk, capsys, monkeypatch):
     """Known before the data are touched."""
     (disk.parent / "run.yaml").write_text(yaml.safe_dump(sections(disk / "run")))
-    monkeypatch.setattr(train, "_data", lambda *args: 1 / 0)
+    monkeypatch.setattr(train, "run_data", lambda *args: 1 / 0)
     make_read_only(disk)
     assert run_verb("pretrain", [str(disk.parent / "run.yaml")]) == 2
     said = capsys.readouterr().err.strip()
@@ -155,7 +155,7 @@ def test_output_that_is_read_only(sections, disk, capsys, monkeypatch):
 
 @pytest.mark.parametrize("place", ["save", "finish"])
 def test_output_that_turns_read_only(whole, sections, disk, capsys, monkeypatch, place):
-    plain = callbacks._require_space, train._finish
+    plain = callback._require_space, train._finish
 
     def late(run, model):
         plain[0](run, model)
@@ -170,7 +170,7 @@ def test_output_that_turns_read_only(whole, sections, disk, capsys, monkeypatch,
     (disk.parent / "run.yaml").write_text(yaml.safe_dump(sections(disk / "run", resume_from_checkpoint="true")))
     again = [str(disk.parent / "run.yaml")]
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "_require_space", late)
+        patch.setattr(callback, "_require_space", late)
         patch.setattr(train, "_finish", late_finish)
         assert run_verb("pretrain", again) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

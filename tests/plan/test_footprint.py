@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import weakref
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
 from safetensors.torch import save_file
-from sentences import says
+from sentences import refused
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -20,7 +21,10 @@ from hf_power import mup_config
 from hf_power.cli import parse_settings
 from hf_power.compat import CHECKPOINTING
 from hf_power.models import flops_per_token
-from hf_power.plan.footprint import COMPUTES, SHARDINGS, activation_bytes, footprint, scale_table, table_text
+from hf_power.plan.footprint import COMPUTES, activation_bytes, footprint
+from hf_power.plan.record import scale_table, table_text
+from hf_power.plan.target import SHARDINGS, Layout, Machine, Target
+from hf_power.records.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 # Width, MLP, layers, vocabulary, batch, block: the layer, the logits and the experts' gradients decide the peak in turn.
@@ -108,8 +112,8 @@ def test_activations_are_those_that_autograd_saves(shape, moe, compute, checkpoi
     told = activation_bytes(
         config, block_size=block, batch_size=batch, compute=compute, activation_checkpointing=checkpointing
     )
-    assert told["saved"] == pytest.approx(saved, rel=0.012)
-    assert told["peak"] == pytest.approx(peak, rel=0.04)
+    assert told.saved == pytest.approx(saved, rel=0.012)
+    assert told.peak == pytest.approx(peak, rel=0.04)
 
 
 def test_activations_of_the_largest_model_by_hand():
@@ -118,9 +122,9 @@ def test_activations_of_the_largest_model_by_hand():
         recipe("powerlm-3b"), block_size=4096, batch_size=1, compute="autocast", activation_checkpointing=True
     )
     copies = 2 * (49152 * 2304 + 40 * (4 * 2304**2 + 3 * 2304 * 9216))
-    assert told["copies"] == copies
+    assert told.copies == copies
     last = 4096 * (10 * 2304 + 4)
-    assert told["peak"] == 4096 * 40 * 4 * 2304 + last + copies + 4096 * 10 * 49152
+    assert told.peak == 4096 * 40 * 4 * 2304 + last + copies + 4096 * 10 * 49152
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -132,12 +136,11 @@ def test_states_are_those_of_accelerates_estimator(moe, tied):
     total, _ = calculate_maximum_sizes(model)
     total -= sum(buffer.nbytes for buffer in model.buffers())
     usage = estimate_training_usage(total, "float32")
-    told = footprint(config, block_size=32, per_device_batch_size=1, devices=1, precision="fp32", sharding="none")[
-        "bytes"
-    ]
-    assert (told["weights"], told["gradients"], told["optimizer"]) == (usage["model"], usage["gradients"], 2 * total)
-    assert told["weights"] + told["gradients"] + told["optimizer"] == usage["step"]
-    assert told["buffers"] == 0  # DDP's buckets need a second device
+    layout = Layout("fp32", "none")
+    told = footprint(config, block_size=32, per_device_batch_size=1, machine=Machine(1), layout=layout).bytes
+    assert (told.weights, told.gradients, told.optimizer) == (usage["model"], usage["gradients"], 2 * total)
+    assert told.weights + told.gradients + told.optimizer == usage["step"]
+    assert told.buffers == 0  # DDP's buckets need a second device
 
 
 def test_root_and_layers_are_the_units_of_accelerate():
@@ -150,8 +153,9 @@ def test_root_and_layers_are_the_units_of_accelerate():
             unit, _ = calculate_maximum_sizes(model.model.layers[0])
             whole, _ = calculate_maximum_sizes(model)
             root = whole - 4 * unit - sum(buffer.nbytes for buffer in model.buffers())
-            told = footprint(config, block_size=32, per_device_batch_size=1, devices=4, precision="fp32")
-            assert told["bytes"]["buffers"] == 2 * (root + 2 * unit)
+            layout = Layout("fp32")
+            told = footprint(config, block_size=32, per_device_batch_size=1, machine=Machine(4), layout=layout)
+            assert told.bytes.buffers == 2 * (root + 2 * unit)
 
 
 def test_checkpoint_is_as_large_as_its_files(tmp_path):
@@ -164,75 +168,77 @@ def test_checkpoint_is_as_large_as_its_files(tmp_path):
     save_file({name: p.detach() for name, p in model.named_parameters()}, tmp_path / "weights")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer")
     weights, moments = ((tmp_path / name).stat().st_size for name in ("weights", "optimizer"))
-    told = footprint(config, block_size=32, per_device_batch_size=1, devices=8)
-    assert told["checkpoint_bytes_without_optimizer"] == pytest.approx(weights, rel=0.02)
-    assert told["checkpoint_bytes"] == pytest.approx(weights + moments, rel=0.02)
+    told = footprint(config, block_size=32, per_device_batch_size=1)
+    assert told.checkpoint_bytes_without_optimizer == pytest.approx(weights, rel=0.02)
+    assert told.checkpoint_bytes == pytest.approx(weights + moments, rel=0.02)
 
 
 def test_sharding_divides_what_it_shards():
     config = recipe("powerlm-1b")
     parameters = 40 * (4 * 1536**2 + 3 * 1536 * 4096) + 81 * 1536 + 49152 * 1536
     plans = {
-        name: footprint(config, block_size=4096, per_device_batch_size=2, devices=64, sharding=name)["bytes"]
+        name: footprint(
+            config, block_size=4096, per_device_batch_size=2, machine=Machine(64), layout=Layout(sharding=name)
+        ).bytes
         for name in SHARDINGS
     }
-    states = {name: [plan[term] for term in ("weights", "gradients", "optimizer")] for name, plan in plans.items()}
-    assert states["none"] == [4 * parameters, 4 * parameters, 8 * parameters]
-    assert states["optimizer"] == [4 * parameters, 4 * parameters, parameters // 8]
-    assert states["full"] == [parameters // 16, parameters // 16, parameters // 8]
-    assert plans["none"]["buffers"] == 4 * parameters
+    states = {name: astuple(plan)[:3] for name, plan in plans.items()}
+    assert states["none"] == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert states["optimizer"] == (4 * parameters, 4 * parameters, parameters // 8)
+    assert states["full"] == (parameters // 16, parameters // 16, parameters // 8)
+    assert plans["none"].buffers == 4 * parameters
     for plan in plans.values():
-        assert plan["total"] == sum(value for name, value in plan.items() if name != "total")
-    assert plans["full"]["activations"] < plans["none"]["activations"]  # bf16 weights need no copies
+        assert plan.total == sum(astuple(plan))
+    assert plans["full"].activations < plans["none"].activations  # bf16 weights need no copies
 
 
 def test_what_fits_is_what_the_device_holds():
-    plan = functools.partial(footprint, recipe("powerlm-3b"), block_size=4096, per_device_batch_size=2, devices=64)
-    assert plan()["fits"]
-    assert not plan(sharding="none")["fits"]
-    total = plan()["bytes"]["total"]
-    assert plan(device_memory=total)["fits"]
-    assert not plan(device_memory=total - 1)["fits"]
-    assert plan()["logits_bytes"] == 2 * 4096 * 49152 * 4
+    config = recipe("powerlm-3b")
+
+    def plan(sharding="full", **more):
+        layout = Layout(sharding=sharding)
+        return footprint(config, block_size=4096, per_device_batch_size=2, machine=Machine(64, **more), layout=layout)
+
+    assert plan().fits
+    assert not plan("none").fits
+    total = plan().bytes.total
+    assert plan(device_memory=total).fits
+    assert not plan(device_memory=total - 1).fits
+    assert plan().logits_bytes == 2 * 4096 * 49152 * 4
 
 
 def test_table_by_hand():
     config = recipe("powermoe-1b")
-    rows = scale_table(
-        config, tokens=int(1.1e12), tokens_per_step=1024 * 4096, block_size=4096, per_device_batch_size=4
-    )
-    assert [row["devices"] for row in rows] == [8, 64, 512]
-    assert [(row["per_device_batch_size"], row["gradient_accumulation_steps"]) for row in rows] == [
-        (4, 32),
-        (4, 4),
-        (2, 1),
-    ]
+    rows = scale_table(config, Target(int(1.1e12), 1024 * 4096, config), per_device_batch_size=4)
+    assert [row.devices for row in rows] == [8, 64, 512]
+    assert [(row.per_device_batch_size, row.gradient_accumulation_steps) for row in rows] == [(4, 32), (4, 4), (2, 1)]
     steps = math.ceil(1.1e12 / 4_194_304)
     for row in rows:
-        seconds = flops_per_token(config, 4096) * steps * 4_194_304 / (row["devices"] * 0.25 * 989e12)
-        assert (row["steps"], row["days"]) == (steps, pytest.approx(seconds / 86_400))
-        plan = footprint(
-            config, block_size=4096, per_device_batch_size=row["per_device_batch_size"], devices=row["devices"]
-        )
-        assert (row["bytes"]["full"], row["fits"]["full"]) == (plan["bytes"]["total"], True)
-        assert row["checkpoint_bytes"] == 12 * plan["parameters"]
-    assert rows[0]["days"] == pytest.approx(64 * rows[2]["days"])
+        seconds = flops_per_token(config, 4096) * steps * 4_194_304 / (row.devices * 0.25 * 989e12)
+        assert (row.steps, row.days) == (steps, pytest.approx(seconds / 86_400))
+        machine = Machine(row.devices)
+        plan = footprint(config, block_size=4096, per_device_batch_size=row.per_device_batch_size, machine=machine)
+        assert (row.bytes["full"], row.fits["full"]) == (plan.bytes.total, True)
+        assert row.checkpoint_bytes == 12 * plan.parameters
+    assert rows[0].days == pytest.approx(64 * rows[2].days)
 
 
 def test_batch_of_a_row_divides_its_share():
     config = small(False, SHAPES[0])
-    row = functools.partial(scale_table, config, tokens=10**6, tokens_per_step=15 * 32, block_size=32, devices=(1,))
-    found = row(per_device_batch_size=4)[0]
-    assert (found["per_device_batch_size"], found["gradient_accumulation_steps"]) == (3, 5)
+    target = Target(10**6, 15 * 32, config, block_size=32)
+    (row,) = scale_table(config, target, per_device_batch_size=4, devices=(1,))
+    assert (row.per_device_batch_size, row.gradient_accumulation_steps) == (3, 5)
 
 
 def test_text_marks_what_does_not_fit():
     config = small(False, SHAPES[0])
-    given = {"tokens": 10**6, "tokens_per_step": 64 * 32, "block_size": 32, "per_device_batch_size": 4}
-    small_device = scale_table(config, **given, devices=(2, 64), device_memory=10)
+    target = Target(10**6, 64 * 32, config, block_size=32)
+    small_device = scale_table(
+        config, target, per_device_batch_size=4, devices=(2, 64), machine=Machine(device_memory=10)
+    )
     text = table_text(small_device)
     assert text.count("!") == 6
-    assert "!" not in table_text(scale_table(config, **given, devices=(2, 64)))
+    assert "!" not in table_text(scale_table(config, target, per_device_batch_size=4, devices=(2, 64)))
     header, *lines = text.splitlines()
     assert {len(header), *map(len, lines)} == {len(header)}
 
@@ -249,10 +255,11 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "sentence"), BAD, ids=lambda value: str(value)[:30])
 def test_bad_input_of_a_footprint(change, sentence):
-    given = {"block_size": 32, "per_device_batch_size": 1, "devices": 1} | change
-    with pytest.raises(ValueError) as caught:
-        footprint(small(False, SHAPES[0]), **given)
-    says(caught, sentence)
+    given = {"block_size": 32, "per_device_batch_size": 1} | change
+    machine = {name: given.pop(name) for name in ("devices", "device_memory") if name in given}
+    layout = {name: given.pop(name) for name in ("precision", "sharding") if name in given}
+    with refused(UserError, sentence):
+        footprint(small(False, SHAPES[0]), **given, machine=Machine(**machine), layout=Layout(**layout))
 
 
 BAD_ROWS = [
@@ -266,15 +273,19 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("change", "sentence"), BAD_ROWS, ids=lambda value: str(value)[:30])
 def test_bad_input_of_a_table(change, sentence):
-    given = {"tokens": 10**6, "tokens_per_step": 2048, "block_size": 32, "per_device_batch_size": 4, "devices": (8,)}
-    with pytest.raises(ValueError) as caught:
-        scale_table(small(False, SHAPES[0]), **(given | change))
-    says(caught, sentence)
+    config = small(False, SHAPES[0])
+    given = {"tokens": 10**6, "tokens_per_step": 2048, "block_size": 32, "devices": (8,), "utilisation": 0.4} | change
+
+    def make():
+        devices, machine = given.pop("devices"), Machine(utilisation=given.pop("utilisation"))
+        scale_table(config, Target(**given, config=config), per_device_batch_size=4, devices=devices, machine=machine)
+
+    with refused(UserError, sentence):
+        make()
 
 
 def test_unknown_compute():
-    with pytest.raises(ValueError) as caught:
+    with refused(UserError, "compute must be one of autocast, bf16, fp32, got 'fp16': correct it."):
         activation_bytes(
             small(False, SHAPES[0]), block_size=32, batch_size=1, compute="fp16", activation_checkpointing=True
         )
-    says(caught, "compute must be one of autocast, bf16, fp32, got 'fp16': correct it.")

@@ -4,18 +4,21 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import PATIENCE
 from safetensors.torch import load_file
 from transformers import Trainer
+from warm import python
 
 from hf_power.checkpoints.seal import problems
 from hf_power.pretrain import run as train
 from hf_power.pretrain.bad_numbers import BadNumbers, NonFiniteError, non_finite_weights
+from hf_power.pretrain.record import RunRecord
 from hf_power.pretrain.trainer import PowerTrainer
+from hf_power.records.run import LossSpike, Run, SkippedStep
 from hf_power.settings.settings import Settings
 
 PLAIN_LOSS = Trainer.compute_loss
@@ -33,7 +36,7 @@ def poison(monkeypatch, micro_batches, value=float("nan")):
 
 def pretrain(sections, folder, tokens=12 * 128, **training):
     given = sections(folder, tokens=tokens, **{"save_strategy": "no", **training})
-    return train.pretrain(Settings.from_dict(given)), load_file(folder / "model.safetensors")
+    return train.pretrain(Settings.from_dict(given)).to_json(), load_file(folder / "model.safetensors")
 
 
 def equal(one, other):
@@ -163,16 +166,17 @@ def test_non_finite_weights_are_named():
     assert non_finite_weights(model) == ["bias"]
 
 
-def record(losses=()):
-    return {"tokens_seen": 0, "steps": 0, "tokens_per_step": 4, "loss_curve": [{"loss": loss} for loss in losses]}
+def record(losses=(), **known):
+    curve = [{"loss": loss} for loss in losses]
+    return RunRecord(Run(tokens_per_step=4, loss_curve=curve, **known), Path("unused"))
 
 
 def test_a_spike_is_above_the_median_by_three_quartile_ranges():
     """Of 1..20: quartiles 5.25, 10.5, 15.75, so the border is 10.5 + 3 x 10.5 = 42."""
-    numbers = BadNumbers(run := record(range(1, 21)), 10, 1)
-    assert numbers.warnings({"loss": 42.0}, 21) == [] == run["loss_spikes"]
+    numbers = BadNumbers(kept := record(range(1, 21)), 10, 1)
+    assert numbers.warnings({"loss": 42.0}, 21) == [] == kept.run.loss_spikes
     assert numbers.warnings({"loss": 42.1}, 22) == ["the loss of step 22 is 42.1000; the 20 logs before: 10.5000"]
-    assert run["loss_spikes"] == [{"step": 22, "loss": 42.1, "median": 10.5}]
+    assert kept.run.loss_spikes == [LossSpike(22, 42.1, 10.5)]
     assert BadNumbers(record(range(19)), 10, 1).warnings({"loss": 1e9}, 20) == []
 
 
@@ -183,8 +187,8 @@ def test_idle_experts_are_reported_once_after_five_logs():
 
 
 def test_the_row_goes_on_after_a_resume_and_needs_a_length():
-    run = record() | {"steps": 3, "skipped_steps": [{"step": 1}, {"step": 3}]}
-    numbers = BadNumbers(run, 2, 1)
+    skipped = [SkippedStep(step, (0, 4), (0, 4)) for step in (1, 3)]
+    numbers = BadNumbers(record(steps=3, skipped_steps=skipped), 2, 1)
     numbers.finite_loss(torch.tensor(1.0))
     numbers.bad_step(torch.tensor(float("nan")))
     numbers.read(4, lambda tensor: tensor)
@@ -222,11 +226,11 @@ def test_one_bad_process_of_two_skips_the_step_on_both(sections, tmp_path):
     (tmp_path / "given.json").write_text(json.dumps(given))
     root = Path(__file__).parents[2]
     out = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         + [str(tmp_path / part) for part in ("two.py", "given.json", "weights")],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         check=False,
     )

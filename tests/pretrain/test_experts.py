@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentences import says
+from sentences import refused
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Trainer, TrainingArguments
 from transformers.models.granitemoe.modeling_granitemoe import load_balancing_loss_func
 
+from hf_power import MupAdamW, mup_config, mup_init_
 from hf_power.compat import CHECKPOINTING
-from hf_power.mup import MupAdamW, mup_config, mup_init_
-from hf_power.pretrain.experts import MEASURES, ExpertLoad, MeasureExperts
+from hf_power.pretrain.record import MEASURES, ExpertLoad, MeasureExperts
 from hf_power.settings.settings import refuse_reentrant
 
 EXPERTS, TOP_K = 4, 2
@@ -171,9 +171,8 @@ def test_reentrant_checkpointing_loses_the_balancing_loss_and_is_refused():
         norms[reentrant] = torch.stack(routers).norm().item()
     assert norms[False] == pytest.approx(norms[None], rel=1e-6)
     assert norms[True] < norms[None] / 100
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "use_reentrant", "balancing loss", "set use_reentrant to False"):
         refuse_reentrant(model.config, {"use_reentrant": True})
-    says(caught, "use_reentrant", "balancing loss", "set use_reentrant to False")
     for checkpointing in (None, {}, {"use_reentrant": False}):
         refuse_reentrant(model.config, checkpointing)
     refuse_reentrant(config(output_router_logits=False), {"use_reentrant": True})
@@ -219,14 +218,12 @@ def test_the_trainer_logs_the_measures_at_logging_steps(tmp_path, first):
 
 def test_models_without_experts_and_reading_too_early():
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "LlamaForCausalLM", "GraniteMoe or Mixtral"):
         ExpertLoad(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=16, **shape)))
-    says(caught, "LlamaForCausalLM", "GraniteMoe or Mixtral")
     load = ExpertLoad(granite())
     load.start()
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "forward pass", "start"):
         load.read()
-    says(caught, "forward pass", "start")
 
 
 def losses(implementation, steps=10):

@@ -2,18 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from sentences import says
+from sentences import refused
 
 from hf_power import Recipe
 from hf_power.checkpoints.seal import SAVING, seal
 from hf_power.pretrain import run as train
+from hf_power.pretrain.anneal import anneal
 from hf_power.settings.settings import Settings
 
 PER_STEP = 128
@@ -25,7 +23,7 @@ def trunk(sections, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "trunk"
     return folder, train.pretrain(
         Settings.from_dict(sections(folder, lr_scheduler_kwargs={"a": 8.0, "decay_ratio": 0.0}))
-    )
+    ).to_json()
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def go_on(trunk, sections, tmp_path):
         sec = sections(tmp_path / "run", resume_from_checkpoint=str(trunk[0] / "checkpoint-8"), **kwargs)
         for section, values in (change or {}).items():
             sec[section] |= values
-        return train.pretrain(Settings.from_dict(sec))
+        return train.pretrain(Settings.from_dict(sec)).to_json()
 
     return start
 
@@ -102,14 +100,12 @@ def test_the_numbers_of_adamw_are_those_of_today(go_on, capsys):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_makes_another_run_needs_leave(go_on, tmp_path, capsys, change, name):
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, f"{name} is ", "checkpoint-8: leave it as it was, or pass --allow_changed", name):
         go_on(change)
-    says(caught, f"{name} is ", "checkpoint-8: leave it as it was, or pass --allow_changed", name)
     assert not (tmp_path / "run").exists()
     if name == "vocab_size":  # the embedding has no room for another tokenizer
-        with pytest.raises(ValueError) as caught:
+        with refused(ValueError, "the tokenizer has 300 tokens, but the model of", "pass one of as many tokens"):
             go_on(change | {"run": {"allow_changed": name}})
-        says(caught, "the tokenizer has 300 tokens, but the model of", "pass one of as many tokens")
         return
     run = go_on(change | {"run": {"allow_changed": f"dataset, {name}"}})
     assert run["status"] == "finished"
@@ -129,9 +125,8 @@ def test_what_makes_another_run_needs_leave(go_on, tmp_path, capsys, change, nam
     ],
 )
 def test_what_cannot_be_another(go_on, tmp_path, change, name, why):
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, name, why, "leave it as it was, or train a new run"):
         go_on(change | {"run": {"allow_changed": "hidden_size,num_hidden_layers,lr_scheduler_type"}})
-    says(caught, name, why, "leave it as it was, or train a new run")
     assert not (tmp_path / "run").exists()
 
 
@@ -146,9 +141,8 @@ def test_other_text_needs_leave_and_the_same_text_elsewhere_does_not(go_on, corp
     same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
     same.write_text("".join(lines), encoding="utf-8")
     other.write_text("".join(lines[1:]), encoding="utf-8")
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "the data have the fingerprint ", "so their text is", "pass --allow_changed dataset"):
         go_on({"data": {"dataset": str(other)}})
-    says(caught, "the data have the fingerprint ", "so their text is another", "pass --allow_changed dataset")
     go_on({"data": {"dataset": str(same)}})
     assert changed(capsys.readouterr().out) == [f"dataset '{corpus}' -> '{same}'"]
     shutil.rmtree(tmp_path / "run")
@@ -170,10 +164,9 @@ def test_the_recipe_s_rate_needs_leave(trunk, sections, tmp_path):
     other["training"]["learning_rate"] = 0.01
     del other["run"]["recipe"]
     other["mup"] |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "initializer_range": 0.1}
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "learning_rate is 0.01 but 0.02 in", "pass --allow_changed learning_rate"):
         train.pretrain(Settings.from_dict(other))
-    says(caught, "learning_rate is 0.01 but 0.02 in", "pass --allow_changed learning_rate")
-    assert train.pretrain(Settings.from_dict(sec))["tokens_seen"] == 1024
+    assert train.pretrain(Settings.from_dict(sec)).tokens_seen == 1024
 
 
 def test_a_schedule_with_a_horizon_keeps_its_rate(sections, tmp_path):
@@ -182,9 +175,8 @@ def test_a_schedule_with_a_horizon_keeps_its_rate(sections, tmp_path):
     sec = sections(
         tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a/checkpoint-4"), **kind | {"learning_rate": 0.005}
     )
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "learning_rate is 0.005 but 0.01 in", "only the power schedule takes up another rate"):
         train.pretrain(Settings.from_dict(sec))
-    says(caught, "learning_rate is 0.005 but 0.01 in", "only the power schedule takes up another rate or horizon")
 
 
 @pytest.mark.parametrize(
@@ -205,11 +197,12 @@ def test_a_sealed_checkpoint_without_a_part_is_refused(trunk, sections, tmp_path
     seal(copy)
     for start in (
         lambda: train.pretrain(Settings.from_dict(sections(tmp_path / "run", resume_from_checkpoint=str(copy)))),
-        lambda: train.anneal(copy, "10%", str(tmp_path / "run")),
+        lambda: anneal(copy, "10%", str(tmp_path / "run")),
     ):
-        with pytest.raises(ValueError) as caught:
+        with refused(
+            ValueError, f"checkpoint-8 has no {said}, without which training would start anew in part", "take another"
+        ):
             start()
-        says(caught, f"checkpoint-8 has no {said}, without which training would start anew in part", "take another")
     assert not (tmp_path / "run").exists()
 
 
@@ -227,13 +220,13 @@ def test_one_command_begins_goes_on_and_finishes(trunk, sections, tmp_path, caps
             train.pretrain(Settings.from_dict(settings))
     assert f"there is no checkpoint in {folder} yet: the run begins" in capsys.readouterr().out
     assert not (folder / "model.safetensors").exists()
-    run = train.pretrain(Settings.from_dict(settings))
+    run = train.pretrain(Settings.from_dict(settings)).to_json()
     mine, whole = (load_file(f / "model.safetensors") for f in (folder, trunk[0]))
     assert all(torch.equal(mine[name], whole[name]) for name in whole)
     assert run["held_out_loss"] == trunk[1]["held_out_loss"]
     assert (run["status"], run["steps"], run["tokens_seen"]) == ("finished", 12, 1536)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert train.pretrain(Settings.from_dict(settings)) == run
+    assert train.pretrain(Settings.from_dict(settings)).to_json() == run
     assert f"the run in {folder} is finished: raise tokens to train on" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -246,29 +239,7 @@ def test_tokens_that_are_no_whole_number_of_steps(sections, tmp_path, monkeypatc
         with pytest.raises(ZeroDivisionError):
             train.pretrain(Settings.from_dict(settings))
     less = sections(tmp_path / "run", tokens=800, resume_from_checkpoint="true")
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "the checkpoint has seen 1,024 tokens, the run is to have 800: raise tokens to train on."):
         train.pretrain(Settings.from_dict(less))
-    says(caught, "the checkpoint has seen 1,024 tokens, the run is to have 800: raise tokens to train on.")
-    run = train.pretrain(Settings.from_dict(settings))
+    run = train.pretrain(Settings.from_dict(settings)).to_json()
     assert (run["status"], run["tokens_seen"], run["steps"]) == ("finished", 1024, 8)
-
-
-@pytest.mark.slow
-def test_two_runs_in_one_folder(sections, tmp_path, monkeypatch):
-    """While one trains, another process is refused and changes nothing; afterwards the folder is free."""
-    given = sections(tmp_path / "run", resume_from_checkpoint="true")
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
-    seen, plain = [], train.PowerTrainer.training_step
-
-    def meeting(trainer, *args):
-        if not seen:
-            command = [sys.executable, "-m", "hf_power.cli", "pretrain", str(tmp_path / "run.yaml")]
-            seen.append(subprocess.run(command, capture_output=True, text=True, timeout=100, check=False))
-        return plain(trainer, *args)
-
-    monkeypatch.setattr(train.PowerTrainer, "training_step", meeting)
-    assert train.pretrain(Settings.from_dict(given))["status"] == "finished"
-    taken = f"another run is at work in {tmp_path / 'run'}: wait for its end, or take another folder."
-    assert seen[0].stderr.strip().splitlines()[-1] == f"hf-power pretrain: {taken}"
-    assert seen[0].returncode == 2
-    assert not (tmp_path / "run/.lock").exists()

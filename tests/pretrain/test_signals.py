@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import free_port
+from processes import PATIENCE, free_port, until
 from safetensors.torch import load_file
+from warm import python
 
 from hf_power.checkpoints.seal import checkpoints, problems
 from hf_power.cli import run_verb
@@ -46,7 +46,7 @@ def start(folder, out, *launcher, batch=4):
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     env["ACCELERATE_USE_CPU"] = "true"  # without it two processes are two runs of one process each
     flags = [folder / "run.yaml", "--output_dir", out, "--per_device_train_batch_size", batch, out.parent]
-    command = [sys.executable, *launcher, folder / "script.py", *flags]
+    command = [python(), *launcher, folder / "script.py", *flags]
     return subprocess.Popen(
         [str(part) for part in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env
     )
@@ -54,17 +54,13 @@ def start(folder, out, *launcher, batch=4):
 
 def once_saved(process, out):
     """Wait for the first checkpoint."""
-    for _ in range(600):
-        if checkpoints(out):
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    raise AssertionError("no checkpoint in a minute")
+    until(lambda: checkpoints(out) or process.poll() is not None)
+    assert process.poll() is None, process.stderr.read()
 
 
 def ended(process):
     try:
-        return process.communicate(timeout=60)[1]
+        return process.communicate(timeout=PATIENCE)[1]
     finally:
         process.kill()
 
@@ -104,17 +100,8 @@ def test_two_processes_stop_at_the_same_step(whole, tmp_path, target):
     """The launcher passes the signal on and ends with a code of its own; the processes agree on the step."""
     out = tmp_path / "run"
     config = ROOT / "scripts/accelerate/cpu.yaml"
-    process = start(
-        whole,
-        out,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--main_process_port",
-        free_port(),
-        batch=2,
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", free_port()]
+    process = start(whole, out, *launcher, batch=2)
     once_saved(process, out)
     os.kill(process.pid if target == "launcher" else int((tmp_path / "pid1").read_text()), signal.SIGTERM)
     said = ended(process)
@@ -136,14 +123,7 @@ def test_a_signal_in_the_last_step_changes_nothing(sections, tmp_path, monkeypat
             if state.global_step == state.max_steps - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "StopOnSignal", Sender)
-    assert train.pretrain(Settings.from_dict(sections(tmp_path / "run")))["status"] == "finished"
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_handlers_are_given_back_after_a_run(whole, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    argv = [whole / "run.yaml", "--output_dir", tmp_path / "run", "--tokens", "512"]
-    assert run_verb("pretrain", [str(part) for part in argv]) == 0
+    monkeypatch.setattr(train, "StopOnSignal", Sender)
+    assert train.pretrain(Settings.from_dict(sections(tmp_path / "run"))).status == "finished"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -225,7 +225,7 @@ def test_no_step_waits_for_the_device_between_logs(kind, sections, tmp_path, mon
 def test_flops_of_a_run_are_its_own_count(sections, tmp_path):
     """6 x (matrices + attention) by hand for the model of the fixture, over the tokens of the run."""
     folder = tmp_path / "run"
-    run = train.pretrain(Settings.from_dict(sections(folder, save_steps=12)))
+    run = train.pretrain(Settings.from_dict(sections(folder, save_steps=12))).to_json()
     per_layer = 4 * 32 * 32 + 3 * 32 * 80 + 32 * 32
     assert run["flops_per_token"] == 6 * (2 * per_layer + 400 * 32)
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())

@@ -1,15 +1,12 @@
-"""The Hub of the tests, seen by the real client, from_pretrained and Trainer."""
+"""The Hub of the tests, seen by the real client; tests of pushes see it through from_pretrained and training runs."""
 
 import hashlib
 import importlib
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from hub import Hub, hub_environment, pointed_at
+from hub import Hub, pointed_at
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -19,15 +16,6 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-)
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
 )
 
 httpx = importlib.import_module(HTTPError.__module__)  # httpx2 under huggingface_hub 2, httpx under 1
@@ -55,13 +43,6 @@ def folder(tmp_path):
         (tmp_path / "up" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "up" / name).write_bytes(data)
     return tmp_path / "up"
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
 
 
 def contents(folder):
@@ -121,24 +102,16 @@ def test_branches_hold_their_own_trees(api, hub):
     assert hub.files("tester/tiny") == {"config.json": b"{}"}
     assert [hub.files("tester/tiny", f"step-{n}")["model.safetensors"] for n in (100, 200)] == [b"100", b"200"]
     refs = api.list_repo_refs("tester/tiny")
-    assert {b.name: b.target_commit for b in refs.branches}["step-100"] == api.model_info(
-        "tester/tiny", revision="step-100"
-    ).sha
-    api.delete_branch("tester/tiny", branch="step-100")
-    assert [b.name for b in api.list_repo_refs("tester/tiny").branches] == ["main", "step-200"]
+    assert api.model_info("tester/tiny", revision="step-100").sha in {b.target_commit for b in refs.branches}
+    assert [b.name for b in refs.branches] == ["main", "step-100", "step-200"]
     with pytest.raises(RevisionNotFoundError):
-        upload(api, b"100", revision="step-100")
+        upload(api, b"100", revision="step-300")
 
 
-def test_tags_commits_and_references_that_exist(api, hub):
+def test_commits_and_references_that_exist(api, hub):
     old = upload(api, b"1").oid
-    api.create_tag("tester/tiny", tag="v1", tag_message="first")
     new = upload(api, b"2").oid
-    assert (
-        hub.files("tester/tiny", "v1")["model.safetensors"]
-        == hub.files("tester/tiny", old)["model.safetensors"]
-        == b"1"
-    )
+    assert [hub.files("tester/tiny", revision)["model.safetensors"] for revision in (old, new)] == [b"1", b"2"]
     assert [c.commit_id for c in api.list_repo_commits("tester/tiny")[:2]] == [new, old]
     for make in (
         lambda ok: api.create_branch("tester/tiny", branch="main", exist_ok=ok),
@@ -315,43 +288,6 @@ def test_a_download_that_is_cut_goes_on_where_it_was(api, hub, monkeypatch):
     assert [call.status for call in hub.seen("^GET .*/resolve/")] == [200, 206]
 
 
-def test_a_saved_model_goes_up_and_comes_down(api, hub, folder, model):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {f"w{i}": i for i in range(32)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    api.upload_folder(repo_id="tester/tiny", folder_path=folder, revision="main")
-    ids = torch.arange(8)[None]
-    loaded = AutoModelForCausalLM.from_pretrained("tester/tiny")
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert AutoTokenizer.from_pretrained("tester/tiny").get_vocab() == words
-
-
-def test_trainer_pushes_its_model(hub, tmp_path, model):
-    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 6
-    arguments = TrainingArguments(
-        output_dir=tmp_path / "run",
-        push_to_hub=True,
-        hub_model_id="tester/run",
-        hub_strategy="end",
-        max_steps=3,
-        per_device_train_batch_size=2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train()
-    trainer.push_to_hub()
-    remote = hub.files("tester/run")
-    assert remote["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
-    ids = torch.arange(8)[None]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained("tester/run")(ids).logits, model.eval()(ids).logits)
-
-
 def test_the_client_is_given_back(tmp_path, monkeypatch):
     import transformers.utils.hub
 
@@ -367,12 +303,3 @@ def test_the_client_is_given_back(tmp_path, monkeypatch):
         with pytest.raises(OfflineModeIsEnabled):
             HfApi(endpoint=hub.url).whoami(token=hub.token)
         assert len(hub.log) == 1
-
-
-def test_a_child_process_finds_the_hub(tmp_path):
-    code = "from huggingface_hub import HfApi; print(HfApi().create_repo('tester/child').repo_id)"
-    with Hub() as hub:
-        child = [sys.executable, "-c", code]
-        out = subprocess.run(child, env=hub_environment(hub, tmp_path), capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "tester/child"
-    assert "tester/child" in hub.repos

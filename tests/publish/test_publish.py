@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
-from sentences import says
+from sentences import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_power.checkpoints.seal import problems
-from hf_power.pretrain import run as train
-from hf_power.publish import remote
+from hf_power.pretrain.anneal import anneal
 from hf_power.publish.card import make_card
-from hf_power.publish.push import Publisher, publish
-from hf_power.settings.settings import Settings
+from hf_power.publish.publisher import Publisher, PushOptions, staged_in
+from hf_power.publish.push import publish
+
+pytestmark = pytest.mark.usefixtures("few_attempts")
 
 BRANCHES = {
     "trunk-512-tokens": "checkpoint-4",
@@ -25,30 +26,9 @@ BRANCHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(sections, tmp_path_factory):
-    """A trunk with checkpoints at 4, 8 and 12, and a model annealed from the second one."""
-    folder = tmp_path_factory.mktemp("runs") / "trunk"
-    settings = sections(folder, lr_scheduler_kwargs={"a": 8.0, "decay_ratio": 0.0})
-    settings["run"]["license"] = "apache-2.0"
-    train.pretrain(Settings.from_dict(settings))
-    annealed = train.anneal(folder / "checkpoint-8", "512")
-    return folder, folder.with_name(annealed["name"])
-
-
-@pytest.fixture
-def trunk(runs, tmp_path):
-    return Path(shutil.copytree(runs[0], tmp_path / "trunk"))
-
-
 @pytest.fixture
 def annealed(runs, tmp_path):
-    return Path(shutil.copytree(runs[1], tmp_path / "annealed"))
-
-
-@pytest.fixture(autouse=True)
-def few_attempts(monkeypatch):
-    monkeypatch.setattr(remote, "WAITS", (0.0,))
+    return Path(shutil.copytree(runs / "annealed", tmp_path / "annealed"))
 
 
 def contents(folder):
@@ -70,8 +50,8 @@ def logits(folder):
 def test_model_on_main_checkpoints_on_branches(hub, trunk):
     before = contents(trunk)
     state = publish(trunk, "tester/run", checkpoints="all")
-    assert state["complete"]
-    assert {name: entry["status"] for name, entry in state["targets"].items()} == dict.fromkeys(
+    assert state.complete
+    assert {name: entry.status for name, entry in state.targets.items()} == dict.fromkeys(
         ["main", *BRANCHES], "verified"
     )
     assert contents(trunk) == before  # the run folder is as it was, and nothing waits in it
@@ -103,14 +83,14 @@ def test_a_branch_is_a_checkpoint_to_be_annealed(hub, trunk, runs, corpus, tmp_p
     folder = Path(snapshot_download("tester/run", revision="trunk-1.024k-tokens", local_dir=tmp_path / "checkpoint-8"))
     shutil.rmtree(folder / ".cache")
     assert problems(folder) == []
-    again = train.anneal(folder, "512", output_dir=str(tmp_path / "again"), dataset=str(corpus))
-    assert again["held_out_loss"] == json.loads((runs[1] / "run.json").read_text())["held_out_loss"]
+    again = anneal(folder, "50%", output_dir=str(tmp_path / "again"), dataset=str(corpus))
+    assert again.held_out_loss == json.loads((runs / "annealed" / "run.json").read_text())["held_out_loss"]
 
 
 def test_twice_sends_nothing(hub, trunk):
     publish(trunk, "tester/run", checkpoints="all")
     sent, calls = hub.uploaded_bytes, len(hub.log)
-    assert publish(trunk)["complete"]  # repository and checkpoints from push.json
+    assert publish(trunk).complete  # repository and checkpoints from push.json
     assert hub.uploaded_bytes == sent
     assert not [call for call in hub.log[calls:] if call.method in ("PUT", "DELETE") or "/commit/" in call.path]
 
@@ -118,7 +98,7 @@ def test_twice_sends_nothing(hub, trunk):
 def test_another_repository_starts_anew(hub, trunk):
     publish(trunk, "tester/run", checkpoints="all")
     state = publish(trunk, "tester/other", checkpoints="none")
-    assert (state["complete"], list(state["targets"])) == (True, ["main"])
+    assert (state.complete, list(state.targets)) == (True, ["main"])
     assert hub.files("tester/other").keys() == hub.files("tester/run").keys()
 
 
@@ -136,8 +116,8 @@ def test_an_annealed_model_replaces_its_trunk_and_not_the_other_way(hub, trunk, 
     weights = (annealed / "model.safetensors").read_bytes()
     assert hub.files("tester/run")["model.safetensors"] == weights
     state = publish(trunk, "tester/run", checkpoints="all")
-    assert state["complete"]
-    assert state["targets"]["main"]["status"] == "kept"
+    assert state.complete
+    assert state.targets["main"].status == "kept"
     assert hub.files("tester/run")["model.safetensors"] == weights
     publish(trunk, "tester/run", overwrite=True)
     assert hub.files("tester/run")["model.safetensors"] == (trunk / "model.safetensors").read_bytes()
@@ -147,7 +127,7 @@ def test_nothing_of_this_machine_goes_up(hub, runs, trunk):
     publish(trunk, "tester/run", checkpoints="all")
     files = [item for revision in ("main", *BRANCHES) for item in hub.files("tester/run", revision).items()]
     everything = b"".join(data for _, data in files)
-    for secret in (str(runs[0].parent), str(trunk), "data_cache_dir", hub.token):
+    for secret in (str(runs), str(trunk), "data_cache_dir", hub.token):
         assert secret.encode() not in everything
     host = re.compile(rf"\b{re.escape(socket.gethostname())}\b")
     assert not [name for name, data in files if name.endswith((".json", ".md")) and host.search(data.decode())]
@@ -189,15 +169,15 @@ def test_under_each_fault_whole_or_told_and_completed_later(hub, trunk, fault):
     else:
         hub.fault(fault, **({"seconds": 4} if fault == "slow" else {}))
     state = publish(trunk, "tester/run", checkpoints="all")
-    assert state["complete"] == (fault == "slow")
+    assert state.complete == (fault == "slow")
     if fault != "slow":
-        failed = [entry for entry in state["targets"].values() if entry["status"] == "failed"]
+        failed = [entry for entry in state.targets.values() if entry.status == "failed"]
         assert failed
-        assert all(entry["error"] for entry in failed)
+        assert all(entry.error for entry in failed)
     hub.up() if fault == "down" else hub.clear()
     assert {name: data for name, data in contents(trunk).items() if not name.startswith(".push/")} == before
     sent = hub.uploaded_bytes
-    assert publish(trunk)["complete"]
+    assert publish(trunk).complete
     assert contents(trunk) == before
     assert not (trunk / ".push").exists() or not list((trunk / ".push").iterdir())
     large = sum(len(before[f"{folder}optimizer.pt"]) for folder in ("checkpoint-4/", "checkpoint-8/", "checkpoint-12/"))
@@ -211,14 +191,14 @@ def test_under_each_fault_whole_or_told_and_completed_later(hub, trunk, fault):
 def test_what_is_still_being_staged_is_not_pushed(trunk):
     for name in (".main@8", "main@12", "trunk-900-tokens@8", "trunk-90-tokens@4"):
         (trunk / ".push" / name).mkdir(parents=True)
-    assert [p.name for p in Publisher.staged_in(trunk)] == ["trunk-90-tokens@4", "trunk-900-tokens@8", "main@12"]
+    assert [p.name for p in staged_in(trunk)] == ["trunk-90-tokens@4", "trunk-900-tokens@8", "main@12"]
 
 
 def test_a_newer_model_waits_for_the_one_of_the_same_step_that_is_on_its_way(hub, trunk):
     """The last save and the end of a run stage the same revision and step, the end with a picture more."""
     picture = trunk / "lr_and_loss.png"
     picture.rename(trunk.parent / picture.name)
-    publisher = Publisher(trunk, "tester/run", lineage="x", license="mit")
+    publisher = Publisher(trunk, PushOptions("tester/run", lineage="x", license="mit"))
     publisher.stage_run()
     hub.fault("slow", match="^PUT ", seconds=100)  # half a second, see the fixture
     thread = threading.Thread(target=publisher.push_all)
@@ -228,52 +208,50 @@ def test_a_newer_model_waits_for_the_one_of_the_same_step_that_is_on_its_way(hub
     (trunk.parent / picture.name).rename(picture)
     publisher.stage_run()
     thread.join()
-    assert publisher.push_all()["complete"]
+    assert publisher.push_all().complete
     assert hub.files("tester/run")["lr_and_loss.png"] == picture.read_bytes()
     assert len(hub.seen("/commit/")) == 2
 
 
 def test_a_damaged_upload_is_sent_again_by_itself(hub, trunk):
     hub.fault("truncate", times=1)
-    assert publish(trunk, "tester/run")["complete"]
+    assert publish(trunk, "tester/run").complete
     assert hub.files("tester/run")["model.safetensors"] == (trunk / "model.safetensors").read_bytes()
 
 
 def test_bad_input_before_anything_is_sent(hub, trunk, tmp_path, monkeypatch):
-    def refused(*parts, error=ValueError, **kwargs):
+    def pushes_nothing(*parts, error=ValueError, **kwargs):
         arguments = {"folder": trunk, "repo_id": "tester/run", **kwargs}
-        with pytest.raises(error) as caught:
+        with refused(error, *parts):
             publish(**arguments)
-        says(caught, *parts)
         assert not [call for call in hub.log if call.method == "PUT" or "/commit/" in call.path]
         assert not (trunk / ".push").exists() or not list((trunk / ".push").iterdir())
 
-    refused("there is no folder", error=FileNotFoundError, folder=tmp_path / "absent")
+    pushes_nothing("there is no folder", error=FileNotFoundError, folder=tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    refused("is no run", "run.json", folder=tmp_path / "empty")
-    refused("--repo", repo_id=None)
-    refused("'a/b/c' cannot be the name of a repository", repo_id="a/b/c")
-    refused("checkpoints must be one of none, last, all", checkpoints="some")
-    refused("rights", "403", repo_id="stranger/run")
+    pushes_nothing("is no run", "run.json", folder=tmp_path / "empty")
+    pushes_nothing("--repo", repo_id=None)
+    pushes_nothing("'a/b/c' cannot be the name of a repository", repo_id="a/b/c")
+    pushes_nothing("checkpoints must be one of none, last, all", checkpoints="some")
+    pushes_nothing("rights", "403", repo_id="stranger/run")
     hub.add_repo("tester/else", {"README.md": b"---\nlicense: mit\n---\n"})
-    refused("holds something else already", "--overwrite", repo_id="tester/else")
+    pushes_nothing("holds something else already", "--overwrite", repo_id="tester/else")
     (trunk / "checkpoint-8" / "optimizer.pt").write_bytes(b"half")
-    refused("checkpoint-8 cannot be published", "optimizer.pt has 4 bytes", checkpoints="all")
-    refused("checkpoint-8 cannot be published", "optimizer.pt has 4 bytes", folder=trunk / "checkpoint-8")
+    pushes_nothing("checkpoint-8 cannot be published", "optimizer.pt has 4 bytes", checkpoints="all")
+    pushes_nothing("checkpoint-8 cannot be published", "optimizer.pt has 4 bytes", folder=trunk / "checkpoint-8")
     (trunk / "model.safetensors").unlink()
-    refused("has no finished model")
+    pushes_nothing("has no finished model")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    refused("401", folder=trunk / "checkpoint-4")
+    pushes_nothing("401", folder=trunk / "checkpoint-4")
     monkeypatch.delenv("HF_TOKEN")
-    refused("there is no token", "hf auth login", folder=trunk / "checkpoint-4")
+    pushes_nothing("there is no token", "hf auth login", folder=trunk / "checkpoint-4")
 
 
 def test_missing_licence(hub, trunk):
     run = json.loads((trunk / "run.json").read_text())
     del run["settings"]["run"]["license"]
     (trunk / "run.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "licen", "--license"):
         publish(trunk, "tester/run")
-    says(caught, "licen", "--license")
-    assert publish(trunk, "tester/run", license="mit")["license"] == "mit"
+    assert publish(trunk, "tester/run", license="mit").license == "mit"
     assert HfApi().model_info("tester/run").card_data.license == "mit"

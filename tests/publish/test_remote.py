@@ -1,8 +1,7 @@
 import hashlib
-import time
 
 import pytest
-from sentences import says
+from sentences import refused
 
 from hf_power.publish import remote
 from hf_power.records.files import git_blob_id
@@ -123,11 +122,9 @@ def test_each_fault_has_a_sentence_and_says_whether_to_try_again(hub, api, folde
 def test_a_hub_that_never_answers_is_given_up(hub, folder, monkeypatch):
     monkeypatch.setattr(remote, "SILENCE", 0.2)
     api = remote.client()
-    hub.fault("slow", seconds=600)  # 3 s, see the fixture
-    start = time.monotonic()
+    hub.fault("slow", seconds=600)  # 3 s, see the fixture; an answer after them would be no error
     with pytest.raises(Exception) as caught:
         open_(api)
-    assert time.monotonic() - start < 2
     assert remote.is_passing(caught.value)
     assert "cannot be reached (ReadTimeout)" in remote.explain(caught.value)
 
@@ -173,9 +170,8 @@ def test_a_repository_of_this_run_is_its_own_and_another_is_not(hub, api):
     assert open_(api) == "tester/run"
     assert open_(api, "tester/ours") == "tester/ours"
     for name in ("tester/theirs", "tester/else"):
-        with pytest.raises(ValueError) as caught:
+        with refused(ValueError, f"the repository {name} holds something else already", "--overwrite"):
             open_(api, name)
-        says(caught, f"the repository {name} holds something else already", "--overwrite")
         assert open_(api, name, overwrite=True) == name
 
 
@@ -194,17 +190,14 @@ def test_no_token_and_hub_switched_off(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "there is no token for the Hub", "hf auth login", "HF_TOKEN"):
         remote.client()
-    says(caught, "there is no token for the Hub", "hf auth login", "HF_TOKEN")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, "HF_HUB_OFFLINE is set", "unset it"):
         remote.client("hf_x")
-    says(caught, "HF_HUB_OFFLINE is set", "unset it")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "user/-name", "user/na me", "user/x--y", "x" * 97, ""])
 def test_malformed_names(name):
-    with pytest.raises(ValueError) as caught:
+    with refused(ValueError, repr(name), "user/name"):
         remote.check_repo_id(name)
-    says(caught, repr(name), "user/name")

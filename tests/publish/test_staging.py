@@ -1,17 +1,11 @@
-import doctest
 import json
 import os
 
 import pytest
 
-import hf_power.publish.staging
 from hf_power.checkpoints.seal import MANIFEST, problems, seal
-from hf_power.publish.staging import branch_name, link_checkpoint, short_tokens, without_local_paths
-
-
-def test_documented_values():
-    failed, attempted = doctest.testmod(hf_power.publish.staging)
-    assert (failed, attempted) == (0, 2)
+from hf_power.publish.sources import branch_name, link_checkpoint, short_tokens, without_local_paths
+from hf_power.records.run import Run
 
 
 @pytest.mark.parametrize(
@@ -24,7 +18,7 @@ def test_documented_values():
     ],
 )
 def test_branch_says_phase_and_tokens(run, name):
-    assert branch_name(run) == name
+    assert branch_name(Run(**run)) == name
 
 
 def test_names_of_neighbouring_checkpoints_differ():

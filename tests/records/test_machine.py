@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,5 +42,5 @@ def test_tune_cpu(env, threads):
 
 def test_records():
     assert versions()["torch"] == torch.__version__
-    record = hardware(SimpleNamespace(device=torch.device("cpu"), world_size=3))
+    record = hardware(torch.device("cpu"), 3)
     assert (record["device"], record["processes"], record["cpu_cores"]) == ("cpu", 3, os.cpu_count())

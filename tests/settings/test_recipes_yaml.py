@@ -17,9 +17,11 @@ from hf_power.cli import parse_settings
 from hf_power.models import count_parameters, flops_per_token
 from hf_power.plan.plan import make_plan
 from hf_power.plan.report import plan_run
+from hf_power.plan.target import Target
 from hf_power.pretrain import run as train
-from hf_power.schedule import PowerLR, power_lr
-from hf_power.settings.settings import parse_tokens
+from hf_power.schedule import power_lr
+from hf_power.scheduler import PowerLR
+from hf_power.settings.sections import parse_tokens
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, TOKENS_PER_STEP, DEVICES = 49152, 4_194_304, 64
@@ -148,17 +150,17 @@ def test_schedule_is_the_papers(name):
     law = schedule(name)
     assert settings(name).training.lr_scheduler_type == "power"
     assert tokens <= law.total_tokens < tokens + TOKENS_PER_STEP
-    told = law.describe()
+    told = law.schedule.to_dict()
     assert (told["a"], told["b"], told["batch_exponent"], told["max_lr"]) == (4.0, -0.51, 1.0, 0.02)
     assert (told["warmup_tokens"], told["decay_shape"]) == (1e9, "exponential")
     assert told["decay_start_tokens"] == law.total_tokens - tail
     # eq. 7 at beta 1024; the last two where this run has them before its decay, else of the law alone
     for n, rate in ((1e9, 0.02), (1e10, 0.02), (1e11, 0.01005), (1e12, 0.00311), (1e13, 9.6e-4)):
         inside = n < told["decay_start_tokens"]
-        eta = law.lr_at(int(n)) if inside else power_lr(n, tokens_per_step=TOKENS_PER_STEP)
+        eta = law.schedule.lr(int(n)) if inside else power_lr(n, tokens_per_step=TOKENS_PER_STEP)
         assert eta == pytest.approx(rate, rel=5e-3)
-    assert law.lr_at(5 * 10**8) == pytest.approx(0.01)
-    assert law.lr_at(law.total_tokens) == 0
+    assert law.schedule.lr(5 * 10**8) == pytest.approx(0.01)
+    assert law.schedule.lr(law.total_tokens) == 0
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -166,7 +168,7 @@ def test_plan_of_the_papers_recipe(name, tmp_path):
     Recipe().save(tmp_path / "recipe.json")
     tokens = TABLE_4[name][-2]
     target = str(ROOT / f"scripts/recipes/{name}.yaml")
-    plan = make_plan(Recipe(), config=config(name), tokens=int(tokens), tokens_per_step=TOKENS_PER_STEP)
+    plan = make_plan(Recipe(), Target(int(tokens), TOKENS_PER_STEP, config(name)))
     text = plan_run(
         str(tmp_path / "recipe.json"), target=target, tokens=str(int(tokens)), tokens_per_step=str(TOKENS_PER_STEP)
     )
@@ -177,9 +179,9 @@ def test_plan_of_the_papers_recipe(name, tmp_path):
     passed = layers * (attention + (8 if router else 1) * mlp + router) + embedding
     steps = math.ceil(tokens / TOKENS_PER_STEP)
     flops = 6 * (passed + layers * width * 4096) * steps * TOKENS_PER_STEP
-    assert plan["compute"]["flops"] == pytest.approx(flops, rel=1e-12)
+    assert plan.compute.flops == pytest.approx(flops, rel=1e-12)
     assert f"{flops:.3g} FLOP" in text
-    assert plan["cap_ends_tokens"] == pytest.approx((4 * 1024 / 0.02) ** (1 / 0.51), rel=1e-6)
+    assert plan.cap_ends_tokens == pytest.approx((4 * 1024 / 0.02) ** (1 / 0.51), rel=1e-6)
 
 
 def test_plan_says_memory_and_days(tmp_path):
@@ -216,7 +218,7 @@ def small(name, corpus, folder, *flags):
     given.data.tokenizer = given.data.dataset_config = None
     extra = {"vocab_size", "head_dim"}  # of the paper's size
     given.model.model_config = {k: v for k, v in given.model.model_config.items() if k not in extra}
-    return train.pretrain(given)
+    return train.pretrain(given).to_json()
 
 
 def train_losses(run):
@@ -315,8 +317,8 @@ def test_card_has_the_schedule(name):
         "b": "-0.51",
         "Warmup": "1B",
         "Decay": f"last {tail / 1e9:g}B",
-        "eta at 100B tokens": f"{law.lr_at(10**11):.3g}",
-        "eta where the decay begins": f"{law.lr_at(int(tokens - tail)):.3g}",
+        "eta at 100B tokens": f"{law.schedule.lr(10**11):.3g}",
+        "eta where the decay begins": f"{law.schedule.lr(int(tokens - tail)):.3g}",
     }
 
 

@@ -2,8 +2,8 @@
 
 import math
 
-import datasets  # type: ignore[import-untyped, unused-ignore]
-import evaluate  # type: ignore[import-untyped, unused-ignore]
+import datasets
+import evaluate
 import numpy as np
 
 DESCRIPTION = """
@@ -22,7 +22,7 @@ Args:
 Returns:
     loss, perplexity, accuracy; and bits_per_byte unless a number of bytes is unknown or there are none.
 Examples:
-    >>> metric = evaluate.load("hf_power/metrics/language_modeling.py")
+    >>> metric = evaluate.load("hf_power/evaluate/metrics/language_modeling.py")
     >>> sums = {"nll": [6.0, 2.0], "num_tokens": [3, 1], "num_correct": [1, 1], "num_bytes": [12, 4]}
     >>> {name: round(value, 3) for name, value in metric.compute(**sums).items()}
     {'loss': 2.0, 'perplexity': 7.389, 'accuracy': 0.5, 'bits_per_byte': 0.721}
@@ -38,17 +38,19 @@ class LanguageModeling(evaluate.Metric):  # type: ignore[misc, unused-ignore]  #
             description=DESCRIPTION,
             citation="",
             inputs_description=INPUTS,
-            features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+            features=datasets.Features(**{name: datasets.Value(kind) for name, kind in kinds.items()}),
         )
 
     def _compute(
         self, nll: list[float], num_tokens: list[int], num_correct: list[int], num_bytes: list[int]
     ) -> dict[str, float]:
-        nats, tokens = math.fsum(nll), sum(num_tokens)  # fsum: the order of the sequences does not matter
+        # fsum rounds once, so that the order of the sequences does not matter.
+        nats, tokens = math.fsum(nll), sum(num_tokens)
         if tokens < 1:
             raise ValueError(f"num_tokens must sum to at least 1, got {tokens}: score some tokens.")
         loss = nats / tokens
         metrics = {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": sum(num_correct) / tokens}
+        # A tokenizer of which the bytes are not known has -1 for every sequence.
         if min(num_bytes) >= 0 and sum(num_bytes) > 0:
             metrics["bits_per_byte"] = nats / math.log(2) / sum(num_bytes)
         return metrics

@@ -2,15 +2,15 @@
 
 import json
 import re
-from typing import Any
 
 import numpy as np
 from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
 
-SPACE_MARK = "\u2581"  # SentencePiece writes a space so
+SPACE_MARK = "\u2581"  # This is how SentencePiece writes a space.
 
 
-def token_bytes(tokenizer: Any) -> np.ndarray | None:
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """UTF-8 bytes of every token of a fast tokenizer, by id.
 
     Special tokens stand for none. The sum over a text's tokens is ``len(text.encode())`` for a tokenizer that keeps the
@@ -28,6 +28,7 @@ def token_bytes(tokenizer: Any) -> np.ndarray | None:
     added = {token["id"]: token for token in parts["added_tokens"]}
     special = {token["id"] for token in added.values() if token["special"]} | set(tokenizer.all_special_ids)
     decoder = parts["decoder"] or {"type": None}
+    # Byte-level BPE and SentencePiece with byte fallback are told apart by the decoder, for both are called BPE.
     byte_level = "ByteLevel" in [step["type"] for step in decoder.get("decoders", [decoder])]
     if not byte_level and not parts["model"].get("byte_fallback"):
         return None
@@ -37,12 +38,13 @@ def token_bytes(tokenizer: Any) -> np.ndarray | None:
     for token, index in vocab.items():
         if index in special:
             continue
+        # An added token stands in the text as it is spelled, and not in the alphabet of the model's own tokens.
         if index in added:
             table[index] = len(token.encode())
         elif byte_level:
             if not set(token) <= alphabet:
                 return None
-            table[index] = len(token)  # each character of that alphabet is one byte
+            table[index] = len(token)  # Each character of that alphabet is one byte.
         else:
             is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
             table[index] = 1 if is_byte else len(token.replace(SPACE_MARK, " ").encode())

@@ -1,0 +1,233 @@
+"""The arguments of each verb, the exit codes, and what is printed after a run or a push.
+
+The arguments of pretrain are the settings (`hf_power.settings`). Each field is an option of the same name. In a field's
+metadata, `positional` makes it a word without a name, `option` gives the option another name than the field, and the rest
+goes to argparse.
+"""
+
+import enum
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_power.data.text import option
+from hf_power.records.errors import UserError
+from hf_power.records.run import Run
+
+
+class ExitCode(enum.IntEnum):
+    """What the exit code of a verb means; a verb that a signal has stopped ends with 128 + the signal's number."""
+
+    DONE = 0
+    FAILED = 1
+    MISTAKE = 2
+    PUSH_INCOMPLETE = 3
+
+
+EXIT_CODES = """exit codes:
+  0        done
+  1        a check has failed (verify, coord-check, doctor), the run has lost its numbers, or hf-power has a fault
+  2        a mistake to put right: one sentence on stderr says which, and what to do
+  3        the model is safe, but its push to the Hub is not complete
+  128 + n  stopped by the signal n, e.g. 143 by SIGTERM"""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of its launcher that prints."""
+    # accelerate takes a while to import, and most verbs do without it.
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def run_text(run: Run) -> str:
+    """What came of a run, in one line: tokens, seconds, held-out loss and perplexity."""
+    loss = run.held_out_loss or 0.0
+    return (
+        f"{run.name}: {run.tokens_seen:,} tokens in {run.train_seconds:.0f} s, held-out loss {loss:.4f} nats "
+        f"per token, perplexity {math.exp(loss):.2f}"
+    )
+
+
+def print_push(folder: str | Path) -> int:
+    """Print what came of the last push of a folder, and return the exit code that says whether it is complete."""
+    from hf_power.publish.push import report_text
+
+    text, complete = report_text(Path(folder))
+    print(text, file=sys.stdout if complete else sys.stderr)
+    return ExitCode.DONE if complete else ExitCode.PUSH_INCOMPLETE
+
+
+# HfArgumentParser asks for a value where a truth value may be None; with these, --private alone means --private true.
+_SWITCH = {"nargs": "?", "const": True}
+
+
+@dataclass(frozen=True)
+class AnnealArguments:
+    """A finished model from a checkpoint of a trunk."""
+
+    checkpoint: str = field(metadata={"option": "from", "help": "a checkpoint-N folder of a pretraining run"})
+    tokens: str = option("10%", "length of the decay: 2M tokens, or 10% of the finished run")
+    output_dir: str | None = option(None, "the new run folder; default: beside the trunk's, with -anneal-N")
+    decay_shape: str | None = option(None, "exponential, linear, 1-sqrt or cosine; default: the trunk's")
+    repo: str | None = option(None, "push the finished model there: user/name on the Hub")
+    dataset: str | None = option(None, "where the trunk's data lie now; default: where the trunk read them")
+    resume_from_checkpoint: str | None = option(
+        None, "true: go on with the tail that was begun in the run folder, if there is one"
+    )
+
+    def folder(self, name: str) -> Path:
+        """The run folder, given the name of the run."""
+        return Path(self.output_dir or Path(self.checkpoint).parent.with_name(name))
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Held-out text, or tasks; the data are those of the run unless options of the section data name others."""
+
+    model: str = field(
+        metadata={"positional": True, "help": "run folder, checkpoint-N folder, export, or Hub repository"}
+    )
+    max_tokens: str | None = option(None, "to be scored, spread over the data; default: all, or what the run scored")
+    batch_size: int = option(8, "sequences per process and step")
+    dtype: str | None = option(None, "float32, bfloat16, ...; default: that of the weights")
+    output: str | None = option(None, "default: eval.json in the model's folder")
+    tasks: str | None = option(
+        None, "instead of held-out text: paper, paper-generation, or names of lm_eval with commas between"
+    )
+    tasks_dir: str | None = option(None, "folder with YAML files of further tasks")
+    num_fewshot: int | None = option(None, "default: each task's own")
+    limit: int | None = option(None, "questions per task, for a trial")
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """A plain model, or the way back."""
+
+    model: str = field(metadata={"positional": True, "help": "run folder, checkpoint-N folder, or Hub repository"})
+    to: str = field(metadata={"help": "llama or mixtral; granite or granitemoe to go back"})
+    output_dir: str | None = option(
+        None, "default: beside the model (in the working directory, if it is of the Hub), with -llama ..."
+    )
+    dtype: str | None = option(None, "float32, bfloat16, ...; default: the model's own")
+    like: str | None = option(None, "going back: a model or config.json with the multipliers; default: export.json's")
+
+    def folder(self) -> Path:
+        """Where the export goes."""
+        source = Path(self.model)
+        # A model of the Hub has no folder to lie beside, so its export goes into the working directory.
+        beside = source if source.exists() else Path(source.name)
+        return Path(self.output_dir or beside.with_name(f"{beside.name}-{self.to}"))
+
+
+@dataclass(frozen=True)
+class CardArguments:
+    """The model card of a run."""
+
+    run: str = field(metadata={"positional": True, "help": "run folder, exported model or checkpoint"})
+    license: str | None = option(None, "of the model; default: that of the run's settings")
+    repo: str | None = option(None, "user/name that the card tells how to load; default: the folder's name")
+
+
+@dataclass(frozen=True)
+class PublishArguments:
+    """A push to the Hub."""
+
+    run: str = field(metadata={"positional": True, "help": "run folder, exported model or checkpoint"})
+    repo: str | None = option(None, "user/name; default: where it was pushed before")
+    license: str | None = option(None, "of the model; default: that of the run's settings, or of the last push")
+    checkpoints: str | None = option(None, "none, last (in last-checkpoint/) or all (a branch each); default: none")
+    private: bool | None = option(None, "make a new repository a private one", **_SWITCH)
+    overwrite: bool = option(False, "take a repository that holds something else")
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """What is intact in a run."""
+
+    run: str = field(metadata={"positional": True, "help": "run folder"})
+    json: bool = option(False, "print the same as JSON, for a program")
+
+
+@dataclass(frozen=True)
+class CoordCheckArguments:
+    """The coordinate check of a model."""
+
+    recipe: str | None = option(None, "settings (YAML) with a model section; default: a small Llama", positional=True)
+    widths: list[int] | None = field(default=None, metadata={"help": "hidden sizes, at least four"})
+    picture: str | None = option(None, "write the picture to this PNG file")
+    base_width: int | None = option(None, "default: the smallest width")
+    steps: int = option(4, "training steps at each width")
+    device: str = option("cpu", "where the models are trained, e.g. cuda")
+    bf16: bool = option(False, "run the forward passes under bf16 autocast")
+
+
+@dataclass(frozen=True)
+class SweepArguments:
+    """A grid of small models."""
+
+    grid: str = field(metadata={"positional": True, "help": "a YAML with the section sweep beside those of pretrain"})
+    output_dir: str = field(metadata={"help": "folder of the rows; a killed sweep goes on in it"})
+    dry_run: bool = option(False, "say what it will cost, after a short measurement")
+    workers: int | None = option(None, "processes on a CPU; default: one per core")
+
+    def __post_init__(self) -> None:
+        """Refuse a number of workers that can do no work."""
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers must be at least 1, got {self.workers}.")
+
+
+@dataclass(frozen=True)
+class FitArguments:
+    """The law of a sweep."""
+
+    sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, or a CSV"})
+    output_dir: str | None = option(None, "of fit.json, recipe.json and the pictures; default: beside the rows")
+    schedule: str = option("warmup_stable_decay", "whose optima make the law")
+    batch_exponent: str = option("free", "free, or a number such as 1 to hold it at")
+    critical_batch: bool = option(False, "look for a batch above which the learning rate no longer grows")
+    columns: list[str] = field(
+        default_factory=list, metadata={"metavar": "OURS=THEIRS", "help": "columns of a CSV, see README"}
+    )
+    block_size: int | None = option(None, "tokens per sequence, for a CSV with batch in sequences")
+
+    def exponent(self) -> float | None:
+        """The number to hold the batch exponent at; None where it is free."""
+        if self.batch_exponent == "free":
+            return None
+        try:
+            return float(self.batch_exponent)
+        except ValueError as error:
+            raise UserError(f"--batch_exponent must be free or a number, got {self.batch_exponent!r}.") from error
+
+    def column_names(self) -> dict[str, str]:
+        """The columns of a CSV: our name -> theirs."""
+        for pair in self.columns:
+            if "=" not in pair:
+                raise UserError(f"--columns takes pairs such as learning_rate=lr, got {pair!r}.")
+        return dict(pair.split("=", 1) for pair in self.columns)
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """What a big run will do."""
+
+    recipe: str = field(metadata={"positional": True, "help": "recipe.json, its folder, or a Hub repository"})
+    tokens: str = field(metadata={"help": "length of the run, e.g. 1T"})
+    tokens_per_step: str = field(metadata={"help": "global batch in tokens, e.g. 4M"})
+    target: str | None = option(None, "settings of the run (YAML): their model section gives the parameters")
+    parameters: str | None = option(None, "instead of --target, e.g. 3.5B")
+    block_size: int | None = option(None, "tokens per sequence; default: the target's, or 4096")
+    devices: int = option(8, "number of them")
+    flops_per_device: float = option(989e12, "peak of one device, that of an H100 in bf16")
+    utilisation: float | None = option(None, "share of the peak that the run reaches; default: 0.4, with experts 0.25")
+    output_dir: str | None = option(None, "of plan.json and plan.png; default: nothing is written")
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """The check before a big run; the settings of pretrain come beside these."""
+
+    seeds: int = option(2, "runs at each of the three learning rates")
+    tolerance: float = option(0.02, "nats per token that the law may lose")

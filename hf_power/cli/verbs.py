@@ -1,0 +1,225 @@
+"""What the verbs do, a function each.
+
+The files in scripts/ have the same bodies with their imports at the top; a test holds them equal.
+"""
+
+from hf_power.cli.arguments import (
+    AnnealArguments,
+    CardArguments,
+    CoordCheckArguments,
+    DoctorArguments,
+    EvaluateArguments,
+    ExitCode,
+    ExportArguments,
+    FitArguments,
+    PlanArguments,
+    PublishArguments,
+    SweepArguments,
+    VerifyArguments,
+    is_first_process,
+    print_push,
+    run_text,
+)
+from hf_power.cli.parser import parse_settings
+from hf_power.data.text import DataArguments
+from hf_power.settings.settings import Settings
+
+
+def pretrain(settings: Settings) -> int:
+    """Train a model from scratch: pretrain SETTINGS.yaml [--key value ...]."""
+    from hf_power.pretrain.run import pretrain
+
+    # The run takes the push out of its arguments, so that the Trainer does not push as well.
+    pushes = settings.training.push_to_hub
+    run = pretrain(settings)
+    if not is_first_process():
+        return ExitCode.DONE
+    print(run_text(run))
+    return print_push(settings.training.output_dir or "") if pushes else ExitCode.DONE
+
+
+def anneal(arguments: AnnealArguments) -> int:
+    """Finish a model from any trunk checkpoint: anneal --from RUN/checkpoint-N --tokens 10%."""
+    from hf_power.pretrain.anneal import anneal
+
+    run = anneal(
+        arguments.checkpoint,
+        arguments.tokens,
+        arguments.output_dir,
+        decay_shape=arguments.decay_shape,
+        repo=arguments.repo,
+        dataset=arguments.dataset,
+        resume_from_checkpoint=arguments.resume_from_checkpoint,
+    )
+    if not is_first_process():
+        return ExitCode.DONE
+    print(run_text(run))
+    return print_push(arguments.folder(run.name)) if arguments.repo else ExitCode.DONE
+
+
+def doctor(arguments: DoctorArguments) -> int:
+    """What is intact in a run, and what can be resumed: doctor RUN [--json]."""
+    import dataclasses
+    import json
+    from pathlib import Path
+
+    from hf_power.checkpoints.seal import examine, examined_text
+
+    result = examine(Path(arguments.run))
+    print(json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else examined_text(result))
+    return ExitCode.DONE if result.resume else ExitCode.FAILED
+
+
+def coord_check(arguments: CoordCheckArguments) -> int:
+    """Is muP right for this model? coord-check [SETTINGS.yaml] [--widths 64 128 256 512]."""
+    from hf_power.coordinates import coord_check
+    from hf_power.plots.figures import save
+    from hf_power.plots.runs import plot_coord_check
+
+    settings = parse_settings([arguments.recipe] if arguments.recipe else [])
+    # The check has an initializer_range of its own, see its documentation.
+    chosen = settings.mup.arguments() | {"widths": arguments.widths, "base_width": arguments.base_width}
+    result = coord_check(
+        settings.model.config(),
+        steps=arguments.steps,
+        device=arguments.device,
+        bf16=arguments.bf16,
+        **{name: value for name, value in chosen.items() if value is not None and name != "initializer_range"},
+    )
+    print(result.table())
+    if arguments.picture:
+        save(plot_coord_check(result), arguments.picture)
+        print(f"picture: {arguments.picture}")
+    return ExitCode.DONE if result.passed else ExitCode.FAILED
+
+
+def sweep(arguments: SweepArguments) -> int:
+    """Train a grid of small models: sweep GRID.yaml --output_dir runs/sweep [--dry_run]."""
+    from hf_power.records.rows import ROWS_FILE
+    from hf_power.sweep.cost import estimate, estimate_text
+    from hf_power.sweep.grid import load_grid
+    from hf_power.sweep.run import rows_text, run_sweep
+
+    grid = load_grid(arguments.grid)
+    if arguments.dry_run:
+        print(estimate_text(estimate(grid, arguments.output_dir, arguments.workers)))
+        return ExitCode.DONE
+    rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers)
+    print(rows_text(rows))
+    print(f"rows: {arguments.output_dir}/{ROWS_FILE}\nnext: hf-power fit {arguments.output_dir}")
+    return ExitCode.DONE
+
+
+def fit(arguments: FitArguments) -> int:
+    """Fit the law to a sweep: fit runs/sweep; or to another tool's: fit runs.csv --columns learning_rate=lr ..."""
+    from pathlib import Path
+
+    from hf_power.fit.report import fit_sweep
+
+    text = fit_sweep(
+        Path(arguments.sweep),
+        Path(arguments.output_dir) if arguments.output_dir else None,
+        schedule=arguments.schedule,
+        batch_exponent=arguments.exponent(),
+        critical_batch=arguments.critical_batch,
+        columns=arguments.column_names(),
+        block_size=arguments.block_size,
+    )
+    print(text)
+    return ExitCode.DONE
+
+
+def plan(arguments: PlanArguments) -> int:
+    """What the big run will do: plan RECIPE.json --tokens 1T --tokens_per_step 4M --parameters 3.5B."""
+    from hf_power.plan.report import plan_run
+
+    text = plan_run(
+        arguments.recipe,
+        tokens=arguments.tokens,
+        tokens_per_step=arguments.tokens_per_step,
+        target=arguments.target,
+        parameters=arguments.parameters,
+        block_size=arguments.block_size,
+        devices=arguments.devices,
+        flops_per_device=arguments.flops_per_device,
+        utilisation=arguments.utilisation,
+        output_dir=arguments.output_dir,
+    )
+    print(text)
+    return ExitCode.DONE
+
+
+def verify(arguments: VerifyArguments, settings: Settings) -> int:
+    """Before a big run: verify SETTINGS.yaml --recipe recipe.json --tokens 8M --output_dir runs/verify."""
+    from hf_power.verify.check import verify
+    from hf_power.verify.page import page_text
+
+    page = verify(settings, seeds=arguments.seeds, tolerance=arguments.tolerance)
+    print(page_text(page))
+    print(f"page: {settings.training.output_dir}/verify.md")
+    return ExitCode.DONE if page.passed else ExitCode.FAILED
+
+
+def evaluate(arguments: EvaluateArguments, data: DataArguments) -> int:
+    """Measure any checkpoint on held-out text, or on lm-evaluation-harness tasks: evaluate RUN [--tasks paper]."""
+    from hf_power.evaluate.heldout import evaluate_model, scores_text
+    from hf_power.evaluate.tasks import NAMED_TASKS, Tasks, run_tasks
+    from hf_power.settings.sections import parse_tokens
+
+    if arguments.tasks is None:
+        made = evaluate_model(
+            arguments.model,
+            data,
+            batch_size=arguments.batch_size,
+            max_tokens=None if arguments.max_tokens is None else parse_tokens(arguments.max_tokens, "--max_tokens"),
+            dtype=arguments.dtype,
+            output=arguments.output,
+        )
+        text = scores_text(made.metrics or {})
+    else:
+        names = arguments.tasks if arguments.tasks in NAMED_TASKS else arguments.tasks.split(",")
+        scores = run_tasks(
+            arguments.model,
+            Tasks(names, arguments.tasks_dir, arguments.num_fewshot, arguments.limit),
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+            output=arguments.output,
+        )
+        text = scores_text(scores)
+    if is_first_process():
+        print(text)
+    return ExitCode.DONE
+
+
+def export(arguments: ExportArguments) -> int:
+    """A muP model as a plain Llama or Mixtral: export RUN --to llama; --to granite goes back."""
+    from hf_power.export.export import export_model, export_text
+
+    folder = arguments.folder()
+    record = export_model(arguments.model, folder, arguments.to, dtype=arguments.dtype, like=arguments.like)
+    print(export_text(record))
+    print(f"model: {folder}")
+    return ExitCode.DONE
+
+
+def card(arguments: CardArguments) -> int:
+    """Write the model card of a run: card RUN --license apache-2.0."""
+    from hf_power.publish.card import write_card
+
+    print(f"card: {write_card(arguments.run, license=arguments.license, repo_id=arguments.repo)}")
+    return ExitCode.DONE
+
+
+def publish(arguments: PublishArguments) -> int:
+    """Push a run to the Hub, or complete a push, and see that it arrived: publish RUN --repo user/name."""
+    from hf_power.publish.push import publish
+
+    publish(
+        arguments.run,
+        arguments.repo,
+        checkpoints=arguments.checkpoints,
+        license=arguments.license,
+        private=arguments.private,
+        overwrite=arguments.overwrite,
+    )
+    return print_push(arguments.run)

@@ -1,0 +1,256 @@
+"""Coordinate check: does muP hold for this model? Slopes of output changes over width, and a verdict.
+
+The idea is Yang et al.'s (arXiv:2203.03466, appendix D.1), on changes of outputs instead of outputs: what a module puts
+out at initialization hides a learning rate that is wrong, what training adds to it does not.
+
+muP is a limit, and the defaults of `coord_check` are there to be near it at width 64. A vocabulary or a batch larger
+than the width adds overlaps between tokens, and a large init adds what the initial readout (lm_head, router) makes of
+its changed input; both die out as width**-0.5 and bend correct slopes downwards. With 256 tokens in vocabulary and batch
+and an init of 0.1, correct logits measure -0.25 and correct routers -0.4; with the defaults -0.06 and -0.17. A constant
+init has no exponent, so a check at 0.02 holds for the model that is trained at 0.1.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, linear_regression
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_power.compat import logits_first
+from hf_power.mup.config import mup_config, scale_width
+from hf_power.mup.rules import mup_init_, mup_param_groups, new_model
+from hf_power.records.errors import UserError
+
+MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
+MIN_WIDTHS = 4
+MAX_STEPS = 10
+
+# The last part of a submodule's name, and what the table calls it.
+_LABELS = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "mlp",
+    "router": "router",
+    "block_sparse_moe": "moe",
+    "norm": "final norm",
+}
+
+
+class Change(TypedDict):
+    """A measurement: RMS of (output - output before training), in the output's units, as a mean over seeds."""
+
+    module: str
+    step: int
+    width: int
+    change: float
+
+
+class Slope(TypedDict):
+    """Least squares of log2(change) over log2(width) of one module after one step."""
+
+    module: str
+    step: int
+    slope: float
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """Result of `coord_check`: its measurements, the rows; steps count from 1."""
+
+    rows: list[Change]
+
+    @cached_property
+    def slopes(self) -> list[Slope]:
+        """The slope of every module after every step.
+
+        It is 0 where muP holds and the exponent of the error where it does not. It is nan where a change is 0 (the
+        module did not learn) or not finite.
+        """
+        points: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for row in self.rows:
+            points.setdefault((row["module"], row["step"]), []).append((row["width"], row["change"]))
+        return [{"module": module, "step": step, "slope": _slope(p)} for (module, step), p in points.items()]
+
+    @property
+    def worst(self) -> Slope:
+        """The entry of slopes that is farthest from 0; nan counts as farthest."""
+        return max(self.slopes, key=lambda s: math.inf if math.isnan(s["slope"]) else abs(s["slope"]))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every slope lies within -MAX_SLOPE and MAX_SLOPE, both excluded."""
+        return abs(self.worst["slope"]) < MAX_SLOPE
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed or FAILED, the worst slope, the limit and the widths."""
+        worst, widths = self.worst, sorted({row["width"] for row in self.rows})
+        return (
+            f"{'passed' if self.passed else 'FAILED'}: worst slope {worst['slope']:+.2f} ({worst['module']}, step "
+            f"{worst['step']}), limit {MAX_SLOPE:g}, widths {', '.join(map(str, widths))}"
+        )
+
+    def table(self) -> str:
+        """Markdown: a row per module, a column per step, slopes outside the limit in bold, then the verdict."""
+        modules = list(dict.fromkeys(s["module"] for s in self.slopes))
+        steps = sorted({s["step"] for s in self.slopes})
+        slopes = {(s["module"], s["step"]): s["slope"] for s in self.slopes}
+        name_width = max(len(name) for name in [*modules, "module"])
+        lines = [
+            f"| {'module':<{name_width}} | " + " | ".join(f"step {step:<4}" for step in steps) + " |",
+            f"|{'-' * (name_width + 2)}|" + "----------:|" * len(steps),
+        ]
+        for module in modules:
+            cells = [slopes[module, step] for step in steps]
+            text = [f"{c:+.2f}" if abs(c) < MAX_SLOPE else f"**{c:+.2f}**" for c in cells]
+            lines.append(f"| {module:<{name_width}} | " + " | ".join(f"{t:>9}" for t in text) + " |")
+        return "\n".join([*lines, "", self.verdict])
+
+
+def coord_check(
+    config: PreTrainedConfig,
+    *,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    base_width: int | None = None,
+    vocab_size: int = 64,
+    initializer_range: float = 0.02,
+    steps: int = 4,
+    lr: float = 0.002,
+    weight_decay: float = 0.0,
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_size: int = 1,
+    seq_len: int = 16,
+    device: str | torch.device = "cpu",
+    bf16: bool = False,
+    init: Callable[[PreTrainedModel], object] = mup_init_,
+    param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
+    **mup_kwargs: Any,
+) -> CoordCheck:
+    """Train the model at several widths for a few steps and measure how its outputs change.
+
+    At each width: ``mup_config(scale_width(config, width))``, ``init``, then ``steps`` steps of AdamW (betas 0.9, 0.95) on
+    one fixed batch of random tokens, without dropout. The change after step t is ``sqrt(mean((output_t - output_0)**2))``
+    of the embedding, each layer's attention, router and MLP or MoE (before the residual multiplier), the final norm and
+    the logits. It shows errors in init, learning rates and multipliers; one in weight decay needs hundreds of steps to
+    show. The caller's random numbers are left alone.
+
+    Args:
+        config: LlamaConfig or MixtralConfig at any width; 2 layers are enough.
+        widths: values of hidden_size, at least MIN_WIDTHS different ones.
+        base_width: as in `mup_config`; None for the smallest width. A smaller one makes errors harder to see.
+        vocab_size, initializer_range: replace the config's (>= 2) and the preset's; small ones are nearer to the limit.
+        steps: optimizer steps, from 1 to MAX_STEPS.
+        lr, weight_decay: AdamW's at base width; lr of a tenth of initializer_range moves weights but stays near linear.
+        seeds: the changes are averaged over these seeds of weights and batch.
+        batch_size, seq_len: shape of the batch, in sequences and tokens.
+        device: where the models are trained; the CPU draws their weights and batches, so that they are the same.
+        bf16: forward passes under bf16 autocast, as in training; the weights stay fp32.
+        init, param_groups: called as `mup_init_` and `mup_param_groups` are.
+        **mup_kwargs: more arguments of `mup_config` (preset and so on).
+
+    Raises:
+        UserError: a number out of range, no seeds, or a model that `scale_width` or `mup_config` refuses.
+    """
+    widths = sorted(set(widths))
+    _check_numbers(widths, steps, seeds, vocab_size)
+    small = copy.deepcopy(config)
+    # A padding token would have to lie inside of the small vocabulary.
+    small.vocab_size, small.pad_token_id = vocab_size, None
+    mup_kwargs |= {"base_width": base_width or widths[0], "initializer_range": initializer_range}
+    # All configs come first, so that a width that is refused costs no training.
+    configs = [mup_config(scale_width(small, width), **mup_kwargs) for width in widths]
+    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, init, param_groups)
+    return CoordCheck([row for ready in configs for row in trial.rows(ready, seeds)])
+
+
+def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> None:
+    if len(widths) < MIN_WIDTHS:
+        raise UserError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"steps must be from 1 to {MAX_STEPS}, got {steps}: choose a number in that range.")
+    if not seeds:
+        raise UserError("seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2).")
+    if vocab_size < 2:
+        raise UserError(f"vocab_size must be at least 2, got {vocab_size}: the default is 64.")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """How each model is trained: the arguments of `coord_check` of these names."""
+
+    steps: int
+    lr: float
+    weight_decay: float
+    batch_shape: tuple[int, int]
+    device: torch.device
+    bf16: bool
+    init: Callable[[PreTrainedModel], object]
+    param_groups: Callable[..., list[dict[str, Any]]]
+
+    def rows(self, config: PreTrainedConfig, seeds: Sequence[int]) -> Iterator[Change]:
+        """The measurements at the width of one config, averaged over the seeds."""
+        runs = []
+        for seed in seeds:
+            with torch.random.fork_rng(devices=[]):  # Only the CPU's generator is seeded here.
+                torch.default_generator.manual_seed(seed)
+                tokens = torch.randint(config.vocab_size, self.batch_shape)
+                model = new_model(config, dtype=torch.float32)
+                self.init(model)
+                runs.append(self._changes(model.train(False).to(self.device), tokens.to(self.device)))
+        for module, step in runs[0]:
+            change = fmean(run[module, step] for run in runs)
+            yield {"module": module, "step": step, "width": config.hidden_size, "change": change}
+
+    def _changes(self, model: PreTrainedModel, tokens: torch.Tensor) -> dict[tuple[str, int], float]:
+        """RMS change of every watched output after each step, by (module, step)."""
+        groups = self.param_groups(model, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
+        outputs = _watched(model)
+        before: dict[str, torch.Tensor] = {}
+        changes = {}
+        for step in range(self.steps + 1):
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+                result = model(input_ids=tokens, labels=tokens, use_cache=False)
+            # These come after logits_scaling, which lm_head's own output lacks.
+            outputs["logits"] = result.logits.detach().float()
+            if step == 0:
+                before = dict(outputs)
+            for module in before if step else ():
+                changes[module, step] = (outputs[module] - before[module]).square().mean().sqrt().item()
+            if step < self.steps:
+                optimizer.zero_grad()
+                result.loss.backward()
+                optimizer.step()
+        return changes
+
+
+def _watched(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What the modules of _LABELS put out in the latest forward pass."""
+    outputs: dict[str, torch.Tensor] = {}
+    labels: dict[nn.Module, str] = {}
+
+    def hook(module: nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        # Attention and the router return tuples that begin with their output.
+        first = logits_first(output)[0] if isinstance(output, tuple) else output
+        outputs[labels[module]] = first.detach().float()
+
+    for name, module in model.named_modules():
+        if (label := _LABELS.get(name.rsplit(".", 1)[-1])) is not None:
+            layer = re.search(r"layers\.(\d+)\.", name)
+            labels[module] = f"layer {layer[1]} {label}" if layer else label
+            module.register_forward_hook(hook)
+    return outputs
+
+
+def _slope(points: list[tuple[int, float]]) -> float:
+    if any(change == 0.0 or not math.isfinite(change) for _, change in points):
+        return math.nan
+    widths, changes = zip(*points, strict=True)
+    return linear_regression([math.log2(w) for w in widths], [math.log2(c) for c in changes]).slope

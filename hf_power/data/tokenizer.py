@@ -1,0 +1,140 @@
+"""The tokenizer of a run: one that is named, or a byte-level BPE that is trained on the training text."""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_power.data.order import fingerprint
+from hf_power.data.text import SPLIT_SEED, DataArguments, cache_folder
+from hf_power.records.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# A trained tokenizer has this one token for eos, bos and unk.
+END_OF_TEXT = "<|endoftext|>"
+# A tokenizer is trained on so much text at most, about 20 MB.
+TOKENIZER_CHARACTERS = 20_000_000
+
+
+def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None") -> PreTrainedTokenizerBase:
+    """The tokenizer named in the arguments, or a byte-level BPE trained on the training text and kept in the cache.
+
+    A trained one depends on the data, vocab_size (>= 257: 256 bytes and the end of text) and TOKENIZER_CHARACTERS only.
+    The documents `train` may be None where the arguments name a tokenizer.
+
+    Raises:
+        UserError: if the tokenizer is not a fast one or has no eos token, or if vocab_size is below 257.
+
+    Warns:
+        UserWarning: if the text is too small to give vocab_size tokens.
+    """
+    named = args.tokenizer
+    if not named:
+        if train is None:
+            raise TypeError("load_tokenizer needs the training text where no tokenizer is named.")
+        named = _trained_tokenizer(args, train)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(named)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer={args.tokenizer!r} must be a fast one (tokenizer.json), got {type(tokenizer).__name__}: "
+            "convert it or pass another."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer={args.tokenizer!r} must have an eos token to end documents with, got none: "
+            "set eos_token in its tokenizer_config.json."
+        )
+    if args.tokenizer is None and len(tokenizer) < args.vocab_size:
+        warnings.warn(
+            f"The training text gives {len(tokenizer)} tokens, fewer than vocab_size={args.vocab_size}: "
+            "size the model by len(tokenizer), or train on more text.",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer.json of a fast tokenizer, without padding and truncation.
+
+    datasets caches by a hash of the arguments, and the hash of a tokenizer changes once it has padded or truncated.
+    """
+    raw = Tokenizer.from_str(_backend(tokenizer).to_str())
+    raw.no_truncation()
+    raw.no_padding()
+    return str(raw.to_str())
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short id of how a fast tokenizer cuts text: 16 hexadecimal digits of the SHA-256 of its tokenizer.json.
+
+    It does not change with padding, truncation, the folder it was loaded from, or a save and load.
+    """
+    return hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest()[:16]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise TypeError(f"a fast tokenizer is needed, got {type(tokenizer).__name__}.")
+    return backend
+
+
+def _trained_tokenizer(args: DataArguments, train: "Dataset | IterableDataset") -> str:
+    """Folder of the cached tokenizer, which is trained first if it is not there."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if args.vocab_size < smallest:
+        raise UserError(f"vocab_size must be at least {smallest} (bytes and eos), got {args.vocab_size}: raise it.")
+    recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
+    cache = cache_folder(args) / "hf_power_tokenizers"
+    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    if not folder.exists():
+        tokenizer = _train_bpe(_sample_text(train), args.vocab_size)
+        cache.mkdir(parents=True, exist_ok=True)
+        # It is written under another name first, so that a folder which is there is whole.
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            tokenizer.save_pretrained(os.path.join(temporary, "tokenizer"))
+            try:
+                os.rename(os.path.join(temporary, "tokenizer"), folder)
+            except OSError:
+                # Another process may have been first; then its tokenizer, which is the same, is taken.
+                if not folder.exists():
+                    raise
+    return str(folder)
+
+
+def _sample_text(train: "Dataset | IterableDataset") -> Iterator[str]:
+    remaining = TOKENIZER_CHARACTERS
+    rows: Iterable[dict[str, str | None]] = train.shuffle(seed=SPLIT_SEED)
+    for row in rows:
+        text = (row["text"] or "")[:remaining]
+        remaining -= len(text)
+        yield text
+        if not remaining:
+            return
+
+
+def _train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,240 @@
+"""The cells of a sweep and the law of one schedule, as values: the content of fit.json."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+from hf_power.records.errors import UserError
+from hf_power.records.files import Record
+from hf_power.schedule import Law
+
+# Octaves on either side of the lowest loss within which a parabola describes it; further out the loss rises faster
+# towards divergence than towards small rates.
+WINDOW_OCTAVES = 2.0
+
+
+class Point(NamedTuple):
+    """One run in a cell's parabola.
+
+    Its scatter is the residual over sqrt(1 - leverage), in nats, so that its mean square is the noise's variance (HC2);
+    it is 0 where the parabola goes through the point.
+    """
+
+    trunk: str
+    seed: int
+    log2_lr: float
+    scatter: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one cell says about its optimum; what could not be found is None.
+
+    Attributes:
+        tokens: the horizon.
+        learning_rates: those of finished runs, rising.
+        losses: mean over the seeds at each of them, nats per token.
+        num_seeds: runs at each of them.
+        loss_sd: scatter between seeds, nats, pooled over the learning rates; None with one seed each.
+        optimum_lr: where the parabola is lowest.
+        optimum_interval: 95 % interval of it.
+        optimum_sd_octaves: standard deviation of its log2.
+        curvature: nats per octave**2.
+        min_loss: of the parabola, nats per token; the lowest mean where there is none.
+        used: whether it has a bracketed optimum; if not, `reason` says why.
+        law_lr, residual_octaves, regret: the law's rate here, log2 of the optimum over it, and the nats that it costs.
+    """
+
+    schedule: str
+    width: int
+    tokens_per_step: int
+    tokens: int
+    learning_rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    num_seeds: tuple[int, ...]
+    loss_sd: float | None = None
+    optimum_lr: float | None = None
+    optimum_interval: tuple[float, float] | None = None
+    optimum_sd_octaves: float | None = None
+    curvature: float | None = None
+    min_loss: float | None = None
+    used: bool = False
+    reason: str | None = None
+    law_lr: float | None = None
+    residual_octaves: float | None = None
+    regret: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The cell in words."""
+        width = f"width {self.width}, " if self.width else ""
+        return f"{self.schedule}, {width}{self.tokens_per_step:,} tokens per step, {self.tokens:,} tokens"
+
+    def optimum(self) -> "Optimum":
+        """Where the cell's parabola is lowest; a UserError where it has no optimum."""
+        lr, interval, sd, curvature = self.optimum_lr, self.optimum_interval, self.optimum_sd_octaves, self.curvature
+        if lr is None or interval is None or sd is None or curvature is None:
+            raise UserError(f"the cell {self.name} has no optimum to compare with: {self.reason}.")
+        return Optimum(lr, interval, sd, curvature)
+
+    def regret_at(self, learning_rate: float) -> float:
+        """Nats above the cell's optimum at a learning rate, ``curvature * log2(lr / optimum)**2``; as `optimum`."""
+        optimum = self.optimum()
+        return optimum.curvature * math.log2(learning_rate / optimum.lr) ** 2
+
+
+@dataclass(frozen=True)
+class FittedCell(Cell):
+    """A cell with what no file holds: the runs within its parabola, and whether its sd comes from more than the spacing."""
+
+    points: tuple[Point, ...] = ()
+    noise_known: bool = False
+
+    def against(self, law: Law) -> Cell:
+        """The cell with a law's rate and, if it has an optimum, what the law is off and what that costs."""
+        lr = law.lr(self.tokens, self.tokens_per_step)
+        cell = replace(self, law_lr=lr)
+        if self.optimum_lr is not None:
+            cell = replace(cell, residual_octaves=math.log2(self.optimum_lr / lr), regret=self.regret_at(lr))
+        return Cell(*(getattr(cell, each.name) for each in fields(Cell)))
+
+
+class Optimum(NamedTuple):
+    """The optimum of a used cell, see there."""
+
+    lr: float
+    interval: tuple[float, float]
+    sd_octaves: float
+    curvature: float
+
+
+def rates_near(rates: Sequence[float], lowest: int) -> list[float]:
+    """The rates that a parabola is fitted to: within WINDOW_OCTAVES of number `lowest`, and its neighbours."""
+    return [
+        rate
+        for i, rate in enumerate(rates)
+        if abs(i - lowest) <= 1 or abs(math.log2(rate) - math.log2(rates[lowest])) <= WINDOW_OCTAVES + 1e-6
+    ]
+
+
+FIT_FILE = "fit.json"
+Interval = tuple[float, float]  # The low and the high end of 95 %.
+Estimate = tuple[float, float, float]  # A value, and the ends of its 95 % interval.
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % intervals of the law's numbers; a number that was held has both ends at its value."""
+
+    a: Interval
+    b: Interval
+    batch_exponent: Interval
+    critical_batch_tokens: Interval | None
+
+
+@dataclass(frozen=True)
+class Center:
+    """The law's rate at the geometric centre of the cells, where it is known best."""
+
+    tokens: float
+    tokens_per_step: float
+    learning_rate: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class PaperInside:
+    """Whether each number of the paper's law lies in its interval, and all of them in the joint 95 % region.
+
+    A loss that rises faster on one side of the optimum moves all parabolas alike, by some 0.1 octave that no interval
+    holds.
+    """
+
+    a: bool
+    b: bool
+    batch_exponent: bool
+    jointly: bool
+
+
+@dataclass(frozen=True)
+class RegretMap:
+    """Mean regret over the used cells, nats per token, of other (a, b) at the fitted batch exponent: a row for each b."""
+
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+    regret: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far the law may be trusted: the largest tokens, and the largest batch, each with the other one as measured.
+
+    `sd_octaves` is the larger one of the standard deviations of log2 of the rate at the two ends.
+    """
+
+    tokens: int
+    tokens_per_step: int
+    sd_octaves: float
+
+
+@dataclass(frozen=True)
+class Validity:
+    """What was measured (the smallest and the largest of used cells), and how far the law may be trusted beyond."""
+
+    widths: tuple[int, ...]
+    tokens_per_step: tuple[int, int]
+    tokens: tuple[int, int]
+    extrapolates_to: Reach
+
+
+@dataclass(frozen=True)
+class PowerFit:
+    """Power's own scale a, with b, batch exponent and critical batch of the law, and the cells of schedule "power".
+
+    The drifts are exponents of tokens and batch in what is left over; None where the cells cannot tell.
+    """
+
+    a: float
+    interval: Interval
+    b_drift: Estimate | None
+    batch_drift: Estimate | None
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Fit(Record):
+    """The law of one schedule and how well it is known: the content of fit.json.
+
+    Attributes:
+        num_rows, num_diverged, num_failed: rows of the schedule, all and by status.
+        r2: share of the weighted variance of log2(optimum) that the law explains.
+        residual_sd_octaves: scatter of the optima around the law.
+        degrees_of_freedom: used cells less fitted parameters.
+        samples: bootstrap draws (a, b, batch_exponent), scaled so that their central 95 % are the intervals.
+        width_exponent: an exponent of the width, which is 0 under muP; None with one width.
+        power: None without cells of schedule "power".
+    """
+
+    FILE = FIT_FILE
+    REMEDY = "write it with hf-power fit"
+
+    schedule: str
+    sweep_sha256: str
+    num_rows: int
+    num_diverged: int
+    num_failed: int
+    law: Law
+    intervals: Intervals
+    center: Center
+    r2: float
+    residual_sd_octaves: float
+    degrees_of_freedom: int
+    paper: PaperInside
+    cells: tuple[Cell, ...]
+    samples: tuple[tuple[float, float, float], ...]
+    map: RegretMap
+    validity: Validity
+    width_exponent: Estimate | None
+    power: PowerFit | None
+    warnings: tuple[str, ...]

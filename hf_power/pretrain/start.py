@@ -1,0 +1,207 @@
+"""What a run begins with: settings, what it goes on from, first record, preview of the schedule, and its data."""
+
+import datetime
+import math
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_power.data.order import Block, BlockStream, stream_blocks
+from hf_power.data.packing import pack_both
+from hf_power.data.text import load_text
+from hf_power.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from hf_power.pretrain.resume import TOKENIZER, changes, is_of
+from hf_power.recipe import Recipe
+from hf_power.records.errors import UserError
+from hf_power.records.machine import hardware, versions
+from hf_power.records.run import Data, Run
+from hf_power.schedule import Schedule
+from hf_power.scheduler import Progress, plan_schedule
+from hf_power.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run is told, and where it goes on.
+
+    `max_steps` and what the recipe says are written into the training section of the settings. `kind` is "pretrain" or
+    "anneal"; `resume` is the verified checkpoint that it goes on from, None for a run that begins, and `before` its
+    record.
+    """
+
+    settings: Settings
+    folder: Path
+    kind: str
+    resume: Path | None = None
+    before: Run | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The length that the run is to have, in tokens."""
+        return int(self.settings.run.tokens or 0)
+
+
+def tokens_per_step(settings: Settings) -> int:
+    """Tokens of one optimizer step over all processes; those that share a sequence read it once."""
+    args = settings.training
+    parallel = args.parallelism_config
+    sharers = 1
+    if parallel is not None:
+        sharers = math.prod(size or 1 for size in (parallel.tp_size, parallel.cp_size, parallel.sp_size))
+    sequences = args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // sharers)
+    return int(sequences * settings.data.block_size)
+
+
+def finished_run(start: Start) -> Run | None:
+    """The record of a run that was asked to go on and has nothing left to do; None if it has."""
+    resume, before, folder = start.resume, start.before, start.folder
+    if resume is None or before is None or not is_of(folder, resume) or start.tokens > before.tokens_seen:
+        return None
+    run = Run.load_if_there(folder)
+    if run is None or run.status != "finished":
+        return None
+    return Run.load(folder, required=("name", "tokens_seen", "train_seconds", "held_out_loss"))
+
+
+def new_run(start: Start, per_step: int) -> Run:
+    """What run.json says before the first step, of `per_step` tokens."""
+    settings, resume, before = start.settings, start.resume, start.before or Run()
+    seen = before.tokens_seen
+    # A run that was stopped between its last checkpoint and its model has seen all its tokens and may still go on.
+    only_to_finish = resume is not None and is_of(start.folder, resume) and seen - start.tokens < before.tokens_per_step
+    if start.tokens <= seen and not only_to_finish:
+        raise UserError(
+            f"the checkpoint has seen {seen:,} tokens, the run is to have {start.tokens:,}: raise tokens to train on."
+        )
+    parent = before.parent
+    if resume and start.kind == "anneal" and before.kind != "anneal":
+        parent = f"{resume.parent.name}/{resume.name}"
+    return Run(
+        kind=start.kind,
+        name=start.folder.name,
+        status="running",
+        lineage=before.lineage or uuid.uuid4().hex,
+        parent=parent,
+        tokens_seen=seen,
+        total_tokens=start.tokens,
+        tokens_per_step=per_step,
+        steps=before.steps,
+        train_seconds=before.train_seconds,
+        seed=settings.training.seed,
+        settings=settings.to_dict(),
+        versions=versions(),
+        hardware=hardware(settings.training.device, settings.training.world_size),
+        started=now(),
+        loss_curve=before.loss_curve,
+        skipped_steps=before.skipped_steps,
+        loss_spikes=before.loss_spikes,
+    )
+
+
+def outlook(start: Start, run: Run) -> tuple[Schedule | None, list[str]]:
+    """The power schedule of a run, and what has changed in it since its checkpoint, a phrase each.
+
+    Every number of both is checked here, before the data are read.
+    """
+    schedule = _preview(start.settings, run)
+    # An anneal begins with settings that are not its trunk's, so only one that goes on is compared.
+    begun = start.before is not None and (start.kind == "pretrain" or start.before.kind == start.kind)
+    if start.resume is None or start.before is None or not begun:
+        return schedule, []
+    return schedule, changes(start.settings, run, start.before, start.resume)
+
+
+def use_known_horizon(settings: Settings, recipe: Recipe, per_step: int) -> None:
+    """The recipe's peak, warmup and tail for a schedule that is told its length, each unless it was given."""
+    args, schedule = settings.training, str(getattr(settings.training.lr_scheduler_type, "value", ""))
+    tokens = int(settings.run.tokens or 0)
+    if "learning_rate" not in settings.given:
+        args.learning_rate = recipe.peak_lr(tokens, per_step, schedule)
+    if "warmup_steps" not in settings.given and recipe.warmup_tokens is not None:
+        args.warmup_steps = round(recipe.warmup_tokens / per_step)
+    if schedule == "warmup_stable_decay":
+        tail: dict[str, int | str] = {"num_decay_steps": round(recipe.decay_ratio * tokens / per_step)}
+        # transformers has no exponential decay, so its own default stays in the place of one.
+        if recipe.decay_shape != "exponential":
+            tail["decay_type"] = recipe.decay_shape
+        args.lr_scheduler_kwargs = {**tail, **settings.schedule_kwargs}
+    settings.given |= {"learning_rate", "warmup_steps", "lr_scheduler_kwargs"}
+
+
+def steps_to_come(run: Run) -> int:
+    """Optimizer steps from where a run stands to its end; the last one may pass it."""
+    return math.ceil((run.total_tokens - run.tokens_seen) / run.tokens_per_step)
+
+
+def now() -> str:
+    """The time in UTC, in ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _preview(settings: Settings, run: Run) -> Schedule | None:
+    args = settings.training
+    if args.lr_scheduler_type != "power":
+        return None
+    return plan_schedule(
+        Progress(run.tokens_seen, run.steps) if run.tokens_seen else None,
+        max_lr=args.learning_rate,
+        num_warmup_steps=args.get_warmup_steps(args.max_steps),
+        num_training_steps=args.max_steps,
+        **{"tokens_per_step": run.tokens_per_step, **settings.schedule_kwargs},
+    )
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, and what its record says of them."""
+
+    train: "BlockStream | IterableDataset"
+    held_out: "Dataset | list[Block]"
+    tokenizer: PreTrainedTokenizerBase
+    about: Data
+
+
+def run_data(start: Start, run: Run) -> RunData:
+    """Load the data of a run from the position on that its record tells; a UserError for another tokenizer."""
+    from datasets import IterableDataset
+
+    settings = start.settings
+    train_text, held_out_text = load_text(settings.data)
+    if start.resume and not settings.allowed_changes() & TOKENIZER:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(start.resume)
+    else:
+        tokenizer = load_tokenizer(settings.data, train_text)
+    _check_tokenizer(start, tokenizer)
+    packed = pack_both(settings.data, tokenizer, train_text, held_out_text, settings.run.max_eval_tokens)
+    about, block, seed = packed.about(), packed.block_size, settings.training.seed
+    # The blocks that the run has read are left out of their seeded order.
+    first = run.tokens_seen // block
+    if isinstance(packed.train, IterableDataset):
+        return RunData(stream_blocks(packed.train, seed=seed, start=first), packed.held_out, tokenizer, about)
+    about["train_tokens"] = len(packed.train) * block
+    # A run that has only to finish reads no block, but its loader refuses to be empty.
+    steps = max(1, settings.training.max_steps - run.steps)
+    stop = first + steps * run.tokens_per_step // block
+    return RunData(BlockStream(packed.train, seed=seed, start=first, stop=stop), packed.held_out, tokenizer, about)
+
+
+def _check_tokenizer(start: Start, tokenizer: PreTrainedTokenizerBase) -> None:
+    resume, recipe = start.resume, start.recipe
+    if resume and len(tokenizer) != (size := AutoConfig.from_pretrained(resume).vocab_size):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model of {resume} {size}: pass one of as many tokens, or "
+            "the model's own."
+        )
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if recipe is not None and recipe.tokenizer not in (None, fingerprint):
+        raise UserError(
+            f"the tokenizer of the run is {fingerprint}, that of the recipe {recipe.tokenizer}: pass the tokenizer that "
+            "the recipe was tuned with; the law counts its tokens."
+        )

@@ -1,0 +1,225 @@
+"""run.json: what a run was told, how far it got, and what came of it; and the parts that it shares with other records."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypedDict
+
+from hf_power.records.files import Record
+from hf_power.records.schema import UNTIL_KNOWN, Amount, Count, Finite, Interval, Json, Limit, Positive
+
+SCHEMA = 1  # of every record; a file of another one is refused
+
+
+class Data(TypedDict, total=False):
+    """What text a run was trained or scored on, as its record says it."""
+
+    dataset: str | None
+    config_name: str | None
+    split: str | None
+    eval_fraction: float | None
+    local: bool | None
+    fingerprint: str | None
+    tokenizer: str | None
+    held_out_tokens: Count | None
+    train_tokens: Count | None
+    block_size: Count | None
+
+
+class MupSection(TypedDict, total=False):
+    """The section mup of a run's settings; it may hold any other argument of `hf_power.mup_config`."""
+
+    preset: str | None
+
+
+class RunSection(TypedDict, total=False):
+    """The section run of a run's settings; it may hold any other field of `RunArguments`."""
+
+    license: str | None
+
+
+class TrainingSection(TypedDict, total=False):
+    """The section training of a run's settings; it may hold any other field of `TrainingArguments`."""
+
+    weight_decay: Amount | None
+
+
+class Sections(TypedDict, total=False):
+    """The settings of a run as its record holds them; `hf_power.settings` reads them back."""
+
+    model: dict[str, Json]
+    mup: MupSection
+    data: dict[str, Json]
+    run: RunSection
+    training: TrainingSection
+
+
+class Hardware(TypedDict, total=False):
+    """The device of a run, see `hf_power.records.machine.hardware`."""
+
+    device: str
+    device_name: str
+    processes: Count
+    cpu_cores: Count | None
+
+
+class Model(TypedDict, total=False):
+    """Whose weights were scored or exported."""
+
+    name: str | None
+    revision: str | None
+    model_type: str | None
+    parameters: Count | None
+    weights_sha256: str | None
+
+
+class Intervals(TypedDict, total=False):
+    """The 95 % intervals of a law, as (low, high)."""
+
+    a: Interval
+    b: Interval
+    batch_exponent: Interval
+    critical_batch_tokens: Interval | None
+
+
+class PowerScale(TypedDict):
+    """Power's own scale, measured on rows of its own, and its 95 % interval."""
+
+    a: Finite
+    interval: Interval
+
+
+class Reach(TypedDict, total=False):
+    """How far a fit may be trusted beyond what it has seen, and the standard deviation of log2 of its rate there."""
+
+    tokens: Finite
+    tokens_per_step: Finite
+    sd_octaves: Finite
+
+
+class Validity(TypedDict, total=False):
+    """What a fit has seen: widths, and the least and largest batch and horizon."""
+
+    widths: list[Finite]
+    tokens_per_step: Interval
+    tokens: Interval
+    extrapolates_to: Reach
+
+
+# A bootstrap draw of a fitted law: a, b and batch_exponent.
+_DRAW = Limit(lambda words: words.replace("a list", "a list [a > 0, b, batch_exponent]"), lambda draw: draw[0] > 0)
+Sample = Annotated[tuple[Finite, Finite, Finite], _DRAW]
+
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step without a finite gradient, and what it read: [first, end) of the run's tokens and of its seeded blocks."""
+
+    step: Count
+    tokens: tuple[int, int]
+    blocks: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LossSpike:
+    """A logged loss that jumped above the `median` of the logs before it."""
+
+    step: Count
+    loss: float
+    median: float
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """A group of the optimizer: its rate at the cap, its weight decay and epsilon, and how many parameters it holds."""
+
+    name: str = ""
+    base_lr: float | None = None
+    weight_decay: float | None = None
+    eps: float | None = None
+    parameters: Count | None = None
+
+
+class ScheduleRecord(TypedDict, total=False):
+    """The numbers of a run's power schedule, lengths in tokens: see `hf_power.schedule.Schedule.to_dict`."""
+
+    a: float | None
+    b: float | None
+    batch_exponent: float | None
+    critical_batch_tokens: Amount | None
+    tokens_per_step: Amount | None
+    max_lr: float | None
+    warmup_tokens: Amount | None
+    warmup_to: str | None
+    decay_start_tokens: Amount | None
+    decay_tokens: Amount | None
+    decay_shape: str | None
+    min_lr_ratio: Amount | None
+    total_tokens: Amount | None
+
+
+@dataclass(frozen=True)
+class Run(Record):
+    """The record of a run. A change makes a new one, by `dataclasses.replace`.
+
+    An empty text, and 0 for a length, stand for what a file does not say; `load` asks for what its caller needs.
+
+    Attributes:
+        kind: "pretrain" or "anneal".
+        status: "running", "finished", "stopped" or "failed".
+        lineage: an id that a run shares with its checkpoints, its tails and their exports.
+        parent: FOLDER/checkpoint-N that a tail began at.
+        tokens_seen: tokens trained, those of the trunk included.
+        settings: the sections that were given, see `hf_power.settings`.
+        started, finished: times in UTC, in ISO 8601.
+        loss_curve: what was logged: step and tokens, loss or eval_loss, and what else the Trainer's log holds.
+        parameters: None until the model is built.
+        schedule: None under another schedule than power, or before the first step.
+        held_out_loss: nats per token; None until the run has ended.
+    """
+
+    FILE = RUN_FILE
+    REMEDY = "take a folder that hf_power wrote"
+
+    kind: str = ""
+    name: str = ""
+    status: str = ""
+    lineage: str | None = None
+    parent: str | None = None
+    tokens_seen: Count = 0
+    total_tokens: Count = 0
+    tokens_per_step: Positive = 0
+    steps: Count = 0
+    train_seconds: Amount = 0.0
+    seed: int | None = None
+    settings: Sections = field(default_factory=Sections)
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Hardware = field(default_factory=Hardware)
+    started: str | None = field(default=None, metadata=UNTIL_KNOWN)
+    loss_curve: list[dict[str, float]] = field(default_factory=list)
+    skipped_steps: list[SkippedStep] = field(default_factory=list)
+    loss_spikes: list[LossSpike] = field(default_factory=list)
+    data: Data | None = field(default=None, metadata=UNTIL_KNOWN)
+    parameters: Count | None = field(default=None, metadata=UNTIL_KNOWN)
+    parameters_without_embeddings: Count | None = field(default=None, metadata=UNTIL_KNOWN)
+    flops_per_token: Amount | None = field(default=None, metadata=UNTIL_KNOWN)
+    groups: list[ParameterGroup] | None = field(default=None, metadata=UNTIL_KNOWN)
+    schedule: ScheduleRecord | None = field(default=None, metadata=UNTIL_KNOWN)
+    held_out_loss: float | None = field(default=None, metadata=UNTIL_KNOWN)
+    finished: str | None = field(default=None, metadata=UNTIL_KNOWN)
+
+    @property
+    def stage(self) -> Literal["", "trunk", "decaying", "decayed"]:
+        """Where its weights stand in the power schedule's decay; "" under another schedule or before the first token."""
+        if self.schedule is None or not self.tokens_seen:
+            return ""
+        start = self.schedule.get("decay_start_tokens")
+        if start is None or self.tokens_seen <= start:
+            return "trunk"
+        return "decayed" if self.tokens_seen >= start + (self.schedule.get("decay_tokens") or 0) else "decaying"
+
+    @property
+    def license(self) -> str | None:
+        """Of the model, by the run's settings."""
+        return self.settings.get("run", {}).get("license")

@@ -1,0 +1,130 @@
+"""The runs of a check: the recipe's learning rate and its neighbours, at one cell that it has not seen."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from hf_power.coordinates import CoordCheck, coord_check
+from hf_power.plots.figures import require_matplotlib, save
+from hf_power.plots.runs import plot_coord_check
+from hf_power.recipe import Recipe, warnings_for
+from hf_power.records.errors import UserError
+from hf_power.records.files import replaced, write_json
+from hf_power.records.machine import versions
+from hf_power.records.schema import decode
+from hf_power.schedule import Law
+from hf_power.settings.settings import Settings
+from hf_power.sweep.grid import Grid, Sections, few_digits
+from hf_power.sweep.jobs import Group
+from hf_power.sweep.run import run_sweep
+from hf_power.verify.page import Coordinates, Page, judge, page_text, plot_verify
+
+FACTORS = (0.5, 1.0, 2.0)
+# Factors of 2 that are added beyond an edge, up to a factor of 8 either way.
+EXTENSIONS = 2
+# Nats per token: about what a wrong choice of schedule costs.
+TOLERANCE = 0.02
+# Below this the warmup and the tail are most of the run.
+FEWEST_STEPS = 10
+
+
+def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) -> Page:
+    """Coordinate check, then the recipe's Power schedule at half, once and twice its scale at one held-out cell.
+
+    With L(f) the mean held-out loss over seeds at f times the recipe's a, and the parabola in log2 f through the lowest
+    point and its neighbours::
+
+        regret = L(1) - min(L(1/2), L(1), L(2), lowest point of the parabola)
+
+    Where the lowest point is an edge, the next factor beyond it is run too, up to EXTENSIONS times; an optimum that is
+    not found by then fails the recipe, however flat the curve is.
+
+    Args:
+        settings: those of a pretraining run at the cell (width, batch, tokens), with run.recipe; training.output_dir
+            takes the page: verify.md, verify.json, two pictures, and the rows.
+        seeds: runs at each factor.
+        tolerance: regret up to which the law is trusted, in nats per token.
+
+    Returns:
+        The content of verify.json.
+
+    Raises:
+        UserError: no recipe, a recipe for other settings, or a cell that is no whole number of steps.
+    """
+    if settings.run.recipe is None:
+        raise UserError("verify needs a recipe: pass --recipe recipe.json.")
+    if seeds < 1 or not tolerance > 0:
+        raise UserError(f"seeds and tolerance must be positive, got {seeds} and {tolerance}: correct them.")
+    require_matplotlib()
+    recipe = Recipe.load(settings.run.recipe)
+    settings.apply_recipe()
+    settings.check()
+    folder = Path(settings.training.output_dir or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    grid, group = _cell(settings, recipe, seeds)
+    print(f"coordinate check of a {settings.model.model_type} ...", flush=True)
+    check = coord_check(settings.model.config(), preset=settings.mup.preset)
+    print(check.verdict, flush=True)
+    page = judge(run_sweep(grid, folder, groups=[group]), group, recipe, tolerance)
+    page = page.with_coordinates(Coordinates(check.passed, check.verdict, check.slopes))
+    page = replace(page, warnings=_warnings(recipe, group), versions=versions())
+    _write(page, check, folder)
+    return page
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """The arguments of the schedule that a grid has its own names for; 0 and None mean that they were not given."""
+
+    warmup_tokens: float = 0
+    decay_ratio: float | None = None
+    decay_shape: str | None = None
+
+
+def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
+    """The one cell as a sweep's grid and group."""
+    args, block = settings.training, settings.data.block_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * block
+    tokens = (settings.run.tokens or 0) // batch * batch
+    given = decode(_Lengths, settings.schedule_kwargs, "lr_scheduler_kwargs", "correct it")
+    width = settings.model.hidden_size
+    grid = Grid(
+        # Without the length, which the grid has as its horizon and each row states anew.
+        cast(Sections, settings.changed(run={"tokens": None}).to_dict()),
+        widths=(width,),
+        tokens_per_step=(batch,),
+        tokens=(tokens,),
+        schedules={"power": FACTORS},
+        seeds=tuple(range(args.seed, args.seed + seeds)),
+        warmup_tokens=int(given.warmup_tokens) or args.get_warmup_steps(tokens // batch) * batch,
+        decay_ratio=recipe.decay_ratio if given.decay_ratio is None else given.decay_ratio,
+        decay_shape=given.decay_shape or recipe.decay_shape,
+        max_lr=recipe.max_lr,
+        max_extensions=EXTENSIONS,
+    )
+    if tokens < FEWEST_STEPS * batch:
+        raise UserError(f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens.")
+    values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
+    law = Law.from_dict(recipe.schedule_kwargs())
+    return grid, Group("power", width, batch, (tokens,), grid.seeds, values, law)
+
+
+def _warnings(recipe: Recipe, group: Group) -> list[str]:
+    """What the check does not cover: a cell within the fitted range proves nothing about the law's reach."""
+    tokens, batch, width, validity = group.tokens[0], group.tokens_per_step, group.width, recipe.validity
+    found = warnings_for(recipe, tokens=tokens, tokens_per_step=batch, width=width)
+    if validity and width in validity["widths"]:
+        (low, high), (small, large) = validity["tokens"], validity["tokens_per_step"]
+        if low <= tokens <= high and small <= batch <= large:
+            found.append(
+                "the cell lies within the range that the law was fitted on: take a larger width, batch or horizon."
+            )
+    return found
+
+
+def _write(page: Page, check: CoordCheck, folder: Path) -> None:
+    write_json(folder / "verify.json", page.to_json())
+    save(plot_coord_check(check), folder / "coord_check.png")
+    save(plot_verify(page), folder / "verify.png")
+    with replaced(folder / "verify.md") as temporary:
+        temporary.write_text(page_text(page), encoding="utf-8")

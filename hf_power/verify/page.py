@@ -1,0 +1,252 @@
+"""The page of a check: how much the recipe's learning rate loses against the best one, the verdict, and the picture."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_power.plots.figures import BLACK, GRAY, LEGEND, RED, STRONG, new_figure
+from hf_power.recipe import Recipe
+from hf_power.records.rows import Row
+from hf_power.records.schema import Json, encode
+from hf_power.sweep.jobs import Group, row_value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean loss and standard deviation over seeds, in nats per token, at a factor on the recipe's learning rate."""
+
+    factor: float
+    loss: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Loss over log2 of the factor: ``min_loss + curvature * log2(factor / optimum_factor)**2``."""
+
+    optimum_factor: float
+    min_loss: float
+    curvature: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where the recipe was tried."""
+
+    width: int
+    tokens_per_step: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The law of the recipe, and its cap."""
+
+    a: float
+    b: float
+    batch_exponent: float
+    max_lr: float
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """What came out of `hf_power.coord_check`."""
+
+    passed: bool
+    verdict: str
+    slopes: Sequence[object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """verify.json.
+
+    The verdict is "passed" or "FAILED"; tolerance and regret (what the recipe's learning rate loses against the best one)
+    are in nats per token. The interval, 95 % of the regret, is None with one seed, or where a run diverged; losses maps a
+    factor to those of its seeds, infinite for a run that diverged; the parabola goes through the lowest point and its
+    neighbours, and is None where that is an edge. Warnings are sentences on what the check does not cover.
+    """
+
+    verdict: str
+    reasons: Sequence[str]
+    tolerance: float
+    regret: float
+    regret_interval: tuple[float, float] | None
+    points: Sequence[Point]
+    losses: dict[str, list[float]]
+    parabola: Parabola | None
+    cell: Cell
+    recipe: Tried
+    seeds: Sequence[int]
+    warnings: Sequence[str] = ()
+    coord_check: Coordinates | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the recipe may be trusted at the cell."""
+        return self.verdict == "passed"
+
+    def with_coordinates(self, check: Coordinates) -> "Page":
+        """The page with the coordinate check on it, of which a failed one fails the recipe, too."""
+        page = replace(self, coord_check=check)
+        if check.passed:
+            return page
+        return replace(page, verdict="FAILED", reasons=[f"coordinate check {check.verdict}", *self.reasons])
+
+    def to_json(self) -> dict[str, Json]:
+        """The content of verify.json."""
+        return {"schema": SCHEMA, **encode(self)}
+
+
+def judge(rows: Sequence[Row], group: Group, recipe: Recipe, tolerance: float) -> Page:
+    """Mean losses, parabola, regret and verdict of the runs of a group."""
+    losses: dict[float, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row_value(row), row.seed)):
+        # Values have few digits, so the factor is rounded to the power of 2 that it was meant to be.
+        factor = 2.0 ** round(math.log2(row_value(row) / recipe.a))
+        losses.setdefault(factor, []).append(math.inf if row.loss is None else row.loss)
+    means = {factor: fmean(each) for factor, each in losses.items()}
+    lowest = min(means, key=lambda factor: means[factor])
+    at_an_edge = lowest in (min(means), max(means))
+    parabola = None if at_an_edge else _parabola(lowest, means[lowest / 2], means[lowest], means[2 * lowest])
+    regret = means[1.0] - min(means[lowest], parabola.min_loss if parabola else math.inf)
+    reasons = []
+    if not math.isfinite(means[1.0]):
+        reasons.append("a run at the recipe's own learning rate diverged")
+    elif at_an_edge:
+        reasons.append(f"the best learning rate lies beyond {lowest:g} times the recipe's")
+    elif regret > tolerance:
+        reasons.append(
+            f"{lowest:g} times the recipe's learning rate is better by {regret:.4f} nats per token, more than {tolerance:g}"
+        )
+    return Page(
+        verdict="FAILED" if reasons else "passed",
+        reasons=reasons,
+        tolerance=tolerance,
+        regret=regret,
+        regret_interval=_regret_interval(losses, regret),
+        points=[Point(factor, means[factor], _sd(each)) for factor, each in losses.items()],
+        losses={f"{factor:g}": each for factor, each in losses.items()},
+        parabola=parabola,
+        cell=Cell(group.width, group.tokens_per_step, group.tokens[0]),
+        recipe=Tried(recipe.a, recipe.b, recipe.batch_exponent, recipe.max_lr),
+        seeds=list(group.seeds),
+    )
+
+
+def _sd(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
+def _parabola(lowest: float, half: float, one: float, two: float) -> Parabola | None:
+    """The parabola in log2 of the factor through a lowest point and its neighbours, an octave away on either side."""
+    curvature = (half + two - 2 * one) / 2
+    if not math.isfinite(curvature) or curvature <= 0:
+        return None
+    octaves = (half - two) / (4 * curvature)
+    return Parabola(lowest * 2**octaves, one - curvature * octaves**2, curvature)
+
+
+def _regret_interval(losses: dict[float, list[float]], regret: float) -> tuple[float, float] | None:
+    """95 % of the regret against the best factor, from differences between runs of the same seed; None with one seed."""
+    from scipy.stats import t
+
+    # Where the recipe's own factor is the best one, the next best one says how sure that is.
+    best = min(losses, key=lambda factor: fmean(losses[factor]))
+    if best == 1.0:
+        best = min((factor for factor in losses if factor != 1.0), key=lambda factor: fmean(losses[factor]))
+    gaps = [one - other for one, other in zip(losses[1.0], losses[best], strict=True)]
+    if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
+        return None
+    error = float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+    return max(0.0, regret - error), max(0.0, regret + error)
+
+
+def page_text(page: Page) -> str:
+    """The page for a review, in Markdown."""
+    cell, recipe, interval = page.cell, page.recipe, page.regret_interval
+    spread = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else " (one seed: no interval)"
+    checked = [f"* Coordinate check {page.coord_check.verdict}."] if page.coord_check else []
+    lines = [
+        f"# Check before the run: {page.verdict}",
+        "",
+        *(f"* {reason}." for reason in page.reasons),
+        f"* Cell: width {cell.width}, {cell.tokens_per_step:,} tokens per step, {cell.tokens:,} tokens, "
+        f"seeds {', '.join(map(str, page.seeds))}.",
+        f"* Law: min({recipe.max_lr:g}, {recipe.a:g} * beta^{recipe.batch_exponent:g} * n^{recipe.b:g}).",
+        f"* Regret of the recipe's learning rate: {page.regret:.4f} nats per token{spread}; tolerance {page.tolerance:g}.",
+        *checked,
+        *(f"* Warning: {warning}" for warning in page.warnings),
+        "",
+        "| factor on the learning rate | held-out loss (nats per token) | sd over seeds |",
+        "|---:|---:|---:|",
+        *(
+            f"| {point.factor:g} | {point.loss:.4f} | {'' if point.sd is None else format(point.sd, '.4f')} |"
+            for point in page.points
+        ),
+        "",
+        "![Loss over the factor on the learning rate](verify.png)",
+        "",
+        "![Coordinate check](coord_check.png)",
+        "",
+        "The runs are in sweep.jsonl beside this page, the numbers in verify.json.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot_verify(page: Page) -> "Figure":
+    """Loss over the factor on the recipe's learning rate, the band of tolerance above the best one, and the verdict."""
+    points, parabola = page.points, page.parabola
+    finite = [point.loss for point in points if math.isfinite(point.loss)]
+    factors = [point.factor for point in points]
+    figure = new_figure(6.4, 4.8)
+    panel = figure.subplots()
+    panel.set_xscale("log", base=2)
+    if finite:
+        best = min([*finite, parabola.min_loss] if parabola else finite)
+        label = f"within {page.tolerance:g} nats of the best"
+        panel.axhspan(best, best + page.tolerance, color="#009e73", alpha=0.2, linewidth=0, label=label)
+    else:
+        panel.set_yticks([])
+    if parabola:
+        optimum, lowest = parabola.optimum_factor, parabola.min_loss
+        x = np.geomspace(min(factors), max(factors), 100)
+        panel.plot(x, lowest + parabola.curvature * np.log2(x / optimum) ** 2, color=GRAY, label="parabola")
+        panel.plot(optimum, lowest, "v", color=GRAY, markersize=8, label=f"its optimum, {optimum:.2f} times")
+    for point in points:
+        _draw_point(panel, point)
+    panel.set_xlim(min(factors) / 1.25, max(factors) * 1.25)
+    panel.set_xticks(factors, [f"{factor:g}" + (" (recipe)" if factor == 1 else "") for factor in factors])
+    panel.minorticks_off()
+    panel.set_xlabel("factor on the recipe's learning rate")
+    panel.set_ylabel("held-out loss (nats per token)")
+    panel.ticklabel_format(axis="y", useOffset=False)
+    panel.grid(alpha=0.3)
+    title = [f"Check before the run: {page.verdict}", *(textwrap.fill(x, 75) for x in page.reasons)]
+    figure.suptitle("\n".join(title), fontsize=11, color="darkgreen" if page.verdict == "passed" else "darkred")
+    if finite:
+        figure.legend(ncols=3, **LEGEND)
+    return figure
+
+
+def _draw_point(panel: "Axes", point: Point) -> None:
+    if math.isfinite(point.loss):
+        color = STRONG if point.factor == 1 else BLACK
+        panel.errorbar(point.factor, point.loss, yerr=point.sd, fmt="o", color=color, markersize=8, capsize=4)
+        return
+    top = panel.get_xaxis_transform()
+    panel.plot(point.factor, 0.95, "x", color=RED, markersize=10, markeredgewidth=2.5, transform=top)
+    panel.text(point.factor, 0.9, "diverged", color=RED, ha="center", va="top", transform=top)
