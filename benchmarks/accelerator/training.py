@@ -15,7 +15,7 @@ from common import DEVICE, ROOT, Clock, ceiling, data, free_memory, only_the_tra
 from torch import nn
 from transformers import Trainer, set_seed
 
-from hf_power import MupAdamW, PowerLR
+from hf_power import MupAdamW, PowerLR, mup_config
 from hf_power.cli import parse_settings
 from hf_power.data.order import BlockStream, collate_blocks
 from hf_power.models import flops_per_token
@@ -156,7 +156,7 @@ def measure(rows, part, options, folder):
     if not options.dry_run and not rows.read("ceiling"):
         rows.add("ceiling", flops=ceiling(8192), peak_flops=options.peak_flops)
     given = settings(part, folder / "run", 1, 1, False, options)
-    config = train.mup_config(given.model.config(vocab_size=2048), **given.mup.arguments())
+    config = mup_config(given.model.config(vocab_size=2048), **given.mup.arguments())
     block, layers = given.data.block_size, config.num_hidden_layers
     flops = flops_per_token(config, block)
     attention = flops - flops_per_token(config, 0)  # the half that a causal token has
