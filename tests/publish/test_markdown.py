@@ -21,7 +21,21 @@ def test_documented_values():
 
 
 def test_local_paths():
-    paths = ("/a", " /a", "~", "~/a", "./a", "../a", "a/b/c", "a.t", "a*", "C:\\a", "c:/a", "\\\\host\\a", "file:///a")
+    paths = (
+        "/a",
+        " /a",
+        "~",
+        "~/a",
+        "./a",
+        "../a",
+        "a/b/c",
+        "a.txt",
+        "a*",
+        "C:\\a",
+        "c:/a",
+        "\\\\host\\a",
+        "file:///a",
+    )
     assert all(is_local_path(path) for path in paths)
     names = ("a", "user/name", "python-stdlib", "trunk/checkpoint-8", "2.13.0+cpu", "https://example.com/a/b", "1-sqrt")
     assert not any(is_local_path(name) for name in names)
