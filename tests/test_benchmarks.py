@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.elsewhere
+
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "benchmarks/accelerator/run.py"
 # `make test` puts them here: the versions of the usual GPU image: transformers 5.17.0, huggingface_hub 1.33.0.

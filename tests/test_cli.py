@@ -170,6 +170,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "part"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_one_sentence_before_any_work(line, part, here, monkeypatch, capsys):
     """Exit code 2, one sentence on stderr and nothing on stdout; no file is written, and no training or data begun."""
@@ -221,6 +222,7 @@ def command_of(verb, sections, folder):
     return [verb, str(folder / "settings.yaml"), *(["--output_dir", str(folder / "s")] if verb == "sweep" else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", list(PLANTED))
 def test_a_fault_of_ours_keeps_its_traceback(verb, sections, tmp_path, monkeypatch):
     """max([]) is a ValueError, as a user's mistake is one, and goes through to the interpreter all the same."""
@@ -244,6 +246,7 @@ def test_a_fault_of_ours_ends_with_exit_code_1(verb, sections, tmp_path):
     assert out.stderr.splitlines()[-1].startswith("ValueError: max()")
 
 
+@pytest.mark.slow
 def test_from_the_run_to_a_model_that_others_can_load(hub, sections, tmp_path, capsys, monkeypatch):
     """pretrain, evaluate, export, card, publish; then a stranger's download of both forms writes the same text."""
     made = sections(tmp_path / "run")
@@ -318,6 +321,7 @@ def granite(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["fit", "plan", "export"])
 def test_a_script_gives_the_result_of_its_verb(verb, granite, tmp_path, monkeypatch, capsys):
     """The same words under both give the same files, the same text and the same exit code; so do words that are wrong."""
@@ -351,6 +355,7 @@ def test_a_script_gives_the_result_of_its_verb(verb, granite, tmp_path, monkeypa
     assert "is unknown" in seen[2][2]
 
 
+@pytest.mark.slow
 def test_coord_check(tmp_path, capsys):
     (tmp_path / "m.yaml").write_text(
         "model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}\n"

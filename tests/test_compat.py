@@ -38,6 +38,7 @@ def test_either_name_in_a_yaml_reaches_the_trainer(tmp_path, written):
     assert checkpointing(parse_settings([yaml(tmp_path, f"{written}: false")]))[0] is False
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(
     ("flags", "on"), [(["--{}"], True), (["--{}", "True"], True), (["--{}=True"], True), (["--{}", "false"], False)]

@@ -236,6 +236,7 @@ def test_the_files_are_good_until_they_are_broken(tmp_path, capsys):
     assert "/there/is/no/corpus.jsonl" in said  # all that comes before the data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_broken_file_is_one_sentence(kind, capsys, monkeypatch):
     fuzz(kind, 30, capsys, monkeypatch)
@@ -247,6 +248,7 @@ def test_two_thousand_broken_files_are_one_sentence_each(kind, capsys, monkeypat
     fuzz(kind, 260, capsys, monkeypatch)  # of nine kinds: 2,340
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(as_bytes(MANIFEST, json_text))
 def test_a_manifest_is_checked_without_an_error(content):
@@ -325,6 +327,7 @@ def test_tokens_and_host_names_are_written_nowhere(tmp_path, sections, capsys, m
         assert not [name for name, text in texts.items() if secret.encode() in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "part"),
     [

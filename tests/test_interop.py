@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_power.data.text import DataArguments, load_text
 from hf_power.data.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.slow  # a process each
+pytestmark = [pytest.mark.elsewhere, pytest.mark.slow]
 
 RUN = ["-m", "hf_power.run"]
 ACCELERATE = ["-m", "accelerate.commands.launch"]

@@ -21,6 +21,7 @@ def shapes():
             yield mup_config(plain, base_width=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", list(shapes()), ids=lambda c: f"{c.model_type}-{c.tie_word_embeddings}")
 def test_flops_are_those_that_torch_counts(config):
     """Forward and backward of the real model; torch counts all pairs of positions, a causal token has half of them."""

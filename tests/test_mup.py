@@ -95,6 +95,7 @@ def group_of_each(model, **kwargs):
     return {name: rest for name, *rest in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", RULES)
 @pytest.mark.parametrize("m", [1, 2, 4])
 @pytest.mark.parametrize("kind", MODELS)
@@ -108,6 +109,7 @@ def test_group_and_factors_of_every_parameter(kind, m, preset):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", RULES)
 @pytest.mark.parametrize("m", [1, 2, 4])
 @pytest.mark.parametrize("kind", MODELS)
@@ -387,6 +389,7 @@ def losses_of(model, groups, num_steps=20):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [llama(32), gqa(32, tie_word_embeddings=True), llama(32, mlp_bias=True)])
 def test_at_base_width_mup_trains_as_plain_llama_does(plain):
     """20 steps of AdamW, loss for loss: Granite in groups, Granite in one group, Llama in one group."""
@@ -419,6 +422,7 @@ class RateLog(TrainerCallback):
             self.logged.append(logs["learning_rate"])
 
 
+@pytest.mark.slow
 def test_adamw_in_a_trainer_under_the_power_schedule(tmp_path):
     args = TrainingArguments(
         str(tmp_path),

@@ -322,6 +322,7 @@ def train(args, dataset, *, model=None, trainer_class=Trainer, resume=None, **kw
     return trainer, [rates[0] for rates in log.used]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dataset", [packed, Stream, SizedStream, hf_dataset, hf_stream, shuffled_hf_stream])
 def test_tokens_of_packed_blocks(dataset, accumulation, tmp_path):
@@ -343,6 +344,7 @@ def pad(examples):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 30, 64])
 def test_tokens_of_padded_examples_are_averaged(count, tmp_path):
     """Lengths 3, 4, ... 11, 3, ...; every example is counted, its padding is not."""
@@ -361,6 +363,7 @@ def test_sample_of_a_sorted_dataset_is_spread_over_it(tmp_path):
     assert find_tokens_per_step(trainer) == pytest.approx(2 * mean, rel=0.05)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_padding_free_collator(tmp_path):
     rows = [{"input_ids": block(i, 3 + i % 9)["input_ids"].tolist()} for i in range(36)]
     trainer, used = train(arguments(tmp_path), rows, data_collator=DataCollatorWithFlattening())
@@ -368,6 +371,7 @@ def test_tokens_of_a_padding_free_collator(tmp_path):
     assert used == pytest.approx(closed_form(6, 14), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_explicit_tokens_win(tmp_path):
     args = arguments(tmp_path, lr_scheduler_kwargs={"tokens_per_step": 1000, "a": A})
     trainer, used = train(args, packed())
@@ -375,6 +379,7 @@ def test_explicit_tokens_win(tmp_path):
     assert used == pytest.approx(closed_form(6, 1000), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_other_schedulers_are_left_alone(tmp_path):
     """No counting, so a dataset that cannot be counted is no error."""
     _, used = train(arguments(tmp_path, lr_scheduler_type="linear", lr_scheduler_kwargs=None), OnePass())
@@ -401,6 +406,7 @@ class SharedIterator(OnePass):
         return self.examples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", [OnePass, SharedIterator])
 def test_one_pass_dataset_is_refused_before_it_loses_examples(dataset, tmp_path):
     stream = dataset()
@@ -436,6 +442,7 @@ class LossLog(Trainer):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the cap learning_rate")
 @pytest.mark.parametrize("dataset", [DrawingDataset, hf_dataset])
 def test_counting_does_not_change_the_training(dataset, tmp_path):
@@ -459,6 +466,7 @@ def resumed_hf_stream():
     return resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "first"), [(Stream, 0), (hf_stream, 0), (resumed_hf_stream, 5)])
 def test_stream_still_yields_its_first_examples_to_the_training(dataset, first, tmp_path):
     seen = []
@@ -479,6 +487,7 @@ class SmallMemory(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_tokens_follow_the_batch_that_auto_find_batch_size_settles_on(tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True)
     trainer, used = train(args, packed(), trainer_class=SmallMemory)
@@ -488,6 +497,7 @@ def test_tokens_follow_the_batch_that_auto_find_batch_size_settles_on(tmp_path):
     assert used[-6:] == pytest.approx(closed_form(6, batch * LENGTH), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("today", "tokens", "lr", "a"),
     [
@@ -527,6 +537,7 @@ class Replacing(Trainer):
         return self.lr_scheduler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer_class", [Callers, Replacing])
 def test_trainer_subclasses(trainer_class, tmp_path):
     _, used = train(arguments(tmp_path), packed(), trainer_class=trainer_class)

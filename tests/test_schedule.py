@@ -195,6 +195,7 @@ def random_setting(rng):
     return law["max_lr"], warmup_steps, num_steps, given, seen, twin | {"tokens_per_step": tokens}
 
 
+@pytest.mark.slow
 @CAP_WARNING
 def test_equals_the_slow_twin_on_random_settings():
     rng = random.Random(2408)
@@ -404,6 +405,7 @@ TODAY = {  # another argument today: what get_power_schedule gets, what the twin
 }
 
 
+@pytest.mark.slow
 @CAP_WARNING
 @pytest.mark.parametrize("today", TODAY)
 @pytest.mark.parametrize("lr", [0.02, 0.005])
@@ -436,6 +438,7 @@ def test_resume_with_another_batch_and_other_arguments(stop, times, lr, today):
     assert expected[-1] == expected[-2] < expected[-3]  # the tail ends with the last step, not before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 1, 7, 8, 50, 89, 90, 91, 99, 100])
 @pytest.mark.parametrize("kwargs", [{}, {"decay_tokens": 20 * TOKENS, "decay_shape": "cosine"}, {"tokens_seen": 7**11}])
 def test_stop_and_resume_equals_uninterrupted(stop, kwargs):
@@ -541,6 +544,7 @@ ERRORS = (  # arguments; what, got, what to do
 )
 
 
+@pytest.mark.slow
 @CAP_WARNING
 @pytest.mark.parametrize(
     ("kwargs", "parts"), [(row[0], row[1:]) for row in ERRORS], ids=[str(row[0]) for row in ERRORS]
@@ -630,6 +634,7 @@ def test_prepared_scheduler_whose_lengths_were_not_multiplied_is_refused(num_ste
         prepared_lrs(wrapper, num_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 3, 30, 57, 59])
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (4, 4), (2, 1), (1, 2), (4, 2)])
 def test_prepared_scheduler_resumes(stop, before, after, processes):

@@ -27,6 +27,7 @@ def train(tmp_path):
     return build
 
 
+@pytest.mark.slow
 def test_the_stock_trainer_seals_and_never_keeps_less_than_two(train, tmp_path):
     trainer = train(save_total_limit=1)
     trainer.train()

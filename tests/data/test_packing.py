@@ -31,6 +31,7 @@ def reference_blocks(texts, tokenizer, block_size, documents_per_batch):
     return blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1, 7, 256])
 def test_pack_matches_the_reference(block_size, texts, tokenizer, small_batches):
     plain = [text for text in texts if END_OF_TEXT not in text]
@@ -59,6 +60,7 @@ def test_null_text_is_an_empty_document(tokenizer):
     assert as_rows(blocks) == [[a, eos, eos, a, eos]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_documents", [40, 47])
 def test_blocks_do_not_depend_on_num_proc(num_documents, texts, tokenizer, small_batches, monkeypatch):
     train = Dataset.from_dict({"text": texts[:num_documents]})

@@ -91,6 +91,7 @@ def plain(folder, blocks):
     return {"loss": loss, "perplexity": math.exp(loss), "accuracy": sum(correct) / len(nll), "bits_per_byte": bits}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_least", [1, 8])
 def test_evaluate_model_against_plain_pytorch(folder, data, held_out, expected, tmp_path, at_least):
     # The last batch is not full; each Python's library, and with it the corpus, has another length.
@@ -109,6 +110,7 @@ def test_float64_and_max_tokens(folder, data, held_out, tmp_path):
     assert (result.dtype, result.num_tokens) == ("float64", 7 * 31)
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_the_checkpoint_s_own(folder, data, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -120,6 +122,7 @@ def test_bfloat16_weights_are_the_checkpoint_s_own(folder, data, tmp_path):
     assert result.metrics["loss"] != wide
 
 
+@pytest.mark.slow
 def test_a_stream_is_scored_to_its_end(folder, data, corpus, tmp_path):
     small = tmp_path / "small.jsonl"
     small.write_text("".join(corpus.read_text().splitlines(keepends=True)[:5]))
@@ -141,6 +144,7 @@ def test_scores_are_shown_a_line_each():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_folder_reproduces_its_held_out_loss(sections, tmp_path):
     run = train.pretrain(Settings.from_dict(sections(tmp_path / "run"))).to_json()
     for place in (tmp_path / "run", tmp_path / "run" / "checkpoint-12"):
@@ -176,6 +180,7 @@ def test_eval_json_says_what_made_it(folder, data, corpus, tmp_path):
     assert again.data["fingerprint"] != result.data["fingerprint"]
 
 
+@pytest.mark.slow
 def test_tasks_stay_with_their_weights(folder, data):
     path = folder / "eval.json"
     evaluate_model(folder, data)
@@ -234,6 +239,7 @@ def test_a_folder_that_is_no_whole_model(folder, data, tmp_path):
         evaluate_model(tmp_path, data)
 
 
+@pytest.mark.slow
 def test_models_of_the_hub(hub, folder, data, tmp_path):
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.add_repo("tester/tiny", files | {"checkpoint-1/model.safetensors": b"not asked for"})

@@ -125,6 +125,7 @@ def tensors(folder):
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DENSE)
 def test_float64_logits_are_equal_to_1e12(kind, source, tmp_path):
     folder = source(kind, dtype=torch.float64)
@@ -134,6 +135,7 @@ def test_float64_logits_are_equal_to_1e12(kind, source, tmp_path):
     assert difference(folder, tmp_path / "plain", torch.float64) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])
 def test_float32_logits_are_equal_to_1e6(kind, exported):
     folder, plain, content = exported(kind)
@@ -141,6 +143,7 @@ def test_float32_logits_are_equal_to_1e6(kind, exported):
     assert difference(folder, plain, torch.float32) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DENSE)
 def test_bfloat16_logits_are_bit_equal_when_factors_are_powers_of_two(kind, source, tmp_path):
     sizes = {"hidden_size": 32} | ({"head_dim": 16} if kind == "wide_heads" else {})
@@ -225,6 +228,7 @@ def test_checkpoint_is_named_after_its_run(source, tmp_path):
     assert not (tmp_path / "plain" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "moe"])
 def test_shards_stay_shards(kind, source, tmp_path, monkeypatch):
     folder = source(kind, save={"max_shard_size": "20KB"})
@@ -246,6 +250,7 @@ def test_shards_stay_shards(kind, source, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*DENSE, *MOE])
 def test_there_and_back_is_bit_equal_with_powers_of_two(kind, source, tmp_path):
     folder = source(kind, preset="power_of_two", head_dim=8 if kind == "wide_heads" else 4, hidden_size=24)
@@ -499,6 +504,7 @@ def both_forms(folder, plain_folder):
     return [AutoModelForCausalLM.from_pretrained(path, **kwargs).train() for path in (folder, plain_folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["untied", "tied", "moe"])
 def test_both_forms_train_alike_with_rescaled_groups(kind, source, tmp_path):
     """In float64, 20 steps; the loss falls, and without rescaling lr, eps or decay the two differ."""

@@ -108,6 +108,7 @@ def manifest(folder):
         return None
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_is_damaged_here(interrupted):
     names = files(interrupted() / "checkpoint-8")
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "run.json", MANIFEST} <= set(names)
@@ -134,6 +135,7 @@ def test_each_file_is_missed_by_its_name(interrupted, what):
     assert problems(folder) == []
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_manifest_can_change_unnoticed(interrupted):
     folder = interrupted() / "checkpoint-8"
     said = manifest(folder)
@@ -160,6 +162,7 @@ def test_a_run_goes_on_before_the_damage_to_the_same_end(interrupted, goes_on, t
     assert failed == {}
 
 
+@pytest.mark.slow
 def test_a_manifest_without_its_last_line_feed_changes_nothing(interrupted, goes_on):
     run = interrupted()
     DAMAGES["one byte cut off"](run / "checkpoint-8" / MANIFEST)
@@ -216,6 +219,7 @@ def test_a_file_that_was_not_there_at_the_seal_is_named(interrupted, name):
     assert newest_intact(run) == (run / "checkpoint-4", {"checkpoint-8": [f"{name} was added after it was sealed"]})
 
 
+@pytest.mark.slow
 def test_what_is_added_and_never_read_changes_nothing(interrupted, goes_on):
     """Records of evaluate, card and publish, notes, and what a file browser, a download or a network disk hides."""
     run = interrupted()

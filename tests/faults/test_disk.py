@@ -42,6 +42,7 @@ def goes_on(again, disk, whole):
     assert all(torch.equal(mine[name], undisturbed[name]) for name in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.01, 0.2, 0.4, 0.6, 0.8, 0.97])
 def test_full_in_the_middle_of_a_save(whole, sections, disk, capsys, monkeypatch, share):
     """The second save finds room for a share of it: in the weights, the optimizer, the small files, the seal."""
@@ -67,6 +68,7 @@ def test_full_in_the_middle_of_a_save(whole, sections, disk, capsys, monkeypatch
     goes_on(again, disk, whole)
 
 
+@pytest.mark.slow
 def test_full_before_a_save(whole, sections, disk, capsys, monkeypatch):
     """Nothing is written where the space is known to be too little."""
     plain = train.PowerTrainer.training_step
@@ -85,6 +87,7 @@ def test_full_before_a_save(whole, sections, disk, capsys, monkeypatch):
     goes_on(again, disk, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 20_000, 200_000])
 def test_full_when_the_finished_model_is_saved(whole, sections, disk, capsys, monkeypatch, left):
     plain = train._finish
@@ -101,6 +104,7 @@ def test_full_when_the_finished_model_is_saved(whole, sections, disk, capsys, mo
     goes_on(again, disk, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 60_000, 200_000])
 def test_full_while_the_text_is_stored(whole, sections, corpus, disk, capsys, left):
     given = sections(disk / "run", resume_from_checkpoint="true")

@@ -21,6 +21,8 @@ from hf_power.pretrain import run as train
 from hf_power.pretrain.bad_numbers import NonFiniteError
 from hf_power.settings.settings import Settings
 
+pytestmark = pytest.mark.elsewhere
+
 KILL = ("kill_in_save", {"checkpoint": "checkpoint-8"})
 TERMINATE = {"step": 6, "number": signal.SIGTERM}
 
@@ -95,6 +97,7 @@ def test_killed_while_a_checkpoint_is_saved(ours, ours_goes_on, tmp_path):
     assert "checkpoint-8 is not used: manifest.json is missing" in said
 
 
+@pytest.mark.slow
 def test_without_a_fault_both_go_on_exactly(whole, interrupted, ours_goes_on):
     """The control of the tests below."""
     stock(interrupted[0]).train(resume_from_checkpoint=True)
@@ -103,6 +106,7 @@ def test_without_a_fault_both_go_on_exactly(whole, interrupted, ours_goes_on):
     assert ours_goes_on(interrupted[1])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
 def test_a_state_that_is_gone(whole, interrupted, ours_goes_on, caplog, name):
     """Either one gone and the stock Trainer begins both anew: no moments, and the warmup once more."""
@@ -119,6 +123,7 @@ def test_a_state_that_is_gone(whole, interrupted, ours_goes_on, caplog, name):
     assert f"checkpoint-8 is not used: {name} is missing" in said
 
 
+@pytest.mark.slow
 def test_weights_that_are_cut(interrupted, ours_goes_on):
     for run in interrupted:
         weights = run / "checkpoint-8/model.safetensors"
@@ -130,6 +135,7 @@ def test_weights_that_are_cut(interrupted, ours_goes_on):
     assert "checkpoint-8 is not used: model.safetensors has " in said
 
 
+@pytest.mark.slow
 def test_weights_of_which_one_byte_has_changed(whole, interrupted, ours_goes_on, caplog):
     for run in interrupted:
         weights = run / "checkpoint-8/model.safetensors"
@@ -156,6 +162,7 @@ def test_a_limit_of_one_checkpoint_and_a_kill_in_the_next_save(ours, ours_goes_o
     assert ours_goes_on(tmp_path / "ours")[0]
 
 
+@pytest.mark.slow
 def test_a_limit_of_one_checkpoint_and_damage_to_it(sections, ours_goes_on, tmp_path):
     stock(tmp_path / "stock", save_total_limit=1).train()
     train.pretrain(Settings.from_dict(sections(tmp_path / "ours", save_total_limit=1)))
@@ -168,6 +175,7 @@ def test_a_limit_of_one_checkpoint_and_damage_to_it(sections, ours_goes_on, tmp_
     assert ours_goes_on(tmp_path / "ours")[0]
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_saved_by_the_stock_trainer_alone(sections, tmp_path, monkeypatch):
     stock(tmp_path / "stock", callbacks=[Poison(6)]).train()
     saved = load_file(tmp_path / "stock/checkpoint-8/model.safetensors")
@@ -270,6 +278,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_one_checkpoint_fills(sections, small_disk, ours_goes_on):
     """Room is made after the fault: the stock Trainer cannot go on all the same, for its half checkpoint is the newest."""
     theirs, mine = small_disk("stock"), small_disk("ours")
@@ -286,6 +295,7 @@ def test_a_disk_that_one_checkpoint_fills(sections, small_disk, ours_goes_on):
     assert ours_goes_on(mine)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_another_learning_rate_at_a_resume(whole, interrupted, sections, schedule):
     folder = interrupted[0].with_name(schedule)
@@ -324,6 +334,7 @@ def test_two_runs_in_one_folder(ours, whole, tmp_path):
     assert all(mine[name].equal(wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "granitemoe", "mixtral"])
 def test_a_mixture_of_experts_that_goes_on(family, tmp_path, sections):
     """Without a fault at all: the names of experts in a file are others than in the model. Step 9 is the first after it."""

@@ -37,6 +37,7 @@ def at_step(monkeypatch, step, action):
     monkeypatch.setattr(train.PowerTrainer, "training_step", late)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jump", [-86400.0, 10 * 365 * 86400.0])
 def test_a_clock_that_jumps(whole, sections, tmp_path, monkeypatch, jump):
     """A day back, ten years ahead, in the middle of a run."""
@@ -81,12 +82,14 @@ def stock(folder, callbacks=()):
     return [path.name for path in checkpoints(folder)]
 
 
+@pytest.mark.slow
 def test_rotation_after_the_clock_was_set_back(tmp_path):
     """The stock Trainer goes by the time of the files and deletes what it has just saved."""
     assert "checkpoint-3" not in stock(tmp_path / "stock")
     assert stock(tmp_path / "ours", [SealCheckpoints()]) == ["checkpoint-4", "checkpoint-3"]
 
 
+@pytest.mark.slow
 def test_text_that_vanishes_under_a_run_is_still_mapped(whole, sections, corpus, tmp_path, monkeypatch, capsys):
     """The run ends as it would have; the next start says what is missing, and all is there when it is back."""
     text = tmp_path / "text.jsonl"
@@ -113,6 +116,7 @@ def test_text_that_vanishes_under_a_run_is_still_mapped(whole, sections, corpus,
     assert json.loads((tmp_path / "run/run.json").read_text())["tokens_seen"] == 1792
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.jsonl"
     shutil.copy(corpus, text)
@@ -153,6 +157,7 @@ def test_output_that_is_read_only(sections, disk, capsys, monkeypatch):
     assert said == f"hf-power pretrain: {disk / 'run'} cannot be used: Read-only file system."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["save", "finish"])
 def test_output_that_turns_read_only(whole, sections, disk, capsys, monkeypatch, place):
     plain = callback._require_space, train._finish

@@ -336,6 +336,7 @@ def test_a_critical_batch_is_found_where_there_is_one():
     assert plain.law.batch_exponent < 0.7  # the cap is mistaken for a smaller exponent
 
 
+@pytest.mark.slow
 def test_a_critical_batch_is_not_reported_without_support():
     batches = tuple(16_384 * 2**k for k in range(5))
     reported = [
@@ -507,6 +508,7 @@ def coverage(num_draws, law=LAW, **arguments):
 SMALL = {"curvature": 0.028, "steps": three_to_five}  # 3 batches x 3 horizons x 2 seeds, 3 to 5 rates a factor 2 apart
 
 
+@pytest.mark.slow
 def test_intervals_cover_in_a_few_draws():
     covered, width = coverage(40, **SMALL)
     assert (covered >= 0.85).all()

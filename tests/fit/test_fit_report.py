@@ -33,6 +33,7 @@ def rows_of(sweep):
     return load_rows(sweep / "sweep.jsonl")[0]
 
 
+@pytest.mark.slow
 def test_from_rows_to_recipe_to_plan(sweep, tmp_path, capsys):
     assert run_verb("fit", [str(sweep)]) == 0
     text = capsys.readouterr().out

@@ -103,6 +103,7 @@ def measured(config, batch, block, compute, checkpointing):
     return held, alive.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("moe", [False, True], ids=["granite", "granitemoe"])
 @pytest.mark.parametrize(("shape", "compute"), MEASURED, ids=str)
@@ -192,6 +193,7 @@ def test_sharding_divides_what_it_shards():
     assert plans["full"].activations < plans["none"].activations  # bf16 weights need no copies
 
 
+@pytest.mark.slow
 def test_what_fits_is_what_the_device_holds():
     config = recipe("powerlm-3b")
 

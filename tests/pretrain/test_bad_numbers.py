@@ -70,6 +70,7 @@ def by_hand(monkeypatch, sections, folder, skip, accumulation=1, **training):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_skipped_steps_leave_the_weights_of_a_loop_without_them(sections, tmp_path, monkeypatch, value):
     wanted = by_hand(monkeypatch, sections, tmp_path / "hand", skip=(1, 5, 6))
@@ -84,6 +85,7 @@ def test_skipped_steps_leave_the_weights_of_a_loop_without_them(sections, tmp_pa
     assert json.loads((tmp_path / "run/run.json").read_text())["skipped_steps"] == run["skipped_steps"]
 
 
+@pytest.mark.slow
 def test_one_bad_micro_batch_skips_the_whole_step_and_the_log_is_of_the_others(sections, tmp_path, monkeypatch):
     given = {"gradient_accumulation_steps": 3, "tokens": 3 * 384, "logging_steps": 3}
     wanted = by_hand(monkeypatch, sections, tmp_path / "hand", skip=(2,), accumulation=3, **given)
@@ -102,6 +104,7 @@ def test_one_bad_micro_batch_skips_the_whole_step_and_the_log_is_of_the_others(s
     assert run["loss_curve"][0]["loss"] == pytest.approx(sum(plain) / 8, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_stock_trainer_makes_its_weights_nan(sections, tmp_path, monkeypatch):
     for name in ("training_step", "_get_grad_norm", "compute_loss", "save_model"):
         monkeypatch.delattr(PowerTrainer, name)
@@ -110,6 +113,7 @@ def test_the_stock_trainer_makes_its_weights_nan(sections, tmp_path, monkeypatch
     assert all(weight.isnan().any() for weight in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"max_grad_norm": 0.0}, {"logging_steps": 5}])
 def test_other_settings_skip_too(sections, tmp_path, monkeypatch, given):
     poison(monkeypatch, {4})
@@ -118,6 +122,7 @@ def test_other_settings_skip_too(sections, tmp_path, monkeypatch, given):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_not_fused_skips_too(sections, tmp_path, monkeypatch):
     plain = torch.optim.AdamW.__init__
     monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda *args, **kw: plain(*args, **kw | {"fused": False}))
@@ -127,6 +132,7 @@ def test_an_optimizer_that_is_not_fused_skips_too(sections, tmp_path, monkeypatc
     assert equal(weights, {name: wanted[name] for name in weights})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logging_steps", [1, 7])
 def test_ten_in_a_row_end_the_run(sections, tmp_path, monkeypatch, logging_steps):
     poison(monkeypatch, set(range(5, 15)))
@@ -142,6 +148,7 @@ def test_ten_in_a_row_end_the_run(sections, tmp_path, monkeypatch, logging_steps
     assert not problems(tmp_path / "run/checkpoint-12")
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(sections, tmp_path, monkeypatch):
     """Poisoned after the sixth step: checkpoint-4 stands, checkpoint-8 is none."""
     plain = PowerTrainer._get_learning_rate

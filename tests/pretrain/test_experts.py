@@ -187,6 +187,7 @@ class Logging(Trainer):
         super().log(logs, start_time)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True])
 def test_the_trainer_logs_the_measures_at_logging_steps(tmp_path, first):
     model, blocks = granite(), [{"input_ids": ids, "labels": ids} for ids in tokens(24)]

@@ -44,11 +44,13 @@ def changed(out):
     return [line.split("changed ")[1].strip() for line in out.splitlines() if line.startswith("  changed ")]
 
 
+@pytest.mark.slow
 def test_nothing_changed_is_nothing_said(go_on, capsys):
     go_on()
     assert changed(capsys.readouterr().out) == []
 
 
+@pytest.mark.slow
 def test_what_the_law_counts_is_listed_and_taken_up(go_on, capsys):
     """Another cap, scale, batch, length: all in the closed form of every step after the resume."""
     run = go_on(
@@ -72,12 +74,14 @@ def test_what_the_law_counts_is_listed_and_taken_up(go_on, capsys):
         assert rate == pytest.approx(min(0.004, 2 * 256 / 4096 * (1024 + (step - 9) * 256) ** -0.51), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_another_sequence_length_goes_on_from_the_tokens(go_on, capsys):
     run = go_on({"data": {"block_size": 16}})
     assert "tokens_per_step 128 -> 64" in changed(capsys.readouterr().out)
     assert (run["tokens_seen"], run["steps"]) == (1536, 8 + 512 // 64)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_adamw_are_those_of_today(go_on, capsys):
     """The optimizer's state brings back the old ones."""
     run = go_on(weight_decay=0.3, adam_epsilon=1e-6)
@@ -88,6 +92,7 @@ def test_the_numbers_of_adamw_are_those_of_today(go_on, capsys):
     assert groups["hidden"]["eps"] == pytest.approx(5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -136,6 +141,7 @@ def test_an_unknown_name_in_allow_changed(go_on):
     assert str(caught.value) == "allow_changed: base_widht is unknown: did you mean base_width?"
 
 
+@pytest.mark.slow
 def test_other_text_needs_leave_and_the_same_text_elsewhere_does_not(go_on, corpus, tmp_path, capsys):
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
     same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
@@ -150,6 +156,7 @@ def test_other_text_needs_leave_and_the_same_text_elsewhere_does_not(go_on, corp
     assert any(line.startswith("fingerprint of the data ") for line in changed(capsys.readouterr().out))
 
 
+@pytest.mark.slow
 def test_the_recipe_s_rate_needs_leave(trunk, sections, tmp_path):
     """Trained by a recipe, resumed without it and with another cap."""
     Recipe(base_width=16, tokenizer=trunk[1]["data"]["tokenizer"], warmup_tokens=256).save(tmp_path / "recipe.json")
@@ -169,6 +176,7 @@ def test_the_recipe_s_rate_needs_leave(trunk, sections, tmp_path):
     assert train.pretrain(Settings.from_dict(sec)).tokens_seen == 1024
 
 
+@pytest.mark.slow
 def test_a_schedule_with_a_horizon_keeps_its_rate(sections, tmp_path):
     kind = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": None}
     train.pretrain(Settings.from_dict(sections(tmp_path / "a", **kind)))
@@ -206,6 +214,7 @@ def test_a_sealed_checkpoint_without_a_part_is_refused(trunk, sections, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_one_command_begins_goes_on_and_finishes(trunk, sections, tmp_path, capsys, monkeypatch):
     """Killed in its first save, after its last checkpoint, and not at all: the weights of the trunk each time."""
     folder = tmp_path / "run"
@@ -231,6 +240,7 @@ def test_one_command_begins_goes_on_and_finishes(trunk, sections, tmp_path, caps
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_tokens_that_are_no_whole_number_of_steps(sections, tmp_path, monkeypatch):
     """The last step goes beyond them; a run that is killed after it has only to finish, and no other run has."""
     settings = sections(tmp_path / "run", tokens=1000, resume_from_checkpoint="true")

@@ -48,6 +48,7 @@ def distance(one, other):
     return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
     ("autocast", "of_loss", "of_gradients"), [(False, 1e-6, 1e-6), (True, 1e-4, 2e-2)], ids=["fp32", "bf16"]
@@ -173,6 +174,7 @@ def test_compiled_layers_compute_the_same(kind, tmp_path, monkeypatch, autocast,
 WAITS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "nonzero", "cpu", "numpy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_no_step_waits_for_the_device_between_logs(kind, sections, tmp_path, monkeypatch):
     """Every call in training that needs a value from the device, with its caller: the logs' and the end's alone.
@@ -222,6 +224,7 @@ def test_no_step_waits_for_the_device_between_logs(kind, sections, tmp_path, mon
     assert not any("find_packed" in where for where in fast)
 
 
+@pytest.mark.slow
 def test_flops_of_a_run_are_its_own_count(sections, tmp_path):
     """6 x (matrices + attention) by hand for the model of the fixture, over the tokens of the run."""
     folder = tmp_path / "run"

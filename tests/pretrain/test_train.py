@@ -47,6 +47,7 @@ def trunk(sections, tmp_path_factory):
     return folder, train.pretrain(Settings.from_dict(sections(folder, lr_scheduler_kwargs=kwargs))).to_json()
 
 
+@pytest.mark.slow
 def test_run_json_is_what_was_trained(trunk):
     folder, run = trunk
     assert json.loads((folder / "run.json").read_text()) == run
@@ -80,6 +81,7 @@ def test_held_out_loss_is_that_of_the_saved_model(trunk, sections):
     assert run["held_out_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_balancing_loss_is_no_larger_with_accumulation_and_not_in_the_held_out_loss(sections, tmp_path):
     """A mixture of experts: the first loss of batch 4 x 1 and of 1 x 4 is that of the same weights and blocks."""
     first = []
@@ -125,6 +127,7 @@ torch.save(model(**tokenizer("def f(x):", return_tensors="pt", return_token_type
     torch.testing.assert_close(here, torch.load(tmp_path / "logits.pt"), rtol=1e-5, atol=1e-6)  # threads may differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [4, 8])
 def test_stop_and_resume_is_bit_equal(trunk, sections, tmp_path, checkpoint):
     folder, whole = trunk
@@ -145,6 +148,7 @@ def moe_sections(sections, folder, **training):
     return made
 
 
+@pytest.mark.slow
 def test_the_best_mixture_is_loaded_whole(sections, tmp_path):
     """load_best_model_at_end where the largest loss counts as the best, so that it is not the last checkpoint's."""
     best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "greater_is_better": True}
@@ -154,6 +158,7 @@ def test_the_best_mixture_is_loaded_whole(sections, tmp_path):
     assert run["held_out_loss"] == pytest.approx(state["best_metric"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_in_several_files_are_resumed(trunk, sections, tmp_path):
     """A checkpoint whose model was saved in shards; it is sealed anew."""
     folder, whole = trunk
@@ -170,6 +175,7 @@ def test_weights_in_several_files_are_resumed(trunk, sections, tmp_path):
     assert losses(train.pretrain(Settings.from_dict(again)).to_json()) == losses(whole)
 
 
+@pytest.mark.slow
 def test_accumulation_is_a_larger_batch(sections, tmp_path):
     """Batch 1 x accumulation 8 = batch 8 x accumulation 1, but for the order of a sum."""
     runs = []
@@ -181,6 +187,7 @@ def test_accumulation_is_a_larger_batch(sections, tmp_path):
     assert list(losses(runs[0]).values()) == pytest.approx(list(losses(runs[1]).values()), abs=2e-5)
 
 
+@pytest.mark.slow
 def test_anneal_finishes_a_model_and_the_trunk_goes_on(trunk, sections, tmp_path):
     folder, whole = trunk
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -197,6 +204,7 @@ def test_anneal_finishes_a_model_and_the_trunk_goes_on(trunk, sections, tmp_path
     assert list(rates(linear, 8).values()) == pytest.approx([start, start / 2], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_every_group_is_logged(sections, tmp_path, monkeypatch):
     """A tracker, which is a callback, gets tokens and the learning rate of each group at each log."""
     seen = []
@@ -220,6 +228,7 @@ def test_every_group_is_logged(sections, tmp_path, monkeypatch):
         assert log["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -248,6 +257,7 @@ def test_other_kinds_of_runs_learn(change, sections, tmp_path):
     assert losses(run)[max(losses(run))] < losses(run)[1]
 
 
+@pytest.mark.slow
 def test_plan_is_printed_before_the_first_step(sections, tmp_path, capsys):
     train.pretrain(Settings.from_dict(sections(tmp_path / "run")))
     plan = capsys.readouterr().out
@@ -280,6 +290,7 @@ def test_refusals_come_before_anything_is_written(trunk, sections, tmp_path):
         anneal(folder / "checkpoint-8", "10%", str(folder))
 
 
+@pytest.mark.slow
 def test_anneal_refuses_what_is_no_trunk(sections, tmp_path):
     train.pretrain(Settings.from_dict(sections(tmp_path / "done")))
     with pytest.raises(ValueError, match="checkpoint-12 lies in its run's own decay, which began at token 1,382: take"):
@@ -338,6 +349,7 @@ def with_recipe(sections, folder, recipe, **training):
     return Settings.from_dict(sec)
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_recipe_s_numbers(recipe, sections, tmp_path, capsys):
     """Warmup of 256 tokens, the law above its critical batch of 64 tokens, a linear tail over the last quarter."""
     run = train.pretrain(with_recipe(sections, tmp_path / "run", recipe())).to_json()
@@ -350,6 +362,7 @@ def test_a_run_takes_the_recipe_s_numbers(recipe, sections, tmp_path, capsys):
     assert "  WARNING      128 tokens per step are 2 times the critical batch, 64" in out
 
 
+@pytest.mark.slow
 def test_a_schedule_with_a_horizon_takes_its_peak_from_the_recipe(recipe, sections, tmp_path):
     """Peak 0.4 * (64 / 4096)**0.5 * 1536**-0.3, cap 0.02, of a linear warmup, a plateau and a linear tail of 3 steps."""
     peak = 0.4 * (64 / 4096) ** 0.5 * 1536**-0.3

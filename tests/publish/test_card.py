@@ -173,6 +173,7 @@ def assert_clean(text):
         assert body.strip(), title
 
 
+@pytest.mark.slow
 def test_header_survives_a_round_trip(annealed):
     path = write_card(annealed, license="apache-2.0", repo_id="user/model")
     loaded = ModelCard.load(path)
@@ -220,6 +221,7 @@ def test_python_block_runs_as_it_stands(kind, request, monkeypatch, capsys):
     assert type(names["model"]).__name__ == {"annealed": "Granite", "exported": "Llama"}[kind] + "ForCausalLM"
 
 
+@pytest.mark.slow
 def test_trunk_tells_how_to_anneal_it_and_that_works(runs, tmp_path, monkeypatch):
     text = card(runs / "trunk", repo_id="user/trunk", branch="trunk-1.024k-tokens")
     (commands,) = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
@@ -325,6 +327,7 @@ def test_a_mixture_of_experts_has_active_parameters(annealed):
     assert {"moe", "granitemoe", "mup"} <= set(header(text)["tags"])
 
 
+@pytest.mark.slow
 def test_another_schedule_is_named_with_its_peak(sections, tmp_path):
     options = {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": None, "save_strategy": "no"}
     train.pretrain(Settings.from_dict(sections(tmp_path / "cosine", tokens=4 * 128, **options)))
@@ -360,6 +363,7 @@ def test_the_card_is_a_function_of_the_files(annealed, tmp_path, monkeypatch):
     assert card(Path(os.path.relpath(annealed))) == first
 
 
+@pytest.mark.slow
 def test_missing_files_leave_no_trace(annealed):
     for name in ("eval.json", "recipe.json", "config.json", "lr_and_loss.png", "tokenizer_config.json"):
         (annealed / name).unlink()
@@ -413,6 +417,7 @@ def test_missing_facts_leave_no_trace(kind, name, request):
             assert text.rstrip().endswith("```"), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dataset", ["/data/secret/x.jsonl", "C:\\secret\\x", "./secret.jsonl", "~/secret", "secret.parquet"]
 )

@@ -47,6 +47,7 @@ def logits(folder):
         return model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
 
 
+@pytest.mark.slow
 def test_model_on_main_checkpoints_on_branches(hub, trunk):
     before = contents(trunk)
     state = publish(trunk, "tester/run", checkpoints="all")
@@ -69,6 +70,7 @@ def test_model_on_main_checkpoints_on_branches(hub, trunk):
         assert json.loads(files["run.json"])["steps"] == int(checkpoint.split("-")[1])
 
 
+@pytest.mark.slow
 def test_round_trip_from_a_fresh_cache(hub, annealed):
     publish(annealed, "tester/run")
     folder = snapshot_download("tester/run")
@@ -78,6 +80,7 @@ def test_round_trip_from_a_fresh_cache(hub, annealed):
         assert torch.equal(here, there)
 
 
+@pytest.mark.slow
 def test_a_branch_is_a_checkpoint_to_be_annealed(hub, trunk, runs, corpus, tmp_path):
     publish(trunk, "tester/run", checkpoints="all")
     folder = Path(snapshot_download("tester/run", revision="trunk-1.024k-tokens", local_dir=tmp_path / "checkpoint-8"))
@@ -87,6 +90,7 @@ def test_a_branch_is_a_checkpoint_to_be_annealed(hub, trunk, runs, corpus, tmp_p
     assert again.held_out_loss == json.loads((runs / "annealed" / "run.json").read_text())["held_out_loss"]
 
 
+@pytest.mark.slow
 def test_twice_sends_nothing(hub, trunk):
     publish(trunk, "tester/run", checkpoints="all")
     sent, calls = hub.uploaded_bytes, len(hub.log)
@@ -95,6 +99,7 @@ def test_twice_sends_nothing(hub, trunk):
     assert not [call for call in hub.log[calls:] if call.method in ("PUT", "DELETE") or "/commit/" in call.path]
 
 
+@pytest.mark.slow
 def test_another_repository_starts_anew(hub, trunk):
     publish(trunk, "tester/run", checkpoints="all")
     state = publish(trunk, "tester/other", checkpoints="none")
@@ -102,6 +107,7 @@ def test_another_repository_starts_anew(hub, trunk):
     assert hub.files("tester/other").keys() == hub.files("tester/run").keys()
 
 
+@pytest.mark.slow
 def test_last_checkpoint_on_main(hub, trunk):
     publish(trunk, "tester/run", checkpoints="last")
     main = hub.files("tester/run")
@@ -110,6 +116,7 @@ def test_last_checkpoint_on_main(hub, trunk):
     assert not [name for name in hub.files("tester/run") if name.startswith("last-checkpoint/")]
 
 
+@pytest.mark.slow
 def test_an_annealed_model_replaces_its_trunk_and_not_the_other_way(hub, trunk, annealed):
     publish(trunk, "tester/run")
     publish(annealed, "tester/run")
@@ -123,6 +130,7 @@ def test_an_annealed_model_replaces_its_trunk_and_not_the_other_way(hub, trunk, 
     assert hub.files("tester/run")["model.safetensors"] == (trunk / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_nothing_of_this_machine_goes_up(hub, runs, trunk):
     publish(trunk, "tester/run", checkpoints="all")
     files = [item for revision in ("main", *BRANCHES) for item in hub.files("tester/run", revision).items()]
@@ -135,6 +143,7 @@ def test_nothing_of_this_machine_goes_up(hub, runs, trunk):
     assert hub.token not in (trunk / "push.json").read_text()
 
 
+@pytest.mark.slow
 def test_card_is_the_last_readme_and_is_made_of_what_is_there(hub, trunk):
     (trunk / "README.md").write_text("a fine-tuned version of nothing")
     publish(trunk, "tester/run")
@@ -219,6 +228,7 @@ def test_a_damaged_upload_is_sent_again_by_itself(hub, trunk):
     assert hub.files("tester/run")["model.safetensors"] == (trunk / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_bad_input_before_anything_is_sent(hub, trunk, tmp_path, monkeypatch):
     def pushes_nothing(*parts, error=ValueError, **kwargs):
         arguments = {"folder": trunk, "repo_id": "tester/run", **kwargs}

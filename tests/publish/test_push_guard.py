@@ -63,6 +63,7 @@ def branches(hub):
     return set(hub.repos["tester/run"].branches) - {"main"} if "tester/run" in hub.repos else set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy_pushes_what_it_says(hub, pushing, unpushed, strategy, capsys):
     path, folder = pushing(strategy)
@@ -146,6 +147,7 @@ def test_a_run_under_each_fault(hub, pushing, unpushed, monkeypatch, capsys, fau
         assert there == (folder / f"checkpoint-{step_}" / "optimizer.pt").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hub_that_comes_back_is_used_without_being_asked(hub, pushing, monkeypatch):
     path, _ = pushing()
     hub.down()
@@ -161,6 +163,7 @@ def test_a_hub_that_comes_back_is_used_without_being_asked(hub, pushing, monkeyp
     assert len(branches(hub)) == 3
 
 
+@pytest.mark.slow
 def test_hub_revision_is_where_the_model_goes(hub, pushing):
     path, folder = pushing("end", hub_revision="dev")
     hub.down()
@@ -171,6 +174,7 @@ def test_hub_revision_is_where_the_model_goes(hub, pushing):
     assert set(hub.files("tester/run")) == {".gitattributes"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_staged_is_told_and_stops_nothing(hub, pushing, unpushed, monkeypatch, capsys):
     """A disk that is full for a while; once there is room, `hf-power publish` does what is left."""
     path, folder = pushing()
@@ -197,6 +201,7 @@ def test_a_checkpoint_that_cannot_be_staged_is_told_and_stops_nothing(hub, pushi
     assert not [p for p in (folder / ".push").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_rotation_takes_nothing_away_before_it_is_uploaded(hub, pushing, unpushed):
     path, folder = pushing(save_total_limit=1)
     hub.down()

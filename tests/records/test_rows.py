@@ -60,6 +60,7 @@ def _append(path, process):
         append_rows(path, [record(id=f"{process}-{i}-{j}", reason="x" * 2000) for j in range(3)])
 
 
+@pytest.mark.slow
 def test_processes_that_append_at_once_lose_and_tear_nothing(tmp_path):
     path = tmp_path / "sweep.jsonl"
     context = multiprocessing.get_context("fork")

@@ -163,6 +163,7 @@ def test_schedule_is_the_papers(name):
     assert law.schedule.lr(law.total_tokens) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_plan_of_the_papers_recipe(name, tmp_path):
     Recipe().save(tmp_path / "recipe.json")
@@ -184,6 +185,7 @@ def test_plan_of_the_papers_recipe(name, tmp_path):
     assert plan.cap_ends_tokens == pytest.approx((4 * 1024 / 0.02) ** (1 / 0.51), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_plan_says_memory_and_days(tmp_path):
     """PowerLM-3B, fully sharded over 64 devices: 16 bytes per parameter shared out, and what one device computes with."""
     Recipe(warmup_tokens=10**9).save(tmp_path / "recipe.json")
@@ -225,6 +227,7 @@ def train_losses(run):
     return [entry["loss"] for entry in run["loss_curve"] if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER[:2])  # the others differ in size only
 def test_recipe_trains_when_made_small(name, corpus, tmp_path):
     run = small(name, corpus, tmp_path, "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1")

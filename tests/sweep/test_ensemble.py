@@ -195,6 +195,7 @@ def test_horizons_share_their_rates_up_to_the_branch(make_grid, schedule, warmup
         assert not same[branch + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
 @pytest.mark.parametrize("branch", [0, 6])
 def test_branch_is_a_run_from_scratch(bench, make_grid, branch, batched):
@@ -223,6 +224,7 @@ def test_branch_is_a_run_from_scratch(bench, make_grid, branch, batched):
         assert all(same_weights(weights(goes_on, i), whole["long"][2][i]) for i in (0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
 def test_member_that_diverges_leaves_the_others_alone(bench, make_grid, batched):
     grid = make_grid({"num_hidden_layers": 1}, warmup_tokens=0)
@@ -290,6 +292,7 @@ def test_experts_cannot_be_batched(bench, make_grid):
         ensemble_of(bench, rows, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 2, 3])
 def test_stacks_of_some_members_at_once(bench, make_grid, monkeypatch, together):
     """On an accelerator only as many members are computed at once as its memory holds."""

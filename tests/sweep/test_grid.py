@@ -77,6 +77,7 @@ def test_example_of_the_house_is_a_grid():
     assert sum(job_tokens(grid, job) for job in starts) < grid.max_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sweep", "parts"),
     [

@@ -160,6 +160,7 @@ def test_row_is_a_pretraining_run(make_grid, tmp_path, monkeypatch):
         assert row.loss == pytest.approx(held_out_loss(row, tmp_path / f"run{i}"), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_trained_tokens_are_those_that_were_trained(make_grid, tmp_path, count_tokens, schedule):
     grid = make_grid(schedules={schedule: (0.01,)}, law=LAW, seeds=(0, 1), tokens=(512, 768, 1024))
@@ -170,6 +171,7 @@ def test_trained_tokens_are_those_that_were_trained(make_grid, tmp_path, count_t
     assert count_tokens["tokens"] < sum(row.tokens for row in rows)
 
 
+@pytest.mark.slow
 def test_added_learning_rates_are_counted_too(make_grid, tmp_path, count_tokens):
     grid = make_grid(schedules={"warmup_stable_decay": (0.0005, 0.001)}, max_extensions=2)  # far too low
     rows = run_sweep(grid, tmp_path, workers=1)
@@ -178,6 +180,7 @@ def test_added_learning_rates_are_counted_too(make_grid, tmp_path, count_tokens)
     assert sum(row.trained_tokens for row in rows) == count_tokens["tokens"]
 
 
+@pytest.mark.slow
 def test_diverged_rows_say_so(make_grid, tmp_path):
     grid = make_grid(schedules={"linear": (0.01, 30.0, 1e6)}, widths=(32,))
     rows = run_sweep(grid, tmp_path, workers=1)
@@ -207,6 +210,7 @@ def test_all_diverged_is_quick_and_honest(make_grid, tmp_path, monkeypatch):
     assert calls["steps"] == 1
 
 
+@pytest.mark.slow
 def test_group_that_fails_leaves_the_others_alone(make_grid, tmp_path, monkeypatch):
     grid = make_grid(widths=(16, 32), seeds=(0, 1))
     step = Ensemble.step
@@ -290,6 +294,7 @@ def test_bug_of_ours_in_a_worker_has_its_traceback(make_grid, tmp_path):
     assert not (tmp_path / "sweep.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", ["last", "only"])
 def test_torn_line_is_trained_again(make_grid, done, copy, torn):
     path = copy / "sweep.jsonl"
@@ -337,6 +342,7 @@ def test_stopped_at_any_step_it_ends_the_same(make_grid, tmp_path, monkeypatch, 
     assert by_id(rows) == whole
 
 
+@pytest.mark.slow
 def test_trunk_of_other_learning_rates_is_not_gone_on_with(make_grid, tmp_path, monkeypatch):
     """Stopped in a trunk, and started again with as many other learning rates: nothing of the old trunk is used."""
     step, calls = Ensemble.step, Counter()
@@ -425,6 +431,7 @@ def test_budget_that_is_too_small_is_refused_before_training(make_grid, tmp_path
     assert len(run_sweep(replace(grid, max_tokens=needed), tmp_path, workers=1)) == 4
 
 
+@pytest.mark.slow
 def test_budget_holds_for_the_whole_sweep(make_grid, tmp_path, monkeypatch):
     monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
     schedules = {"warmup_stable_decay": (1e-4, 2e-4), "linear": (1e-4, 2e-4)}
@@ -471,6 +478,7 @@ def law_grid(make_grid, **changes):
     )
 
 
+@pytest.mark.slow
 def test_power_runs_under_the_law_of_the_sweep(make_grid, tmp_path, monkeypatch):
     """Losses that follow the paper's law exactly: power's rows have it, times the scales."""
     monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
@@ -493,6 +501,7 @@ def test_power_runs_under_the_law_of_the_sweep(make_grid, tmp_path, monkeypatch)
     assert run_sweep(grid, tmp_path, workers=1) == rows  # the law is found again, and nothing is missing
 
 
+@pytest.mark.slow
 def test_power_is_extended_to_its_own_optimum(make_grid, tmp_path, monkeypatch):
     """Power's optimum lies 2.5 octaves above the law: the sweep goes there, the fit finds it."""
     monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
@@ -503,6 +512,7 @@ def test_power_is_extended_to_its_own_optimum(make_grid, tmp_path, monkeypatch):
     assert math.log2(fitted.power.a / fitted.law.a) == pytest.approx(2.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_power_without_enough_rows_says_so(make_grid, tmp_path, monkeypatch):
     monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
     grid = law_grid(make_grid)
