@@ -160,7 +160,7 @@ def only_the_training():
     A billion weights take half a minute of a CPU's random numbers, and the finished model's evaluation and its 5 GB are
     no part of a step.
     """
-    build, new, finish = train.build_model, ensemble.new_model, train._finish
+    build, new, finish = train.build_model, ensemble.build_model, train._finish
 
     def on_device(function):
         def built(*args):
@@ -169,11 +169,11 @@ def only_the_training():
 
         return built
 
-    train.build_model, ensemble.new_model = on_device(build), on_device(new)
+    train.build_model, ensemble.build_model = on_device(build), on_device(new)
     train._finish = lambda *args: None
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        train.build_model, ensemble.new_model = build, new
+        train.build_model, ensemble.build_model = build, new
         train._finish = finish

@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from hf_power.models import count_parameters, head_dim
+from hf_power.models import count_parameters, head_dim, num_experts
 from hf_power.plan.target import Layout, Machine, check_choice, check_positive
 
 COMPUTES = ("autocast", "bf16", "fp32")
@@ -91,7 +91,7 @@ def activation_bytes(
     copies = head_copy + layers * layer_copies
     inputs = tokens * stream * width
     kept = layers * (inputs if activation_checkpointing else layer)
-    balancing = 4 * config.num_local_experts if getattr(config, "output_router_logits", False) else 0
+    balancing = 4 * num_experts(config) if getattr(config, "output_router_logits", False) else 0
     kept += tokens * layers * balancing
     head = tokens * ((4 + stream + product) * width + 4)
     logits = tokens * config.vocab_size
@@ -118,7 +118,7 @@ def _layer_bytes(config: PreTrainedConfig, compute: str) -> int:
     casts = compute == "autocast"
     total = 2 * ((4 + stream) * width + 4) + product * width * (3 if casts else 1)
     total += product * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
-    if hasattr(config, "num_local_experts"):
+    if num_experts(config):
         pair = expert * (2 * width + 4 * inner) + 36 + expert
         total += product * width + config.num_experts_per_tok * pair
     else:
@@ -129,7 +129,7 @@ def _layer_bytes(config: PreTrainedConfig, compute: str) -> int:
 def _matrices(config: PreTrainedConfig) -> list[int]:
     """Entries of a layer's matrices that are not an expert's."""
     width, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _heads(config)
-    experts = getattr(config, "num_local_experts", 0)
+    experts = num_experts(config)
     return [width * queries] * 2 + [width * keys] * 2 + ([width * experts] if experts else [width * inner] * 3)
 
 
@@ -137,10 +137,10 @@ def _layer_gradients(config: PreTrainedConfig, tokens: int, compute: str) -> int
     """Gradients that are alive at once in the backward pass of the MLP, which come and go."""
     _, product, expert = _ELEMENTS[compute]
     width, inner = config.hidden_size, config.intermediate_size
-    if not hasattr(config, "num_local_experts"):
+    if not num_experts(config):
         return int(tokens * 2 * product * inner + 4 * max(_matrices(config)))
     rows = tokens * config.num_experts_per_tok
-    return int(expert * max(rows * max(3 * width, 2 * inner - width), config.num_local_experts * 2 * inner * width))
+    return int(expert * max(rows * max(3 * width, 2 * inner - width), num_experts(config) * 2 * inner * width))
 
 
 # Bytes per parameter that are kept and saved: the weights in fp32, and AdamW's two moments in fp32.

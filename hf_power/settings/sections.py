@@ -187,8 +187,3 @@ def unknown_key(what: str, name: str, known: list[str]) -> str:
     return f"{what} is unknown" + (
         f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ..."
     )
-
-
-def unknown_flag(name: str) -> str:
-    """The sentence for a command-line flag that no section knows."""
-    return unknown_key(f"--{name}", name, [each for section in SECTIONS for each in names_of(section)])

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_power.models import block_losses
-from hf_power.mup.rules import MupAdamW, mup_init_, new_model
+from hf_power.models import block_losses, num_experts
+from hf_power.mup.rules import MupAdamW
 from hf_power.pretrain.speed import attend_to_blocks_
 from hf_power.records.errors import UserError
-from hf_power.settings.settings import Settings
+from hf_power.settings.settings import Settings, build_model
 from hf_power.sweep.stacked import BlocksOfSeeds, SweepData, can_be_stacked, members_together, stack
 
 # Up to this batch a step on a CPU is mostly calls, and batching the members' calls pays (benchmarks/sweep_engine.py).
@@ -119,7 +119,7 @@ class Ensemble:
         rates = [[float(group["lr"]) for group in opt.param_groups] for opt in self.optimizers]
         self._base_lrs = torch.tensor(rates, dtype=torch.float64)
         # A graph holds the kernels of fixed tensors; experts decide on the host how much there is to compute.
-        self._captures = device.type == "cuda" and getattr(self.models[0].config, "num_local_experts", None) is None
+        self._captures = device.type == "cuda" and not num_experts(self.models[0].config)
         self._device_lrs = self._base_lrs.float().to(device)
         self._forget_graph()
         self._blocks = BlocksOfSeeds(data, [member.seed for member in members], self.num_sequences, device)
@@ -129,8 +129,7 @@ class Ensemble:
 
     def _build(self, settings: Settings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
         set_seed(seed)
-        built = mup_init_(new_model(settings.model_config_for(tokenizer)))
-        model: PreTrainedModel = attend_to_blocks_(built).train()
+        model: PreTrainedModel = attend_to_blocks_(build_model(settings, tokenizer)).train()
         nn.Module.to(model, self.device)
         model.config.use_cache = False
         return model
