@@ -13,7 +13,7 @@ from platform import python_version
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from hf_power.data.order import STREAM_PROBE_ROWS
-from hf_power.records.errors import MissingPackageError, NotFoundError, UserError
+from hf_power.records.errors import MissingPackageError, NotFoundError, UserError, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -92,6 +92,9 @@ T = TypeVar("T")
 PYTHON_STDLIB = "python-stdlib"
 # A stream has no length to take a fraction of, so its first documents are held out.
 STREAM_EVAL_DOCUMENTS = 1000
+# A byte-level BPE starts from the 256 bytes and has an eos token; token ids are stored in 32 bits.
+SMALLEST_VOCABULARY = 257
+LARGEST_VOCABULARY = 2**31 - 1
 # The seed of the held-out documents and of the tokenizer's sample is not the run's, so that runs of other seeds compare.
 SPLIT_SEED = 0
 
@@ -124,6 +127,13 @@ class DataArguments:
     block_size: int = option(256, "Tokens per block (sequence length).")
     num_proc: int | None = option(None, "Processes that tokenize; none: one per CPU.")
     data_cache_dir: str | None = option(None, "None: the cache of datasets.")
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_VOCABULARY <= self.vocab_size <= LARGEST_VOCABULARY:
+            raise UserError(
+                f"vocab_size must lie in {SMALLEST_VOCABULARY} (bytes and eos) to {LARGEST_VOCABULARY:,}, "
+                f"got {shown(self.vocab_size)}: correct it."
+            )
 
 
 def require_datasets() -> None:

@@ -26,11 +26,11 @@ TOKENIZER_CHARACTERS = 20_000_000
 def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None") -> PreTrainedTokenizerBase:
     """The tokenizer named in the arguments, or a byte-level BPE trained on the training text and kept in the cache.
 
-    A trained one depends on the data, vocab_size (>= 257: 256 bytes and the end of text) and TOKENIZER_CHARACTERS only.
+    A trained one depends on the data, vocab_size and TOKENIZER_CHARACTERS only.
     The documents `train` may be None where the arguments name a tokenizer.
 
     Raises:
-        UserError: if the tokenizer is not a fast one or has no eos token, or if vocab_size is below 257.
+        UserError: if the tokenizer is not a fast one or has no eos token.
 
     Warns:
         UserWarning: if the text is too small to give vocab_size tokens.
@@ -88,9 +88,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 def _trained_tokenizer(args: DataArguments, train: "Dataset | IterableDataset") -> str:
     """Folder of the cached tokenizer, which is trained first if it is not there."""
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-    if args.vocab_size < smallest:
-        raise UserError(f"vocab_size must be at least {smallest} (bytes and eos), got {args.vocab_size}: raise it.")
     recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
     cache = cache_folder(args) / "hf_power_tokenizers"
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from hf_power.data import tokenizer as tokenizer_module
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import END_OF_TEXT, load_tokenizer
+from hf_power.records.errors import UserError
 
 
 def test_trained_tokenizer_round_trip(tokenizer, texts):
@@ -86,7 +87,9 @@ def test_tokenizer_errors(tokenizer, tmp_path, cache):
     with pytest.raises(ValueError, match="no_eos' must have an eos token to end documents with, got none: set"):
         load_tokenizer(DataArguments(tokenizer=str(tmp_path / "no_eos")), None)
     train = Dataset.from_dict({"text": ["ab ab ab"]})
-    with pytest.raises(ValueError, match=r"vocab_size must be at least 257 \(bytes and eos\), got 256: raise it"):
-        load_tokenizer(DataArguments(vocab_size=256, data_cache_dir=cache), train)
+    with pytest.raises(
+        UserError, match=r"^vocab_size must lie in 257 \(bytes and eos\) to 2,147,483,647, got 256: correct it\.$"
+    ):
+        DataArguments(vocab_size=256)
     with pytest.warns(UserWarning, match=r"gives 25\d tokens, fewer than vocab_size=4096: size the model"):
         load_tokenizer(DataArguments(data_cache_dir=cache), train)
