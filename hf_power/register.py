@@ -3,6 +3,7 @@
 import functools
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 import transformers
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
 from transformers import SchedulerType, Trainer
@@ -80,6 +82,7 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
 
     @functools.wraps(create_scheduler)
     def wrapper(self: Trainer, *args: object, **kwargs: object) -> LRScheduler:
+        _warn_beside_mup(self, cast("Optimizer | None", kwargs.get("optimizer", args[1] if len(args) > 1 else None)))
         given = cast("dict[str, object]", self.args.lr_scheduler_kwargs or {})
         if self.args.lr_scheduler_type != NAME or self.lr_scheduler is not None or "tokens_per_step" in given:
             return create_scheduler(self, *args, **kwargs)
@@ -93,6 +96,16 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
 
     setattr(wrapper, MARK, True)
     return wrapper
+
+
+def _warn_beside_mup(trainer: Trainer, optimizer: Optimizer | None) -> None:
+    """Say that a muP model is about to be trained at rates that are not muP's, under whatever schedule."""
+    # Whoever imports hf_power for its schedule does not load muP's rules before a training begins.
+    from hf_power.mup.check import rates_beside_mup
+
+    said = rates_beside_mup(trainer.accelerator.unwrap_model(trainer.model), optimizer or trainer.optimizer)
+    if said is not None and trainer.accelerator.is_main_process:
+        warnings.warn(said, stacklevel=3)
 
 
 def calls_per_optimizer_step() -> int:

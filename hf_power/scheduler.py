@@ -1,5 +1,6 @@
 """The Power schedule as a PyTorch scheduler, with lengths in steps; uses private parts of torch."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -111,10 +112,7 @@ class Lengths:
 
 
 def plan_schedule(resumed: Progress | None = None, /, **arguments: Any) -> Schedule:
-    """The schedule that `PowerLR` has under these arguments of its own, with max_lr in place of the optimizer.
-
-    `resumed` is where the run goes on; None means that it begins. Raises what `PowerLR` raises.
-    """
+    """The schedule of a `PowerLR` with these arguments and max_lr, from where the run is `resumed` (None: its beginning)."""
     law = replace(PAPER_LAW, **{name: arguments.pop(name) for name in LAW_NAMES if name in arguments})
     lengths = {f.name: arguments.pop(f.name) for f in fields(Lengths) if f.name in arguments}
     return Lengths(**lengths).applied_to(Schedule(law=law, **arguments), resumed)
@@ -124,7 +122,8 @@ class PowerLR(LRScheduler):
     """The Power schedule as a PyTorch scheduler whose state is the number of tokens seen.
 
     Each parameter group gets ``base_lr * eta(n) / eta_max`` with ``eta_max = optimizer.defaults["lr"]``, so ratios
-    between groups (muP) are kept. The number of tokens seen is the only state that a checkpoint holds: a run resumed
+    between groups (muP) are kept, and a group above eta_max follows as many times the law. An optimizer whose groups
+    all have rates of their own and that was built without lr= has the highest of them for eta_max. The number of tokens seen is the only state that a checkpoint holds: a run resumed
     with another batch goes on from its tokens under today's arguments, and the end of the schedule moves to today's
     last step. `power_lr` has the formula.
 
@@ -134,7 +133,7 @@ class PowerLR(LRScheduler):
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step: sequences x sequence length, over all data-parallel processes,
             accumulation included.
-        a, b, batch_exponent, critical_batch_tokens: of the law, see `Law`; the paper's by default.
+        a, b, batch_exponent, critical_batch_tokens: see `Law`; the paper's by default.
         warmup_tokens: linear warmup, in tokens, instead of num_warmup_steps.
         warmup_to: "law": up to the law at the end of the warmup (eq. 8); "max": up to eta_max (Granite 3.0).
         decay_ratio: length of the tail as a ratio of the run, in [0, 1]; 0.1 by default, 0 for a trunk without a tail.
@@ -153,7 +152,7 @@ class PowerLR(LRScheduler):
         UserError: a value outside its range, a length given twice, or warmup and tail longer than the run.
 
     Warns:
-        UserWarning: the cap binds for the whole run, as with TrainingArguments' default of 5e-5.
+        UserWarning: the cap binds for the whole run, or a group without a name has a rate above eta_max.
     """
 
     # How often one optimizer step calls step(). accelerate's wrapper calls it once per process, which register.py finds out.
@@ -334,6 +333,16 @@ def get_power_schedule(
 
 def _max_lr(optimizer: torch.optim.Optimizer) -> float:
     inner: Any = optimizer
-    while not hasattr(inner, "defaults"):  # DeepSpeed's wrapper does not show them.
+    while hasattr(inner, "optimizer"):  # DeepSpeed's wrapper has no defaults, accelerate's no signature of its own.
         inner = inner.optimizer
-    return check_cap(inner.defaults.get("lr"))
+    cap = check_cap(inner.defaults.get("lr"))
+    # muP's groups have names; its rates above the base rate are those of a model narrower than the base width.
+    rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups if "name" not in group]
+    lr, highest = inspect.signature(type(inner).__init__).parameters.get("lr"), max(rates, default=0.0)
+    unchosen = lr is not None and lr.default == cap and cap not in rates and highest > 0
+    if not unchosen and highest <= cap * (1 + 1e-6):
+        return cap
+    above = f"that group follows {highest / cap:.3g} times the law; pass lr={highest:g} for the law itself"
+    said = "the highest of its groups is the cap" if unchosen else above
+    warnings.warn(f"the optimizer's lr is {cap:g} and a group's is {highest:g}, so {said}.", stacklevel=4)
+    return check_cap(highest) if unchosen else cap

@@ -334,6 +334,44 @@ def test_last_lr_is_not_an_alias_of_a_tensor_lr():
     assert scheduler.get_last_lr()[0] is not optimizer.param_groups[0]["lr"]
 
 
+ABOVE = "the optimizer's lr is {} and a group's is {}"
+
+
+@pytest.mark.parametrize(
+    ("rates", "lr", "cap", "warns"),
+    [
+        ([0.01, 0.02], {}, 0.02, True),  # AdamW's own 1e-3 is nobody's choice
+        ([0.0002, 0.0001], {}, 0.0002, True),
+        ([0.01, 0.02], {"lr": 0.02}, 0.02, False),
+        ([0.01, 0.04], {"lr": 0.02}, 0.02, True),  # meant or not, it is said
+        ([0.001, 0.02], {}, 0.001, True),  # a group has the default
+        ([0.001, 0.0005], {}, 0.001, False),
+    ],
+)
+def test_the_cap_of_groups_with_rates_of_their_own(rates, lr, cap, warns, recwarn):
+    """Layer-wise rates: each group is its ratio to the cap times the law, whose cap is never one that nobody chose."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+    optimizer = torch.optim.AdamW(groups, **lr)
+    scheduler = get_power_schedule(optimizer, 0, 10**6, tokens_per_step=TOKENS, a=0.4, decay_ratio=0)
+    assert scheduler.max_lr == cap
+    said = [str(x.message) for x in recwarn if str(x.message).startswith("the optimizer's lr")]
+    assert [x.startswith(ABOVE.format(f"{lr.get('lr', 0.001):g}", f"{max(rates):g}")) for x in said] == [True] * warns
+    for n in (0, 10**4, 10**6):
+        eta = cap if n == 0 else min(cap, 0.4 * TOKENS / 4096 * (n * TOKENS) ** -0.51)
+        scheduler.load_state_dict({"tokens_seen": n * TOKENS, "last_epoch": n})
+        assert scheduler.get_last_lr() == pytest.approx([rate * eta / cap for rate in rates], rel=1e-12)
+
+
+def test_named_groups_above_the_cap_are_meant(recwarn):
+    """As muP's are in a model narrower than the base width."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name}
+        for name, lr in [("x", 0.02), ("y", 0.04)]
+    ]
+    scheduler = get_power_schedule(torch.optim.AdamW(groups, lr=0.02), 0, 10**6, tokens_per_step=TOKENS)
+    assert (scheduler.max_lr, scheduler.get_last_lr(), len(recwarn)) == (0.02, [0.02, 0.04], 0)
+
+
 @pytest.fixture
 def processes(monkeypatch):
     """Accelerate as one of num_processes processes, without the others; undone afterwards."""
