@@ -12,6 +12,7 @@ _SHORT.maxstring = _SHORT.maxother = 120
 _SHORT.maxlist = _SHORT.maxdict = 8
 # What transformers, torch and other libraries raise for a value that they cannot use.
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, OSError, RuntimeError)
+_REFUSALS += (ImportError,)  # a package that the value needs
 
 
 class UserError(ValueError):

@@ -181,7 +181,7 @@ def test_missing_file(tmp_path):
     ("section", "key", "value", "parts"),
     [
         ("mup", "mup", False, ("a sweep needs muP", "mup: true")),
-        ("training", "torch_compile", True, ("a sweep compiles nothing", "remove training.torch_compile")),
+        ("training", "torch_compile", True, ("a sweep compiles nothing", "remove it")),
         ("run", "recipe", "r.json", ("makes a recipe and takes none, got 'r.json'", "remove run.recipe")),
         ("data", "streaming", True, ("reads its data many times over", "set streaming to false")),
         ("model", "model_type", "gpt2", ("gpt2", "use llama or mixtral")),
