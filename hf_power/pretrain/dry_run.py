@@ -60,6 +60,7 @@ def _copied(given: TrainingArguments, folder: str) -> TrainingArguments:
     args = copy.copy(given)
     args.accelerator_config = copy.deepcopy(given.accelerator_config)
     args.output_dir, args.report_to, args.push_to_hub, args.disable_tqdm = folder, [], False, True
+    args.label_smoothing_factor = 0.0  # The Trainer asks a model's config about it, and the model here has none.
     return args
 
 

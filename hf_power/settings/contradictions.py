@@ -46,8 +46,10 @@ def _refuse_sizes(args: TrainingArguments) -> None:
         every = getattr(args, f"{name}_steps")
         if getattr(args, f"{name}_strategy") == "steps" and not every > 0:
             raise UserError(f"{name}_steps must be positive, got {shown(every)}: give {name}_strategy no for none.")
-    if args.seed < 0:
-        raise UserError(f"seed must not be negative, got {args.seed}: correct it.")
+    for name in ("seed", "weight_decay", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha"):
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"{name} must not be negative, got {value}: correct it.")
 
 
 def _refuse_strategies(args: TrainingArguments, given: Collection[str]) -> None:

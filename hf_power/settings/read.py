@@ -93,13 +93,13 @@ def flatten(sections: object, source: str) -> dict[str, object]:
 def _typed(what: str, value: object, hint: object) -> object:
     """The value, as one of the types that the hint allows (YAML reads 2e-2 as a string)."""
     kinds = kinds_of(hint)
+    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if isinstance(value, str) and choices:
+        return _chosen(what, value, choices[0])
     if fits(value, hint) and value == value:
         return _with_numbers(value)
     if Tokens in kinds:
         return Tokens(value, what.rpartition(".")[2])
-    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
-    if isinstance(value, str) and choices:
-        return _chosen(what, value, choices[0])
     if str in kinds and fits(value, float):
         return str(value)
     if float in kinds and isinstance(value, str):

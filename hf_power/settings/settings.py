@@ -23,7 +23,7 @@ from hf_power.models import num_experts
 from hf_power.mup.config import mup_config
 from hf_power.mup.rules import mup_init_, new_model
 from hf_power.recipe import Recipe
-from hf_power.records.errors import UserError, refused_by
+from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.settings.arguments import refuse_without_effect
 from hf_power.settings.contradictions import refuse_contradictions, refuse_optimizer, refuse_schedule
 from hf_power.settings.read import flatten
@@ -36,6 +36,7 @@ from hf_power.settings.sections import (
     RunArguments,
     Tokens,
     names_of,
+    parse_tokens,
     unknown_key,
 )
 
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from hf_power.records.run import Sections
 
 T = TypeVar("T")
+# The lengths among the arguments of the power schedule.
+TOKEN_LENGTHS = ("warmup_tokens", "decay_tokens", "decay_start_tokens", "critical_batch_tokens")
 
 
 @dataclass
@@ -58,6 +61,15 @@ class Settings:
     run: RunArguments
     training: TrainingArguments
     given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Lengths among the arguments of the schedule may be texts such as 30M, as those of the run may."""
+        kwargs: object = self.training.lr_scheduler_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f'lr_scheduler_kwargs must be a mapping such as {{"a": 4.0}}, got {shown(kwargs)}.')
+        for name in TOKEN_LENGTHS:
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = parse_tokens(kwargs[name], f"lr_scheduler_kwargs.{name}")
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, object]) -> "Settings":
@@ -171,9 +183,9 @@ class Settings:
         refuse_reentrant(config, getattr(self.training, f"{CHECKPOINTING}_kwargs"))
         if self.mup.mup:
             mup_config(config, **self.mup.arguments())
-        self._check_arguments()
+        self.check_arguments()
 
-    def _check_arguments(self) -> None:
+    def check_arguments(self) -> None:
         """Refuse arguments of the training that would change nothing, or that no run can follow."""
         args = self.training
         refuse_without_effect(args, self.given)

@@ -182,6 +182,12 @@ def test_missing_file(tmp_path):
     [
         ("mup", "mup", False, ("a sweep needs muP", "mup: true")),
         ("training", "torch_compile", True, ("a sweep compiles nothing", "remove it")),
+        ("training", "optim", "adafactor", ("training.optim is adafactor", "torch's AdamW alone")),
+        ("training", "optim", "adamw_bnb_8bit", ("training.optim is adamw_bnb_8bit", "torch's AdamW alone")),
+        ("training", "learning_rate", 0.1, ("training.learning_rate is 0.1", "give sweep.schedules")),
+        ("training", "seed", 3, ("training.seed is 3", "give sweep.seeds")),
+        ("training", "neftune_noise_alpha", 5, ("training.neftune_noise_alpha is 5", "a loop of its own")),
+        ("training", "max_steps", 5, ("training.max_steps is 5", "the length of a run is told in tokens")),
         ("run", "recipe", "r.json", ("makes a recipe and takes none, got 'r.json'", "remove run.recipe")),
         ("data", "streaming", True, ("reads its data many times over", "set streaming to false")),
         ("model", "model_type", "gpt2", ("gpt2", "use llama or mixtral")),
