@@ -86,7 +86,7 @@ ARGUMENTS: Mapping[str, Argument] = {
         "of the training loss alone; with it that loss is not taken in chunks; refused for a mixture of experts"
     ),
     "bf16": _honoured("autocast to bf16", sweep="as in pretraining"),
-    "fp16": _honoured("autocast to fp16 with a scaler of the loss"),
+    "fp16": _honoured("autocast to fp16 with a scaler of the loss; refused on a CPU, where accelerate ignores it"),
     "bf16_full_eval": _refused(_FULL_EVAL),
     "fp16_full_eval": _refused(_FULL_EVAL),
     "tf32": _honoured("of matrix products on CUDA; true is refused elsewhere", sweep="as in pretraining"),

@@ -33,6 +33,8 @@ def refuse_contradictions(args: TrainingArguments, given: Collection[str]) -> No
         raise UserError(f"{CHECKPOINTING}_kwargs has no effect without {CHECKPOINTING}: give {CHECKPOINTING}: true.")
     if "fsdp_config" in given and not args.fsdp:
         raise UserError("fsdp_config has no effect without fsdp: give fsdp, e.g. full_shard.")
+    if args.fp16 and args.device.type == "cpu":  # accelerate trains in fp32 then, without a word.
+        raise UserError("fp16 has no effect on a CPU: give bf16, or leave it out.")
     if DebugOption.TPU_METRICS_DEBUG in args.debug:
         raise UserError("debug is tpu_metrics_debug, but hf_power does not train on TPUs: leave it out.")
     _refuse_accelerator_config(args)

@@ -74,6 +74,8 @@ MOVES = {
 # Where the others are tried out; the file names the argument.
 ELSEWHERE = {
     "output_dir": "pretrain/test_train.py",
+    "fp16": "settings/test_arguments.py",
+    "fsdp_config": "settings/test_arguments.py",
     "tf32": "pretrain/test_arguments.py",
     "use_cpu": "pretrain/test_arguments.py",
     "torch_compile": "pretrain/test_speed.py",
@@ -188,9 +190,7 @@ def test_what_moves_no_number_on_a_cpu_arrives(base, sections, tmp_path, trainer
     finally:
         torch.use_deterministic_algorithms(False)
     model = trainers[0].model
-    layers = [module for module in model.modules() if hasattr(module, CHECKPOINTING)]
-    assert layers
-    assert all(getattr(layer, CHECKPOINTING) for layer in layers)
+    assert getattr(model, f"is_{CHECKPOINTING}")
     assert any("DebugUnderflowOverflow" in repr(hook) for hook in model.model.norm._forward_hooks.values())
     assert equal(base[1], weights)
 
@@ -206,12 +206,12 @@ def test_what_acts_between_processes_arrives(tmp_path):
         Settings.from_dict({"training": {"output_dir": str(tmp_path), "use_cpu": True, "ddp_backend": "gloo"}})
 
 
-def test_the_options_of_a_push_arrive(tmp_path):
+def test_the_options_of_a_push_arrive(hub, tmp_path):
     given = {
         "push_to_hub": True,
-        "hub_token": "t",
+        "hub_token": hub.token,
         "hub_private_repo": True,
-        "hub_model_id": "u/m",
+        "hub_model_id": "tester/m",
         "hub_strategy": "end",
     }
     given |= {"hub_always_push": True, "hub_revision": "other"}

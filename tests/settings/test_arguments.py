@@ -19,7 +19,7 @@ from hf_power.compat import CHECKPOINTING, OLD
 from hf_power.mup.rules import ADAMW, MupAdamW
 from hf_power.records.errors import UserError
 from hf_power.settings import contradictions
-from hf_power.settings.arguments import ARGUMENTS, FORMER, NOT_IN_A_SWEEP, OF_A_SWEEP, default_of, refuse_in_a_sweep
+from hf_power.settings.arguments import ARGUMENTS, FORMER, OF_A_SWEEP, default_of, refuse_in_a_sweep
 from hf_power.settings.contradictions import WITHOUT_MUP, refuse_schedule
 from hf_power.settings.settings import Settings
 
@@ -61,15 +61,8 @@ def test_every_field_has_a_row_and_every_row_a_field():
 def test_the_docs_have_the_table():
     rows = ["| argument | pretrain, anneal | what it does, or why not | sweep |", "|---|---|---|---|"]
     for name, argument in ARGUMENTS.items():
-        why = OF_A_SWEEP.get(name, NOT_IN_A_SWEEP if argument.effect != "refused" else argument.words)
-        sweep = (
-            f"honoured: {argument.sweep}"
-            if argument.sweep
-            else "refused"
-            if why == NOT_IN_A_SWEEP
-            else f"refused: {why}"
-        )
-        sweep = "refused" if argument.effect == "refused" and name not in OF_A_SWEEP else sweep
+        sweep = f"refused: {OF_A_SWEEP[name]}" if name in OF_A_SWEEP else "refused"
+        sweep = f"honoured: {argument.sweep}" if argument.sweep else sweep
         rows.append(f"| `{name}` | {argument.effect} | {argument.words} | {sweep} |")
     rows += ["", "| former argument | |", "|---|---|", *(f"| `{name}` | {words} |" for name, words in FORMER.items())]
     head, mark, _ = DOCS.read_text().partition("<!-- the table -->\n")
@@ -170,6 +163,7 @@ def test_without_mup_the_trainers_own_optimizers_train(optim):
         ({"per_device_train_batch_size": 0}, ("per_device_train_batch_size must be at least 1, got 0",)),
         ({"gradient_accumulation_steps": 0}, ("gradient_accumulation_steps must be at least 1, got 0",)),
         ({"save_steps": 0}, ("save_steps must be positive, got 0",)),
+        ({"fp16": True}, ("fp16 has no effect on a CPU: give bf16",)),
         ({"seed": -1}, ("seed must not be negative, got -1",)),
         ({"weight_decay": -0.1}, ("weight_decay must not be negative, got -0.1",)),
         (
