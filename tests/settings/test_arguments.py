@@ -1,6 +1,6 @@
 """The table of all fields of TrainingArguments: complete, as the docs have it, and each refusal one sentence.
 
-That the others do what their rows say is in tests/pretrain/test_arguments.py.
+That the others do what their rows say is in tests/pretrain/test_dry_run.py.
 """
 
 import dataclasses
