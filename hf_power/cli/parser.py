@@ -111,7 +111,8 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a `UserError`, in place of the usage and an exit."""
-        raise UserError(f"command line: {message if message.endswith('?') else message.rstrip('.') + '.'}")
+        ends = message.endswith(("?", "..."))
+        raise UserError(f"command line: {message if ends else message.rstrip('.') + '.'}")
 
 
 class EvaluateParser(Parser):
@@ -188,7 +189,7 @@ def parse_settings(argv: Sequence[str]) -> Settings:
 def _chosen(choices: Sequence[str], read: Callable[[str], object], text: str) -> object:
     """One of the choices of an option, with the nearest one where it is none."""
     if text not in choices:
-        raise argparse.ArgumentTypeError(unknown_key(shown(text), text, list(choices)).rstrip("."))
+        raise argparse.ArgumentTypeError(unknown_key(shown(text), text, list(choices)))
     return read(text)
 
 

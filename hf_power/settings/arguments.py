@@ -62,7 +62,7 @@ _VERB = "pretrain trains, and evaluates at the end: leave it out"
 ARGUMENTS: Mapping[str, Argument] = {
     "output_dir": _honoured("the run folder"),
     "per_device_train_batch_size": _honoured("blocks of a step on one device; part of tokens_per_step"),
-    "num_train_epochs": _refused(_LENGTH),
+    "num_train_epochs": _refused(_LENGTH, None),  # The default of transformers is a length, too.
     "max_steps": _refused(_LENGTH),
     "learning_rate": _honoured("eta_max, the cap of the power schedule; of other schedules the peak"),
     "lr_scheduler_type": _honoured("power, or a schedule of transformers, which is tried out before the data are read"),
@@ -209,6 +209,15 @@ OF_A_SWEEP: Mapping[str, str] = {
     "seed": f"{_AXIS} sweep.seeds",
     "torch_compile": "a sweep compiles nothing, since its small models would compile longer than they train: remove it",
 }
+# Of these a value that happens to be the default would mislead, too.
+AXES = (
+    "per_device_train_batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "seed",
+)
 NOT_IN_A_SWEEP = "a sweep trains many small models in a loop of its own, which does not have it: leave it out"
 
 # Arguments that transformers had once -> what to write today.
@@ -265,7 +274,9 @@ def refuse_in_a_sweep(training: Mapping[str, object], source: str) -> None:
     """Raise a UserError for what a sweep's training section tells and its loop would not do, with the reason."""
     for name, value in training.items():
         argument = ARGUMENTS.get(name)
-        if argument is not None and argument.sweep is None and value is not None and value != default_of(name):
+        if argument is None or argument.sweep is not None or value is None:
+            continue
+        if name in AXES or value not in (argument.taken or (default_of(name),)):
             words = OF_A_SWEEP.get(name, argument.words if argument.effect == "refused" else NOT_IN_A_SWEEP)
             raise UserError(f"{source}: training.{name} is {shown(value)}, but {words}.")
 

@@ -19,7 +19,7 @@ from hf_power.compat import CHECKPOINTING, OLD
 from hf_power.mup.rules import ADAMW, MupAdamW
 from hf_power.records.errors import UserError
 from hf_power.settings import contradictions
-from hf_power.settings.arguments import ARGUMENTS, FORMER, OF_A_SWEEP, default_of, refuse_in_a_sweep
+from hf_power.settings.arguments import ARGUMENTS, AXES, FORMER, OF_A_SWEEP, default_of, refuse_in_a_sweep
 from hf_power.settings.contradictions import WITHOUT_MUP, refuse_schedule
 from hf_power.settings.settings import Settings
 
@@ -79,7 +79,7 @@ def test_what_is_refused_says_why(name):
 
 
 def test_what_is_done_anyway_is_taken():
-    given = {name: (ARGUMENTS[name].taken or (default_of(name),))[0] for name in REFUSED}
+    given = {name: (ARGUMENTS[name].taken or (default_of(name),))[0] for name in REFUSED if name != "num_train_epochs"}
     settings(**given).check_arguments()
 
 
@@ -106,7 +106,16 @@ def test_a_sweep_honours_or_refuses_each_field(name):
         return
     with refused(UserError, f"s.yaml: training.{name} is 'anything else', but "):
         refuse_in_a_sweep({name: value}, "s.yaml")
-    refuse_in_a_sweep({name: default_of(name)}, "s.yaml")
+    if name not in (*AXES, "num_train_epochs"):
+        refuse_in_a_sweep({name: (ARGUMENTS[name].taken or (default_of(name),))[0]}, "s.yaml")
+
+
+def test_a_length_and_an_axis_are_refused_at_their_defaults_too():
+    with refused(UserError, "num_train_epochs is 3.0, but the length of a run is told in tokens"):
+        settings(num_train_epochs=3).check_arguments()
+    for name in ("num_train_epochs", "seed", "learning_rate"):
+        with refused(UserError, f"s.yaml: training.{name} is ", "give "):
+            refuse_in_a_sweep({name: default_of(name)}, "s.yaml")
 
 
 @pytest.mark.parametrize("optim", [name.value for name in OptimizerNames])
