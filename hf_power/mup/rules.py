@@ -5,6 +5,7 @@ They are those of Shen et al. (arXiv:2408.13359, Table 1) after Yang et al. (arX
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -15,8 +16,10 @@ from hf_power.models import kind_of
 from hf_power.records.errors import UserError, refused_by
 
 # The names that transformers has for AdamW and its variants, the only optimizer for which muP has a rule here.
-ADAMW = ("adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_8bit", "adamw_bnb_8bit")
-ADAMW += ("paged_adamw_32bit", "paged_adamw_8bit")
+ADAMW = (
+    *("adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+)
 
 
 class Rule(NamedTuple):
@@ -249,7 +252,7 @@ class MupAdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: bool = True,
-        optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         **variant: Any,
     ) -> torch.optim.Optimizer:
         """AdamW over `mup_param_groups`; its ``defaults["lr"]`` is the base learning rate.

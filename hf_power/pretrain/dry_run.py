@@ -39,7 +39,9 @@ def dry_run(settings: Settings, run: Run) -> None:
             tracker()
     if given.torch_compile:
         with refused_by("torch_compile"):
-            torch.compile(nn.Identity(), backend=given.torch_compile_backend, mode=given.torch_compile_mode)
+            torch.compile(
+                nn.Identity(), backend=given.torch_compile_backend or "inductor", mode=given.torch_compile_mode
+            )
     # What cannot be written is a fault of ours, and is not wrapped; it has to show before there is work to lose.
     json.dumps(run.to_json())
     by_launcher = (

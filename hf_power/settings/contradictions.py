@@ -2,9 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -18,9 +18,11 @@ from hf_power.settings.sections import unknown_key
 # What the Trainer itself gives a schedule.
 TOLD = ("optimizer", "last_epoch", "num_warmup_steps", "num_training_steps")
 # Optimizers that train without muP: those that take one step for all weights, of which nothing but the gradient is needed.
-WITHOUT_MUP = ("adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
-WITHOUT_MUP += ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit")
-WITHOUT_MUP += ("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit")
+WITHOUT_MUP = (
+    *("adafactor", "sgd", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+)
 # The numbers of AdamW, and what an optimizer that has them calls them.
 MOMENTS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
 
@@ -118,7 +120,9 @@ def _refuse_optim_args(args: TrainingArguments, name: str) -> None:
 def refuse_schedule(args: TrainingArguments, kwargs: Collection[str]) -> None:
     """Raise a UserError for an argument that the schedule does not have, with the nearest that it has."""
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    makes = PowerLR if name == "power" else TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]
+    makes: Callable[..., object] = PowerLR
+    if name != "power":
+        makes = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     parameters = inspect.signature(makes).parameters
     if args.warmup_steps and "num_warmup_steps" not in parameters:
         raise UserError(

@@ -226,7 +226,7 @@ def _check_settings(grid: Grid, source: str) -> None:
     refuse_in_a_sweep(grid.sections.get("training", {}), source)
     if base.training.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(
-            f"{source}: training.optim is {base.training.optim.value}, but a sweep trains with torch's AdamW alone: give "
+            f"{source}: training.optim is {getattr(base.training.optim, 'value', '')}, but a sweep trains with torch's AdamW alone: give "
             "adamw_torch or adamw_torch_fused."
         )
     # A shape that the model's own code refuses is the user's, and must not look like a bug in the middle of the sweep.

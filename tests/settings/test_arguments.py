@@ -111,7 +111,7 @@ def test_a_sweep_honours_or_refuses_each_field(name):
 
 
 def test_a_length_and_an_axis_are_refused_at_their_defaults_too():
-    with refused(UserError, "num_train_epochs is 3.0, but the length of a run is told in tokens"):
+    with refused(UserError, "num_train_epochs is 3, but the length of a run is told in tokens"):
         settings(num_train_epochs=3).check_arguments()
     for name in ("num_train_epochs", "seed", "learning_rate"):
         with refused(UserError, f"s.yaml: training.{name} is ", "give "):
