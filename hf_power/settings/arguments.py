@@ -274,6 +274,11 @@ def refuse_in_a_sweep(training: Mapping[str, object], source: str) -> None:
     """Raise a UserError for what a sweep's training section tells and its loop would not do, with the reason."""
     for name, value in training.items():
         argument = ARGUMENTS.get(name)
+        if name == "optim" and value not in ("adamw_torch", "adamw_torch_fused"):
+            raise UserError(
+                f"{source}: training.optim is {getattr(value, 'value', value)}, but a sweep trains with torch's AdamW alone: "
+                "give adamw_torch or adamw_torch_fused."
+            )
         if argument is None or argument.sweep is not None or value is None:
             continue
         if name in AXES or value not in (argument.taken or (default_of(name),)):

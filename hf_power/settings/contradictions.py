@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Collection
+from typing import cast
 
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.debug_utils import DebugOption
@@ -120,9 +121,8 @@ def _refuse_optim_args(args: TrainingArguments, name: str) -> None:
 def refuse_schedule(args: TrainingArguments, kwargs: Collection[str]) -> None:
     """Raise a UserError for an argument that the schedule does not have, with the nearest that it has."""
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    makes: Callable[..., object] = PowerLR
-    if name != "power":
-        makes = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    of_transformers = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    makes = PowerLR if name == "power" else cast("Callable[..., object]", of_transformers)
     parameters = inspect.signature(makes).parameters
     if args.warmup_steps and "num_warmup_steps" not in parameters:
         raise UserError(

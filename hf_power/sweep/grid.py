@@ -224,11 +224,6 @@ def _check_settings(grid: Grid, source: str) -> None:
     if base.run.recipe is not None:
         raise UserError(f"{source}: a sweep makes a recipe and takes none, got {base.run.recipe!r}: remove run.recipe.")
     refuse_in_a_sweep(grid.sections.get("training", {}), source)
-    if base.training.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise UserError(
-            f"{source}: training.optim is {getattr(base.training.optim, 'value', '')}, but a sweep trains with torch's AdamW alone: give "
-            "adamw_torch or adamw_torch_fused."
-        )
     # A shape that the model's own code refuses is the user's, and must not look like a bug in the middle of the sweep.
     base.check_layer()
     if base.data.streaming:

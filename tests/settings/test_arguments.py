@@ -100,7 +100,7 @@ def test_a_former_argument_is_refused_on_the_command_line_too():
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "parallelism_config"])
 def test_a_sweep_honours_or_refuses_each_field(name):
     """By the value alone: what it honours is trained in tests/sweep/test_sweep.py."""
-    value = "anything else"
+    value = "adamw_torch" if name == "optim" else "anything else"
     if ARGUMENTS[name].sweep is not None:
         refuse_in_a_sweep({name: value}, "s.yaml")
         return
