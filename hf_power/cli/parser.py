@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from hf_power.cli.arguments import EXIT_CODES, EvaluateArguments
 from hf_power.compat import own_flags
 from hf_power.data.text import DataArguments
 from hf_power.records.errors import UserError, refused_by, shown
+from hf_power.settings.arguments import unknown_setting
 from hf_power.settings.read import flatten, load_yaml
 from hf_power.settings.sections import SECTIONS, TRAINING_DEFAULTS, Tokens, unknown_key
 from hf_power.settings.settings import Settings
@@ -30,6 +32,8 @@ class Parser(HfArgumentParser):
     def __init__(self, verb: str, summary: str, *kinds: type) -> None:
         # argparse adds --help while it is being initialized, through the method below, so these come first.
         self.names: list[str] = []
+        # Options that set the field of another name, as --no_X sets X.
+        self.fields: dict[str, str] = {}
         self.switches: set[str] = set()
         self.has_positional = False
         super().__init__(
@@ -63,6 +67,12 @@ class Parser(HfArgumentParser):
         # The spelling with dashes is dropped from the help, because `spelled` takes it for every option.
         names = tuple(name for name in names if "-" not in name.lstrip("-"))
         self.names += [name.lstrip("-") for name in names]
+        self.fields |= {name.lstrip("-"): str(given["dest"]) for name in names if "dest" in given}
+        if "choices" in given:
+            given["type"] = functools.partial(_chosen, tuple(map(str, given["choices"])), given["type"])
+        elif given.get("const") is True and isinstance(default, str):
+            # HfArgumentParser takes a field that is a text or a bool for a bool.
+            given["type"] = str
         if given.get("nargs") == "?" and given.get("const") is True:
             self.switches |= set(names)
         return super().add_argument(*names, **given)
@@ -82,13 +92,16 @@ class Parser(HfArgumentParser):
                 name, equals, value = word.partition("=")
                 name = name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
                 if (plain := name.lstrip("-")) not in self.names:
-                    raise UserError(unknown_key(name, plain, self.names))
+                    raise UserError(self.unknown(name, plain, self.names))
                 alone = self.has_positional and name in self.switches and not equals
                 if alone and following.lower() not in _TRUTHS:
                     equals, value = "=", "true"
                 word = f"{name}{equals}{value}"
             words.append(word)
         return words
+
+    # The sentence for an option that is not known.
+    unknown = staticmethod(unknown_key)
 
     def filled(self, words: list[str]) -> tuple[Any, ...]:
         """The dataclasses, filled from a command line that `spelled` has gone through."""
@@ -98,7 +111,8 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a `UserError`, in place of the usage and an exit."""
-        raise UserError(f"command line: {message.rstrip('.')}.")
+        ends = message.endswith(("?", "..."))
+        raise UserError(f"command line: {message if ends else message.rstrip('.') + '.'}")
 
 
 class EvaluateParser(Parser):
@@ -123,6 +137,8 @@ class EvaluateParser(Parser):
 class SettingsParser(Parser):
     """[FILE.yaml] [--key value ...], for the settings of a run and for the arguments that a verb has beside them."""
 
+    unknown = staticmethod(unknown_setting)
+
     def __init__(self, verb: str, summary: str, *beside: type) -> None:
         self.beside = beside
         super().__init__(verb, summary, *beside, *SECTIONS.values())
@@ -139,6 +155,7 @@ class SettingsParser(Parser):
             parsed = self.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
         filled = _complete(parsed)
         given = {word.lstrip("-").split("=")[0] for word in words if word.startswith("--")}
+        given = {self.fields.get(name, name) for name in given}
         given |= {name for name, value in values.items() if value is not None}
         *beside, model, mup, data, run, training = filled
         return (*beside, Settings(model, mup, data, run, training, given=frozenset(given)))
@@ -167,6 +184,13 @@ def parse_settings(argv: Sequence[str]) -> Settings:
     """[FILE.yaml] [--key value ...] -> Settings; the command line wins over the file."""
     settings: Settings = SettingsParser("pretrain", "").read(list(argv))[0]
     return settings
+
+
+def _chosen(choices: Sequence[str], read: Callable[[str], object], text: str) -> object:
+    """One of the choices of an option, with the nearest one where it is none."""
+    if text not in choices:
+        raise argparse.ArgumentTypeError(unknown_key(shown(text), text, list(choices)))
+    return read(text)
 
 
 def _complete(parsed: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,14 +5,21 @@ They are those of Shen et al. (arXiv:2408.13359, Table 1) after Yang et al. (arX
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_power.models import kind_of
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, refused_by
+
+# The names that transformers has for AdamW and its variants, the only optimizer for which muP has a rule here.
+ADAMW = (
+    *("adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adamw_torch_4bit"),
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+)
 
 
 class Rule(NamedTuple):
@@ -224,13 +231,17 @@ class MupAdamW:
 
     @classmethod
     def for_trainer(cls, args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
-        """The pair that Trainer's optimizer_cls_and_kwargs takes, from TrainingArguments' own values."""
-        return cls, {
-            "lr": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-        }
+        """The pair that Trainer's optimizer_cls_and_kwargs takes, from TrainingArguments' own values.
+
+        Raises:
+            UserError: args.optim is no variant of AdamW, or one whose package is missing.
+        """
+        name = str(getattr(args.optim, "value", args.optim))
+        if name not in ADAMW:
+            raise UserError(f"optim is {name}, but muP has a rule for AdamW alone: give one of {', '.join(ADAMW)}.")
+        with refused_by(f"optim {name}"):
+            optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        return cls, {"optimizer": optimizer, "weight_decay": args.weight_decay, "fused": False, **kwargs}
 
     def __call__(
         self,
@@ -241,7 +252,21 @@ class MupAdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: bool = True,
-    ) -> torch.optim.AdamW:
-        """AdamW over `mup_param_groups`; its ``defaults["lr"]`` is the base learning rate."""
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        **variant: Any,
+    ) -> torch.optim.Optimizer:
+        """AdamW over `mup_param_groups`; its ``defaults["lr"]`` is the base learning rate.
+
+        `optimizer` is torch's or another package's AdamW, and `variant` what that one takes besides.
+        """
         groups = mup_param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        if fused:
+            variant["fused"] = True
+        if variant.get("optim_bits") == 8:
+            # As the Trainer does it for optimizers that it makes itself: moments of embeddings are not rounded.
+            from bitsandbytes.optim import GlobalOptimManager
+
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+        return optimizer(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **variant)

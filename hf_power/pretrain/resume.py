@@ -117,6 +117,7 @@ def changes(settings: Settings, run: Run, before: Run, checkpoint: Path) -> list
     names = [name for name in [*old, *new] if name in new or "." in name]
     differ = {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
     fixed = dict.fromkeys(_SHAPE, "whose weights do not fit another model")
+    fixed["optim"] = "whose moments no other optimizer can read"
     fixed["lr_scheduler_type"] = "whose schedule's state no other schedule can read"
     if settings.training.lr_scheduler_type != "power":
         fixed["learning_rate"] = "and only the power schedule takes up another rate or horizon"

@@ -21,6 +21,7 @@ from hf_power.plan.plan import describe_run
 from hf_power.plots import figures
 from hf_power.plots.runs import plot_lr_and_loss
 from hf_power.pretrain.bad_numbers import BadNumbers
+from hf_power.pretrain.dry_run import dry_run
 from hf_power.pretrain.record import ExpertLoad, RunRecord, TokenProgress
 from hf_power.pretrain.resume import checkpoint_to_resume, other_data, read_record, refuse_other_engine
 from hf_power.pretrain.speed import speed_up_
@@ -92,6 +93,7 @@ def train_run(start: Start) -> Run:
     args.max_steps = run.steps + steps_to_come(run)
     # A number that no schedule can follow is refused here, before the data are touched.
     schedule, changed = outlook(start, run)
+    dry_run(settings, run)
     record = RunRecord(run, folder, start.recipe)
     with only_one(folder) if args.process_index == 0 else contextlib.nullcontext(), full_disk_told(settings, record):
         return _train_alone(start, record, schedule, changed)

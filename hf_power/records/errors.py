@@ -12,6 +12,7 @@ _SHORT.maxstring = _SHORT.maxother = 120
 _SHORT.maxlist = _SHORT.maxdict = 8
 # What transformers, torch and other libraries raise for a value that they cannot use.
 _REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, OSError, RuntimeError)
+_MISSING = (ImportError,)  # a package that the value needs is not installed
 
 
 class UserError(ValueError):
@@ -45,7 +46,7 @@ def refused_by(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (*_REFUSALS, StrictDataclassError) as error:
+    except (*_REFUSALS, *_MISSING, StrictDataclassError) as error:
         why = re.split(r"[.!?]\s+(?=[A-Z])", one_line(str(error)))[0][:300].rstrip(".") or type(error).__name__
         raise UserError(f"{what} cannot be used: {why}.") from error
 

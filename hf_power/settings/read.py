@@ -1,6 +1,7 @@
 """YAML as people write it: its sections flattened to one mapping, every key and type checked."""
 
 import enum
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING
 from hf_power.compat import own_name, refuse_two_values
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.schema import fits, kinds_of
+from hf_power.settings.arguments import unknown_setting
 from hf_power.settings.sections import SECTIONS, Tokens, names_of, unknown_key
 
 if TYPE_CHECKING:
     import yaml
 
+# A number as YAML 1.2 and JSON have it. PyYAML follows YAML 1.1, in which one without a point or a sign is a text.
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?")
 DEEPEST = 50  # levels of a YAML; the time that PyYAML takes grows with their square
 
 
@@ -81,7 +85,7 @@ def flatten(sections: object, source: str) -> dict[str, object]:
         refuse_two_values(values, f"{source}: {section}")
         for key, value in values.items():
             if (name := own_name(key)) not in names:
-                raise UserError(unknown_key(f"{source}: {section}.{key}", str(key), names))
+                raise UserError(unknown_setting(f"{source}: {section}.{key}", str(key), names))
             flat[name] = _typed(f"{source}: {section}.{key}", value, hints[name])
     return flat
 
@@ -89,12 +93,13 @@ def flatten(sections: object, source: str) -> dict[str, object]:
 def _typed(what: str, value: object, hint: object) -> object:
     """The value, as one of the types that the hint allows (YAML reads 2e-2 as a string)."""
     kinds = kinds_of(hint)
+    choices = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if isinstance(value, str) and choices:
+        return _chosen(what, value, choices[0])
     if fits(value, hint) and value == value:
-        return value
+        return _with_numbers(value)
     if Tokens in kinds:
         return Tokens(value, what.rpartition(".")[2])
-    if isinstance(value, str) and any(isinstance(kind, type) and issubclass(kind, enum.Enum) for kind in kinds):
-        return value
     if str in kinds and fits(value, float):
         return str(value)
     if float in kinds and isinstance(value, str):
@@ -105,3 +110,25 @@ def _typed(what: str, value: object, hint: object) -> object:
             pass
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
     raise UserError(f"{what} must be {names}, got {shown(value)}.")
+
+
+def _chosen(what: str, value: str, choices: type[enum.Enum]) -> str:
+    known = [str(choice.value) for choice in choices]
+    if value not in known:
+        raise UserError(unknown_key(f"{what} {shown(value)}", value, known))
+    return value
+
+
+def _with_numbers(value: object, nested: bool = False) -> object:
+    """The value, with numbers in the place of their texts in its mappings and lists; a text by itself stays one.
+
+    >>> _with_numbers({"a": "1e3", "b": ["-5.1e-1", "x"]})
+    {'a': 1000.0, 'b': [-0.51, 'x']}
+    """
+    if isinstance(value, dict):
+        return {name: _with_numbers(each, nested=True) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(each, nested) for each in value]
+    if nested and isinstance(value, str) and NUMBER.fullmatch(value):
+        return float(value) if set(value) & set(".eE") else int(value)
+    return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_power.records.files import parse_json
 from hf_power.schedule import PAPER_MAX_LR
 
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 
 
 class Tokens(int):
@@ -40,15 +42,19 @@ class Tokens(int):
 
 
 def parse_tokens(value: object, name: str) -> int:
-    """A number of tokens: 30000000, 3e7, "30M", "2.1B".
+    """A number of tokens: 30000000, 30_000_000, "30,000,000", 3e7, "30M", "2.1B".
 
     Raises:
-        UserError: if it is not a number with an optional k, M, B or T.
+        UserError: if it is not a number with an optional k, M, B or T. A comma that is no mark of thousands is refused,
+            because "2,1B" may be meant for 2.1B.
     """
-    text = str(value).strip().replace("_", "").replace(",", "")
+    text = str(value).strip().replace("_", "")
     factor = UNITS.get(text[-1:], 1.0)
+    number = text[:-1] if factor > 1 else text
+    if THOUSANDS.fullmatch(number):
+        number = number.replace(",", "")
     try:
-        return round(float(text[:-1] if factor > 1 else text) * factor)
+        return round(float(number) * factor)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{name} must be a number of tokens such as 30M or 2.1B, got {shown(value)}.") from error
 

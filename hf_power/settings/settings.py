@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import enum
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -16,14 +15,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_power.compat import CHECKPOINTING, own_name, recorded_name
 from hf_power.data.text import DataArguments
+from hf_power.models import num_experts
 from hf_power.mup.config import mup_config
 from hf_power.mup.rules import mup_init_, new_model
 from hf_power.recipe import Recipe
-from hf_power.records.errors import UserError, refused_by
-from hf_power.scheduler import PowerLR
+from hf_power.records.errors import UserError, refused_by, shown
+from hf_power.settings.arguments import refuse_without_effect
+from hf_power.settings.contradictions import refuse_contradictions, refuse_optimizer, refuse_schedule
 from hf_power.settings.read import flatten
 from hf_power.settings.sections import (
     NOT_RECORDED,
@@ -34,6 +36,7 @@ from hf_power.settings.sections import (
     RunArguments,
     Tokens,
     names_of,
+    parse_tokens,
     unknown_key,
 )
 
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from hf_power.records.run import Sections
 
 T = TypeVar("T")
+# The lengths among the arguments of the power schedule.
+TOKEN_LENGTHS = ("warmup_tokens", "decay_tokens", "decay_start_tokens", "critical_batch_tokens")
 
 
 @dataclass
@@ -56,6 +61,15 @@ class Settings:
     run: RunArguments
     training: TrainingArguments
     given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Lengths among the arguments of the schedule may be texts such as 30M, as those of the run may."""
+        kwargs: object = self.training.lr_scheduler_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f'lr_scheduler_kwargs must be a mapping such as {{"a": 4.0}}, got {shown(kwargs)}.')
+        for name in TOKEN_LENGTHS:
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = parse_tokens(kwargs[name], f"lr_scheduler_kwargs.{name}")
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, object]) -> "Settings":
@@ -169,11 +183,25 @@ class Settings:
         refuse_reentrant(config, getattr(self.training, f"{CHECKPOINTING}_kwargs"))
         if self.mup.mup:
             mup_config(config, **self.mup.arguments())
-        if self.training.lr_scheduler_type == "power":
-            known = [p for p in inspect.signature(PowerLR).parameters if p not in ("optimizer", "last_epoch")]
-            for name in self.schedule_kwargs:
-                if name not in known:
-                    raise UserError(unknown_key(f"lr_scheduler_kwargs.{name}", name, known))
+        self.check_arguments()
+
+    def check_arguments(self) -> None:
+        """Refuse arguments of the training that would change nothing, or that no run can follow."""
+        args = self.training
+        refuse_without_effect(args, self.given)
+        refuse_contradictions(args, self.given)
+        refuse_optimizer(args, self.given, self.mup.mup)
+        refuse_schedule(args, self.schedule_kwargs)
+        if args.label_smoothing_factor and num_experts(self.model.config()):
+            raise UserError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but the smoothed loss leaves out the experts' "
+                "balancing loss: leave it out."
+            )
+        if self.data.streaming and args.dataloader_num_workers > 1:
+            raise UserError(
+                f"dataloader_num_workers is {args.dataloader_num_workers}, but the order of a stream holds for one reading "
+                "process: give at most 1, or store the data."
+            )
 
     def allowed_changes(self) -> set[str]:
         """The names in ``run.allow_changed``; a UserError for one that is no setting."""
@@ -201,6 +229,9 @@ def _section(kind: Callable[..., T], values: Mapping[str, object]) -> T:
 
 
 def _recorded(value: object) -> object:
+    """A value as JSON has it and as `TrainingArguments` take it."""
+    if isinstance(value, AcceleratorConfig):
+        return value.to_dict()
     return value.value if isinstance(value, enum.Enum) else value.text if isinstance(value, Tokens) else value
 
 

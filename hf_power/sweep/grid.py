@@ -9,6 +9,7 @@ from functools import cached_property
 from hf_power.mup.config import scale_width
 from hf_power.records.errors import UserError
 from hf_power.schedule import PAPER_MAX_LR, Law
+from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.read import flatten, read_yaml
 from hf_power.settings.sections import SECTIONS, parse_tokens, unknown_key
 from hf_power.settings.settings import Settings
@@ -222,11 +223,7 @@ def _check_settings(grid: Grid, source: str) -> None:
         raise UserError(f"{source}: a sweep needs muP (mup: true): without it nothing carries over widths.")
     if base.run.recipe is not None:
         raise UserError(f"{source}: a sweep makes a recipe and takes none, got {base.run.recipe!r}: remove run.recipe.")
-    if base.training.torch_compile:
-        raise UserError(
-            f"{source}: a sweep compiles nothing, since its small models would compile longer than they train: remove "
-            "training.torch_compile."
-        )
+    refuse_in_a_sweep(grid.sections.get("training", {}), source)
     # A shape that the model's own code refuses is the user's, and must not look like a bug in the middle of the sweep.
     base.check_layer()
     if base.data.streaming:

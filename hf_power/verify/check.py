@@ -13,6 +13,7 @@ from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
 from hf_power.records.schema import decode
 from hf_power.schedule import Law
+from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.settings import Settings
 from hf_power.sweep.grid import Grid, Sections, few_digits
 from hf_power.sweep.jobs import Group
@@ -26,6 +27,7 @@ EXTENSIONS = 2
 TOLERANCE = 0.02
 # Below this the warmup and the tail are most of the run.
 FEWEST_STEPS = 10
+MOVE_THE_WEIGHTS = ("optim", "label_smoothing_factor", "neftune_noise_alpha", "fp16")
 
 
 def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) -> Page:
@@ -59,6 +61,8 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
     recipe = Recipe.load(settings.run.recipe)
     settings.apply_recipe()
     settings.check()
+    # The runs are a sweep's; what moves their numbers in pretraining alone would be left out of them.
+    refuse_in_a_sweep({name: getattr(settings.training, name) for name in MOVE_THE_WEIGHTS}, "verify")
     folder = Path(settings.training.output_dir or "")
     folder.mkdir(parents=True, exist_ok=True)
     grid, group = _cell(settings, recipe, seeds)

@@ -33,13 +33,22 @@ def recipe_yaml(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("30M", 30_000_000), ("2.1B", 2_100_000_000), ("1T", 10**12), ("250k", 250_000), ("1e6", 10**6), (4096, 4096)],
+    [
+        *(("30M", 30_000_000), ("2.1B", 2_100_000_000), ("1T", 10**12), ("250k", 250_000), ("1e6", 10**6)),
+        *(
+            (4096, 4096),
+            ("1_000", 1000),
+            ("30,000,000", 30_000_000),
+            ("2,100M", 2_100_000_000),
+            ("1,000.5k", 1_000_500),
+        ),
+    ],
 )
 def test_tokens(text, tokens):
     assert parse_tokens(text, "tokens") == tokens
 
 
-@pytest.mark.parametrize("text", ["", "M", "ten", "10%", "3 G", "inf", "nan"])
+@pytest.mark.parametrize("text", ["", "M", "ten", "10%", "3 G", "inf", "nan", "2,1B", "2,1", "1,00", "1,0000M"])
 def test_tokens_that_are_none(text):
     with pytest.raises(ValueError, match="tokens must be a number of tokens such as 30M or 2.1B, got"):
         parse_tokens(text, "tokens")
@@ -90,6 +99,38 @@ def test_a_changed_copy_leaves_the_settings_as_they_were(recipe_yaml):
     assert settings.to_dict() == before
     with pytest.raises(AttributeError):
         settings.changed(training={"sed": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e3", 1000.0), ("-5.1e-1", -0.51), ("1E3", 1000.0), ("1_000", 1000), ("1e+3", 1000.0), (".5", 0.5), ("2.", 2.0)],
+)
+def test_a_number_is_one_wherever_it_stands_in_yaml(text, value, recipe_yaml):
+    """PyYAML takes most of these for texts."""
+    training = load_yaml(
+        recipe_yaml(f"training: {{lr_scheduler_kwargs: {{b: {text}, more: [{text}, {{x: {text}}}]}}}}")
+    )
+    assert training == {"lr_scheduler_kwargs": {"b": value, "more": [value, {"x": value}]}}
+    assert load_yaml(recipe_yaml(f"model: {{model_config: {{rope_theta: {text}}}}}"))["model_config"] == {
+        "rope_theta": value
+    }
+
+
+@pytest.mark.parametrize("text", ["1k", "none", "1e", "e3", "1.2.3", "linear", "_", "1e3x"])
+def test_what_is_no_number_stays_a_text(text, recipe_yaml):
+    found = load_yaml(recipe_yaml(f"training: {{lr_scheduler_kwargs: {{b: '{text}'}}}}\ndata: {{dataset: '1e3'}}"))
+    assert found == {"lr_scheduler_kwargs": {"b": text}, "dataset": "1e3"}
+
+
+def test_lengths_of_the_schedule_may_have_units(recipe_yaml):
+    settings = parse_settings(
+        [recipe_yaml(), "--lr_scheduler_kwargs", '{"warmup_tokens": "1k", "decay_tokens": "2.5M"}']
+    )
+    assert settings.training.lr_scheduler_kwargs == {"warmup_tokens": 1000, "decay_tokens": 2_500_000}
+    with refused(ValueError, "lr_scheduler_kwargs.warmup_tokens must be a number of tokens", "'soon'"):
+        Settings.from_dict({"training": {"lr_scheduler_kwargs": {"warmup_tokens": "soon"}}})
+    with refused(ValueError, "lr_scheduler_kwargs must be a mapping such as", "'a=16'"):
+        parse_settings(["--lr_scheduler_kwargs", "a=16"])
 
 
 def test_settings_survive_run_json(recipe_yaml):

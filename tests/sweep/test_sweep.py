@@ -23,6 +23,7 @@ from hf_power.records.errors import UserError
 from hf_power.records.files import only_one
 from hf_power.records.rows import load_rows
 from hf_power.schedule import Law
+from hf_power.settings.arguments import ARGUMENTS
 from hf_power.settings.settings import Settings
 from hf_power.sweep import run as sweep
 from hf_power.sweep import trunks
@@ -146,6 +147,39 @@ def held_out_loss(row, folder):
 
 def every_schedule(value=0.01):
     return {name: (1.0, 2.0) if name == "power" else (value, 2 * value) for name in SCHEDULES}
+
+
+OTHERS = {
+    "weight_decay": 0.5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 1e-2,
+    "max_grad_norm": 0.01,
+    "bf16": True,
+}
+
+
+@pytest.mark.slow
+def test_what_a_sweep_honours_moves_its_rows(make_grid, tmp_path, monkeypatch):
+    """The rows of the table that say so; what a CPU alone cannot show are tf32, and use_cpu, which is given here."""
+    honoured = {name for name, argument in ARGUMENTS.items() if argument.sweep is not None}
+    assert honoured == {*OTHERS, "optim", "tf32", "use_cpu"}
+
+    def loss(name, **training):
+        grid = make_grid(tokens=(512,), schedules={"warmup_stable_decay": (0.02,)})
+        grid = replace(grid, sections=grid.sections | {"training": {"use_cpu": True, **training}})
+        (row,) = run_sweep(grid, tmp_path / name, workers=1)
+        return row.loss
+
+    plain = loss("plain")
+    assert all(loss(name, **{name: value}) != plain for name, value in OTHERS.items())
+    fused = []
+    step = Ensemble.step
+    monkeypatch.setattr(
+        Ensemble, "step", lambda self, x: (fused.append(self.optimizers[0].defaults["fused"]), step(self, x))
+    )
+    assert loss("unfused", optim="adamw_torch") == pytest.approx(plain, abs=1e-5)
+    assert not any(fused)
 
 
 @pytest.mark.slow

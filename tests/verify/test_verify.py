@@ -5,7 +5,7 @@ import pytest
 from sentences import refused
 
 from hf_power import Recipe
-from hf_power.cli import run_verb
+from hf_power.cli import parse_settings, run_verb
 from hf_power.coordinates import coord_check
 from hf_power.records.rows import Row
 from hf_power.schedule import Law
@@ -152,3 +152,10 @@ def test_a_fair_learning_rate_passes_and_runs_nothing_twice(one_coord_check, sec
     assert rows.count("\n") == 3
     assert run_verb("verify", [*argv, "--tolerance", "0.1", "--seeds", "1"]) == 0
     assert (tmp_path / "page/sweep.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize(("key", "value"), [("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0)])
+def test_what_its_runs_would_leave_out_is_refused(sections, tmp_path, key, value):
+    settings = parse_settings([*arguments(sections, tmp_path, recipe_of_scale(2.0)), f"--{key}", str(value)])
+    with refused(ValueError, f"verify: training.{key} is {value}, but a sweep trains many small models"):
+        verify(settings)
