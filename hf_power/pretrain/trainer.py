@@ -21,6 +21,7 @@ from hf_power.models import block_losses
 from hf_power.pretrain.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
 from hf_power.pretrain.record import ExpertLoad, MeasureExperts, RunRecord
 from hf_power.records.errors import UserError
+from hf_power.records.run import Run, SinceLog
 from hf_power.register import check_parts
 
 # What PowerTrainer replaces; under another name it would never be called.
@@ -87,6 +88,8 @@ class PowerTrainer(Trainer):
     def _load_best_model(self) -> None:
         """As the stock one, by the names in the file."""
         best = self.state.best_model_checkpoint
+        if best is not None:
+            self.guards.record.taken_back = Run.load(Path(best), required=("steps", "tokens_seen"))
         if best is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
@@ -99,9 +102,26 @@ class PowerTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Batches:
         """As the stock one; the first batches of a resumed run are followed by the random numbers of its checkpoint."""
         batches: Batches = super().get_batch_samples(*args, **kwargs)
-        super()._load_rng_state(self._random_numbers_of)
-        self._random_numbers_of = None
+        if self._random_numbers_of is not None:
+            super()._load_rng_state(self._random_numbers_of)
+            self._random_numbers_of = None
+            self._go_on_with_log()
         return batches
+
+    def _go_on_with_log(self) -> None:
+        """Take up what the checkpoint has summed up for the next log, so that this is the mean of all its steps."""
+        record = self.guards.record
+        if (since := record.run.since_log) is not None:
+            self._tr_loss += since.loss
+            self._globalstep_last_logged -= since.steps
+            record.update(replace(record.run, since_log=None))
+
+    def _since_log(self) -> SinceLog | None:
+        """What is summed up for the next log; every process must call it."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean())
+        skipped, losses, finite = self.guards.bad_numbers.since_log
+        return SinceLog(steps, loss, int(skipped), int(losses), finite) if steps else None
 
     def compute_loss(
         self,
@@ -122,7 +142,8 @@ class PowerTrainer(Trainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """As the stock one; what is not finite stays out of the sum that is logged."""
+        """As the stock one; what is not finite stays out of the sum that is logged, and what was read is counted."""
+        self.guards.record.count(len(inputs["input_ids"]))
         return self.guards.bad_numbers.finite_loss(super().training_step(model, inputs, num_items_in_batch))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
@@ -223,6 +244,8 @@ class PowerTrainer(Trainer):
         self._stop_if_too_many()
         self.guards.seals.join()
         refuse_non_finite(self.model, output_folder(self.args))
+        if _internal_call:
+            self.guards.record.since_log = self._since_log()
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return

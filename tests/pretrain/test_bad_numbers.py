@@ -175,7 +175,7 @@ def test_non_finite_weights_are_named():
 
 def record(losses=(), **known):
     curve = [{"loss": loss} for loss in losses]
-    return RunRecord(Run(tokens_per_step=4, loss_curve=curve, **known), Path("unused"))
+    return RunRecord(Run(tokens_per_step=4, loss_curve=curve, **known), Path("unused"), 4)
 
 
 def test_a_spike_is_above_the_median_by_three_quartile_ranges():
