@@ -27,7 +27,7 @@ from hf_power.register import check_parts
 # What PowerTrainer replaces; under another name it would never be called.
 REPLACED = ["compute_loss", "training_step", "get_batch_samples", "log", "floating_point_ops", "evaluation_loop"]
 REPLACED += ["save_model", "_get_grad_norm", "_load_rng_state", "_load_optimizer_and_scheduler"]
-REPLACED += ["_load_from_checkpoint", "_load_best_model"]
+REPLACED += ["_load_from_checkpoint", "_load_best_model", "_determine_best_metric"]
 check_parts(REPLACED)
 # The numbers of a parameter group that are today's at a resume; its rate is the schedule's.
 NUMBERS = ("weight_decay", "betas", "eps")
@@ -94,6 +94,11 @@ class PowerTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the stock one; under save_strategy best, a save that a signal asked for is not taken back."""
+        asked = self.control.should_save
+        return super()._determine_best_metric(metrics, trial) or asked
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Not yet: a loader draws a number when it begins, as it did in the run that was saved, before the checkpoint."""
@@ -226,10 +231,13 @@ class PowerTrainer(Trainer):
         of a mixture of experts it adds the balancing loss.
         """
         model, rows = self.model.eval(), []
-        for batch in dataloader:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = block_losses(model, batch["input_ids"])
-            rows.append(self.accelerator.gather_for_metrics(losses).cpu())
+        # A loader draws a random number when it begins, which those of the training must not feel: workers that persist
+        # begin once in a run and once more when it goes on.
+        with torch.random.fork_rng(devices=[]):
+            for batch in dataloader:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    losses = block_losses(model, batch["input_ids"])
+                rows.append(self.accelerator.gather_for_metrics(losses).cpu())
         losses = torch.cat(rows).double()
         metrics = {f"{metric_key_prefix}_loss": float(losses.mean())}
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(losses))
