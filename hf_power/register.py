@@ -3,6 +3,7 @@
 import functools
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,7 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
-from transformers import SchedulerType, Trainer
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from hf_power.compat import uncounted_sharers
@@ -81,6 +82,8 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
     @functools.wraps(create_scheduler)
     def wrapper(self: Trainer, *args: object, **kwargs: object) -> LRScheduler:
         given = cast("dict[str, object]", self.args.lr_scheduler_kwargs or {})
+        if self.args.lr_scheduler_type == NAME:
+            _count_skipped_steps(self)
         if self.args.lr_scheduler_type != NAME or self.lr_scheduler is not None or "tokens_per_step" in given:
             return create_scheduler(self, *args, **kwargs)
         # The stock method hands these to get_power_schedule.
@@ -93,6 +96,36 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
 
     setattr(wrapper, MARK, True)
     return wrapper
+
+
+class CountSkippedSteps(TrainerCallback):
+    """Counts the tokens of a step that fp16's gradient scaler has skipped: the data were read, and are not read again.
+
+    A fused optimizer is called in such a step and skips it by itself, so the Trainer counts it. Of another one it leaves out
+    the schedule's step too, after which the schedule would end behind the data.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Make the schedule's step in the Trainer's place."""
+        if isinstance(lr_scheduler, PowerLR) and getattr(optimizer, "step_was_skipped", False):
+            with warnings.catch_warnings():
+                # torch warns where no step of the optimizer came before the first one of the schedule.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                lr_scheduler.step()
+
+
+def _count_skipped_steps(trainer: Trainer) -> None:
+    known = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    if CountSkippedSteps.__name__ not in known:  # A Trainer makes a scheduler each time that it begins to train.
+        trainer.add_callback(CountSkippedSteps())
 
 
 def calls_per_optimizer_step() -> int:

@@ -196,7 +196,9 @@ class Place:
             return load(*args, **kwargs)
 
         PowerTrainer.training_step, start.load_text = training_step, load_text
-        figures.save = lambda figure, path: None  # It takes longer than the training, and is no part of what is compared.
+        figures.save = lambda figure, path: (
+            None
+        )  # It takes longer than the training, and is no part of what is compared.
         try:
             yield
         finally:
