@@ -8,9 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
-from hf_power.checkpoints.seal import MANIFEST, problems
+from hf_power.checkpoints.seal import MANIFEST, SAVING, problems, unfinished
 from hf_power.records.errors import NotFoundError, UserError
-from hf_power.records.files import read_record
+from hf_power.records.files import read_record, refuse_at_work
 from hf_power.records.run import Model, Run
 
 
@@ -28,7 +28,8 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
     of a run's weights the step and the tokens after which they were saved.
 
     Raises:
-        UserError: a folder without config or weights, or a checkpoint that is not as it was sealed.
+        UserError: a folder without config or weights, or in which a training is at work, or a checkpoint that is not as
+            it was sealed.
         NotFoundError: neither a folder nor a repository that can be read; the sentence says which it is.
     """
     folder = Path(model).expanduser()
@@ -36,6 +37,13 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
         place = folder.resolve()
         name = f"{place.parent.name}/{place.name}" if place.name.startswith("checkpoint-") else place.name
         about: Model = {"name": name}
+        refuse_at_work(
+            folder, "wait for its end, or pass one of its checkpoint-N folders, because the model is made anew"
+        )
+        if (folder / SAVING).exists() and unfinished(folder):
+            raise UserError(
+                f"the saving of the checkpoint {folder} was not finished: wait for it, or take an earlier one."
+            )
         if (folder / MANIFEST).exists() and (found := problems(folder)):
             raise UserError(f"the checkpoint {folder} cannot be used: {', '.join(found)}; take an earlier one.")
     else:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,8 +47,8 @@ from hf_power.publish.push import PushGuard, refuse_sharded
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import warnings_for
 from hf_power.records.errors import UserError, shown
-from hf_power.records.files import free_bytes, only_one
-from hf_power.records.machine import tune_cpu
+from hf_power.records.files import LOCK, free_bytes, only_one, refuse_at_work
+from hf_power.records.machine import refuse_alone, tune_cpu
 from hf_power.records.results import EVAL_FILE
 from hf_power.records.run import Change, Run
 from hf_power.schedule import Schedule
@@ -98,6 +97,8 @@ def train_run(start: Start) -> Run:
     args.max_steps = run.steps + steps_to_come(run)
     # A number that no schedule can follow is refused here, before the data are touched.
     schedule, changed = outlook(start, run)
+    # A sweep or an evaluation in the folder has a lock of another name.
+    refuse_at_work(folder, "wait for its end, or take another --output_dir", f"{LOCK}-*")
     rows = args.train_batch_size * args.gradient_accumulation_steps
     record = RunRecord(run, folder, per_step // rows, start.recipe)
     with only_one(folder) if args.process_index == 0 else contextlib.nullcontext(), full_disk_told(settings, record):
@@ -229,12 +230,7 @@ def _disk(args: TrainingArguments, run: Run) -> tuple[int, int]:
 
 def _check_engine(args: TrainingArguments) -> None:
     """Refuse a launch in which the processes do not know of each other, and a DeepSpeed that replaces what is ours."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and args.world_size == 1:
-        raise UserError(
-            f"the launcher has started {started} processes, and each takes itself for the only one: set "
-            "ACCELERATE_USE_CPU=true where there is no accelerator."
-        )
+    refuse_alone(args.world_size)
     deepspeed = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else {}
     for part, ours in (("optimizer", "muP's parameter groups"), ("scheduler", "the run's learning-rate schedule")):
         if part in deepspeed:
