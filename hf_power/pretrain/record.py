@@ -189,7 +189,8 @@ class RunRecord(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if lr_scheduler is not None and model is not None:
             made = _computation(lr_scheduler.optimizer, model)
-            self.update(replace(self.run, groups=_groups(lr_scheduler.optimizer), computation=made))
+            groups = _groups(lr_scheduler.optimizer, self.run.groups)
+            self.update(replace(self.run, groups=groups, computation=made))
         if isinstance(lr_scheduler, PowerLR):
             self.update(replace(self.run, schedule=cast(ScheduleRecord, lr_scheduler.schedule.to_dict())))
 
@@ -220,6 +221,13 @@ class RunRecord(TrainerCallback):
             if self.recipe is not None:
                 self.recipe.save(checkpoint / FILE_NAME)
             self.save()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """A run is one epoch, whereas the Trainer counts one more each time that it goes on, and eval_delay with it."""
+        if args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay > 1:
+            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -265,11 +273,16 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float | torch.Tensor) else None
 
 
-def _groups(optimizer: Optimizer) -> list[ParameterGroup]:
+def _groups(optimizer: Optimizer, before: list[ParameterGroup] | None) -> list[ParameterGroup]:
+    """The groups; `before` are those of the checkpoint, whose rates hold under a schedule that does not keep its own.
+
+    Only the power schedule takes up another rate, and it keeps it in the groups.
+    """
+    kept = {group.name: group.base_lr for group in before or []}
     return [
         ParameterGroup(
             name=group.get("name", f"group{i}"),
-            base_lr=_number(group.get("initial_lr", group["lr"])),
+            base_lr=_number(group.get("initial_lr", kept.get(group.get("name", f"group{i}"), group["lr"]))),
             weight_decay=_number(group.get("weight_decay")),
             eps=_number(group.get("eps")),
             parameters=sum(p.numel() for p in group["params"]),

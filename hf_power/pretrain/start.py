@@ -106,6 +106,7 @@ def new_run(start: Start, per_step: int) -> Run:
         loss_spikes=before.loss_spikes,
         changes=before.changes,
         since_log=before.since_log,
+        groups=before.groups,
     )
 
 
