@@ -38,6 +38,7 @@ from hf_power.pretrain.start import (
     outlook,
     run_data,
     steps_to_come,
+    tokens_per_row,
     tokens_per_step,
     use_known_horizon,
 )
@@ -104,8 +105,7 @@ def train_run(start: Start) -> Run:
     schedule, changed = outlook(start, run)
     # A sweep or an evaluation in the folder has a lock of another name.
     refuse_at_work(folder, "wait for its end, or take another --output_dir", f"{LOCK}-*")
-    rows = args.train_batch_size * args.gradient_accumulation_steps
-    record = RunRecord(run, folder, per_step // rows, start.recipe)
+    record = RunRecord(run, folder, tokens_per_row(settings), start.recipe)
     with only_one(folder) if args.process_index == 0 else contextlib.nullcontext(), full_disk_told(settings, record):
         return _train_alone(start, record, schedule, changed)
 

@@ -49,14 +49,19 @@ class Start:
 
 
 def tokens_per_step(settings: Settings) -> int:
-    """Tokens of one optimizer step over all processes; those that share a sequence read it once."""
+    """Tokens of one optimizer step over all processes."""
+    args = settings.training
+    return int(args.train_batch_size * args.gradient_accumulation_steps * tokens_per_row(settings))
+
+
+def tokens_per_row(settings: Settings) -> int:
+    """Tokens that all processes read while one of them reads a sequence; those that share a sequence read it once."""
     args = settings.training
     parallel = args.parallelism_config
     sharers = 1
     if parallel is not None:
         sharers = math.prod(size or 1 for size in (parallel.tp_size, parallel.cp_size, parallel.sp_size))
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // sharers)
-    return int(sequences * settings.data.block_size)
+    return int(args.world_size // sharers * settings.data.block_size)
 
 
 def finished_run(start: Start) -> Run | None:

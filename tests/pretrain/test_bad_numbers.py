@@ -106,8 +106,14 @@ def test_one_bad_micro_batch_skips_the_whole_step_and_the_log_is_of_the_others(s
 
 @pytest.mark.slow
 def test_the_stock_trainer_makes_its_weights_nan(sections, tmp_path, monkeypatch):
-    for name in ("training_step", "_get_grad_norm", "compute_loss", "save_model"):
+    for name in ("_get_grad_norm", "compute_loss", "save_model"):
         monkeypatch.delattr(PowerTrainer, name)
+
+    def training_step(trainer, model, inputs, *args):
+        trainer.guards.record.count(len(inputs["input_ids"]))
+        return Trainer.training_step(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(PowerTrainer, "training_step", training_step)
     poison(monkeypatch, {4})
     _, weights = pretrain(sections, tmp_path / "run")
     assert all(weight.isnan().any() for weight in weights.values())
