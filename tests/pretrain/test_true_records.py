@@ -98,7 +98,7 @@ def test_changes_are_on_record_and_the_steps_of_today_count(sections, tmp_path):
     shutil.copytree(tmp_path / "run" / "checkpoint-8", tmp_path / "checkpoint-8")
     given = sections(tmp_path / "on", resume_from_checkpoint=str(tmp_path / "checkpoint-8"), **trunk)
     given["training"] |= {"learning_rate": 0.004, "save_steps": 1}
-    run = train.pretrain(Settings.from_dict(given))
+    train.pretrain(Settings.from_dict(given))
     assert Run.load(tmp_path / "on").changes == [
         Change(8, 1024, "tokens", 1024, 1536),
         Change(8, 1024, "learning_rate", 0.01, 0.004),
