@@ -198,7 +198,13 @@ class PowerTrainer(Trainer):
         # The checkpoint's optimizer brings its old numbers back, so today's are kept aside.
         today = [{name: group[name] for name in NUMBERS if name in group} for group in self.optimizer.param_groups]
         name_cpu_without_index(self.args)
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        loaded: list[dict[str, Any]] = []
+        watch = inner.register_load_state_dict_pre_hook(lambda optimizer, state: loaded.append(state))
         super()._load_optimizer_and_scheduler(checkpoint)
+        watch.remove()
+        if loaded and not self.is_fsdp_enabled:
+            _keep_types(inner, loaded[0])
         for group, numbers in zip(self.optimizer.param_groups, today, strict=True):
             group.update(numbers)
 
@@ -269,3 +275,17 @@ class PowerTrainer(Trainer):
                 self.model.save_pretrained(folder, state_dict=weights)
             self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+
+def _keep_types(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+    """Give the state of an optimizer the types of its checkpoint: torch has cast it to that of the weights.
+
+    Adafactor keeps its state in fp32 beside weights in bf16, so that a cast makes another run.
+    """
+    names = [name for group in loaded["param_groups"] for name in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        state = optimizer.state[parameter]
+        for key, value in loaded["state"].get(name, {}).items():
+            if torch.is_tensor(value) and value.dtype != state[key].dtype:
+                state[key] = value.to(state[key].device, copy=True)

@@ -66,6 +66,11 @@ FOUND = {
         }
     },
     "an optimizer with two epsilons": {"mup": {"mup": False}, "training": {"optim": "adafactor"}},
+    "an optimizer whose state is of another type than the weights": {
+        "mup": {"mup": False},
+        "model": {"model_config": {"dtype": "bfloat16"}},
+        "training": {"optim": "adafactor"},
+    },
 }
 
 
@@ -87,7 +92,7 @@ def test_what_was_found(place, changes):
         },
     }
     for section, values in changes.items():
-        case[section] = values if "mup" in values else {**case[section], **values}
+        case[section] = values if section == "mup" else {**case[section], **values}
     if case["training"].get("lr_scheduler_type") is None and "optim" in case["training"]:
         case["training"] |= {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {}}
     assert place.check({"settings": case, "stop": 2, "elsewhere": False}) == "equal"
