@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
-from transformers import SchedulerType, Trainer
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from hf_power.compat import uncounted_sharers
@@ -84,6 +84,8 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
     def wrapper(self: Trainer, *args: object, **kwargs: object) -> LRScheduler:
         _warn_beside_mup(self, cast("Optimizer | None", kwargs.get("optimizer", args[1] if len(args) > 1 else None)))
         given = cast("dict[str, object]", self.args.lr_scheduler_kwargs or {})
+        if self.args.lr_scheduler_type == NAME:
+            _count_skipped_steps(self)
         if self.args.lr_scheduler_type != NAME or self.lr_scheduler is not None or "tokens_per_step" in given:
             return create_scheduler(self, *args, **kwargs)
         # The stock method hands these to get_power_schedule.
@@ -106,6 +108,36 @@ def _warn_beside_mup(trainer: Trainer, optimizer: Optimizer | None) -> None:
     said = rates_beside_mup(trainer.accelerator.unwrap_model(trainer.model), optimizer or trainer.optimizer)
     if said is not None and trainer.accelerator.is_main_process:
         warnings.warn(said, stacklevel=3)
+
+
+class CountSkippedSteps(TrainerCallback):
+    """Counts the tokens of a step that fp16's gradient scaler has skipped: the data were read, and are not read again.
+
+    A fused optimizer is called in such a step and skips it by itself, so the Trainer counts it. Of another one it leaves out
+    the schedule's step too, after which the schedule would end behind the data.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Make the schedule's step in the Trainer's place."""
+        if isinstance(lr_scheduler, PowerLR) and getattr(optimizer, "step_was_skipped", False):
+            with warnings.catch_warnings():
+                # torch warns where no step of the optimizer came before the first one of the schedule.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                lr_scheduler.step()
+
+
+def _count_skipped_steps(trainer: Trainer) -> None:
+    known = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    if CountSkippedSteps.__name__ not in known:  # A Trainer makes a scheduler each time that it begins to train.
+        trainer.add_callback(CountSkippedSteps())
 
 
 def calls_per_optimizer_step() -> int:

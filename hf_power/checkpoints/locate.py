@@ -1,5 +1,6 @@
 """A model by its name: a folder on this disk, or a repository of the Hub."""
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -7,10 +8,10 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
-from hf_power.checkpoints.seal import MANIFEST, problems
+from hf_power.checkpoints.seal import MANIFEST, SAVING, problems, unfinished
 from hf_power.records.errors import NotFoundError, UserError
-from hf_power.records.files import read_record
-from hf_power.records.run import Model
+from hf_power.records.files import read_record, refuse_at_work
+from hf_power.records.run import Model, Run
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class _Config:
 def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
     """A model's folder on this disk, downloaded from the Hub if it is none, and what a record says of it.
 
-    The record has the name of the folder or repository, the revision (the commit; of the Hub only), and the model_type.
+    The record has the name of the folder or repository, the revision (the commit; of the Hub only), the model_type, and
+    of a run's weights the step and the tokens after which they were saved.
 
     Raises:
-        UserError: a folder without config or weights, or a checkpoint that is not as it was sealed.
+        UserError: a folder without config or weights, or in which a training is at work, or a checkpoint that is not as
+            it was sealed.
         NotFoundError: neither a folder nor a repository that can be read; the sentence says which it is.
     """
     folder = Path(model).expanduser()
@@ -34,6 +37,13 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
         place = folder.resolve()
         name = f"{place.parent.name}/{place.name}" if place.name.startswith("checkpoint-") else place.name
         about: Model = {"name": name}
+        refuse_at_work(
+            folder, "wait for its end, or pass one of its checkpoint-N folders, because the model is made anew"
+        )
+        if (folder / SAVING).exists() and unfinished(folder):
+            raise UserError(
+                f"the saving of the checkpoint {folder} was not finished: wait for it, or take an earlier one."
+            )
         if (folder / MANIFEST).exists() and (found := problems(folder)):
             raise UserError(f"the checkpoint {folder} cannot be used: {', '.join(found)}; take an earlier one.")
     else:
@@ -50,6 +60,10 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
         raise UserError(
             f"{folder / 'config.json'} is no config of a model: pass a folder that was saved whole."
         ) from error
+    # Somebody else's run.json may lie beside a model from elsewhere.
+    with contextlib.suppress(UserError):
+        if (run := Run.load_if_there(folder)) is not None and run.tokens_seen:
+            about |= {"weights_step": run.step_of_weights, "weights_tokens": run.tokens_of_weights}
     return folder, about
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_power.data.tokenizer import check_token_ids
 from hf_power.records.errors import NotFoundError, UserError
 from hf_power.records.files import flush, read_record, sha256, temporaries, temporary_name, write_json
 from hf_power.records.run import RUN_FILE, Run
@@ -186,6 +189,16 @@ def rotate(run: Path, limit: int, keep: Path | None = None, known: Path | None =
     return removed
 
 
+def _ids_without_embedding(folder: Path) -> list[str]:
+    """What keeps a run from going on with a checkpoint's tokenizer, by the same rule as at its start."""
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        check_token_ids(tokenizer, int(config.vocab_size), "its model")
+    except UserError as error:
+        return [str(error).rstrip(".")]
+    return []
+
+
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
     gone = temporary_name(folder)
@@ -270,6 +283,8 @@ def _examined(folder: Path, ours: bool) -> tuple[Examined, int | None]:
         return Examined(folder.name, None, found), None
     except UserError as error:
         return Examined(folder.name, None, found or [str(error)]), None
+    if ours and not found and (folder / "tokenizer.json").is_file():
+        found = _ids_without_embedding(folder)
     # Nothing says how long the run was to be where total_tokens is missing.
     remaining = max(0, record.total_tokens - record.tokens_seen) if record.total_tokens else None
     return Examined(folder.name, record.tokens_seen, found), remaining

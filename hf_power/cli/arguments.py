@@ -42,11 +42,14 @@ def is_first_process() -> bool:
 
 
 def run_text(run: Run) -> str:
-    """What came of a run, in one line: tokens, seconds, held-out loss and perplexity."""
+    """What came of a run, in one line: tokens, seconds, held-out loss and perplexity, and of which weights."""
     loss = run.held_out_loss or 0.0
+    weights = ""
+    if run.tokens_of_weights != run.tokens_seen:
+        weights = f", with the weights of step {run.step_of_weights} ({run.tokens_of_weights:,} tokens)"
     return (
         f"{run.name}: {run.tokens_seen:,} tokens in {run.train_seconds:.0f} s, held-out loss {loss:.4f} nats "
-        f"per token, perplexity {math.exp(loss):.2f}"
+        f"per token, perplexity {math.exp(loss):.2f}{weights}"
     )
 
 

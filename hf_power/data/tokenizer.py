@@ -60,6 +60,23 @@ def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None
     return tokenizer
 
 
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for every token: the largest id and one more.
+
+    It is more than ``len(tokenizer)`` where ids were left out, as in a vocabulary with a reserved range.
+    """
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: str) -> None:
+    """Raise a UserError unless every id of the tokenizer is below the vocab_size of a model, which may be larger."""
+    if (needed := num_token_ids(tokenizer)) > vocab_size:
+        raise UserError(
+            f"the tokenizer has token ids up to {needed - 1}, but {model} has a vocab_size of {vocab_size}, so the ids "
+            f"from {vocab_size} on have no embedding: raise vocab_size to {needed} or more, or pass a smaller tokenizer."
+        )
+
+
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer.json of a fast tokenizer, without padding and truncation.
 

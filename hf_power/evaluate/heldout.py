@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, cast
@@ -24,8 +25,8 @@ from hf_power.data.text import PYTHON_STDLIB, DataArguments, load_text
 from hf_power.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from hf_power.evaluate.metrics.token_bytes import token_bytes
 from hf_power.records.errors import MissingPackageError, NotFoundError, UserError, refused_by
-from hf_power.records.files import read_record, write_json
-from hf_power.records.machine import hardware, versions
+from hf_power.records.files import LOCK, only_one, read_record, write_json
+from hf_power.records.machine import hardware, refuse_alone, versions
 from hf_power.records.results import EVAL_FILE, Evaluation
 from hf_power.records.run import RUN_FILE, SCHEMA, Data, Model, Run
 from hf_power.records.schema import Json
@@ -58,6 +59,11 @@ def output_path(folder: Path, about: Model, output: str | os.PathLike[str] | Non
         raise NotFoundError(f"output must be a file in a folder that exists, got {path}: make the folder first.")
     _before(path)  # A file that cannot be added to is an error now, and not after an hour of work.
     return path
+
+
+def alone_at(path: Path, is_first: bool) -> AbstractContextManager[None]:
+    """Keep other evaluations from the file while the first process of this one is at work on it, see `only_one`."""
+    return only_one(path.parent, f"{LOCK}-{path.name}") if is_first else nullcontext()
 
 
 def add_to_file(path: Path, result: Evaluation) -> None:
@@ -157,33 +163,35 @@ def evaluate_model(
     """
     _check(batch_size, max_tokens, dtype, data.block_size)
     metric, accelerator = load_metric(), Accelerator()
+    refuse_alone(accelerator.num_processes)
     with accelerator.main_process_first():
         folder, about = find_model(model)
     about["weights_sha256"] = weights_sha256(folder)
     # All that can be wrong with the arguments is said before the text is packed and the model is loaded.
     path = output_path(folder, about, output)
     vocab_size = _vocab_size(folder, data.block_size)
-    with accelerator.main_process_first():
-        text = _held_out_text(folder, data, max_tokens, vocab_size)
-    network = _load_model(folder, dtype).to(accelerator.device).eval()
-    about["parameters"] = network.num_parameters()
-    start, sizes = time.perf_counter(), token_bytes(text.tokenizer)
-    columns = _score(network, text.blocks, batch_size, sizes, accelerator)
-    result = Evaluation(
-        model=about,
-        metrics=metric.compute(**columns),
-        num_tokens=sum(columns["num_tokens"]),
-        num_bytes=None if sizes is None else sum(columns["num_bytes"]),
-        data=text.about,
-        dtype=str(network.dtype).removeprefix("torch."),
-        batch_size=batch_size,
-        processes=accelerator.num_processes,
-        versions=versions() | {"evaluate": version("evaluate")},
-        hardware=hardware(accelerator.device, accelerator.num_processes),
-        seconds=round(time.perf_counter() - start, 3),
-    )
-    if accelerator.is_main_process:
-        add_to_file(path, result)
+    with alone_at(path, accelerator.is_main_process):
+        with accelerator.main_process_first():
+            text = _held_out_text(folder, data, max_tokens, vocab_size)
+        network = _load_model(folder, dtype).to(accelerator.device).eval()
+        about["parameters"] = network.num_parameters()
+        start, sizes = time.perf_counter(), token_bytes(text.tokenizer)
+        columns = _score(network, text.blocks, batch_size, sizes, accelerator)
+        result = Evaluation(
+            model=about,
+            metrics=metric.compute(**columns),
+            num_tokens=sum(columns["num_tokens"]),
+            num_bytes=None if sizes is None else sum(columns["num_bytes"]),
+            data=text.about,
+            dtype=str(network.dtype).removeprefix("torch."),
+            batch_size=batch_size,
+            processes=accelerator.num_processes,
+            versions=versions() | {"evaluate": version("evaluate")},
+            hardware=hardware(accelerator.device, accelerator.num_processes),
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        if accelerator.is_main_process:
+            add_to_file(path, result)
     return result
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from accelerate import PartialState
 
 from hf_power.checkpoints.locate import find_model, weights_sha256
-from hf_power.evaluate.heldout import add_to_file, check_options, output_path
+from hf_power.evaluate.heldout import add_to_file, alone_at, check_options, output_path
 from hf_power.records.errors import MissingPackageError, NotFoundError, UserError
-from hf_power.records.machine import hardware, versions
+from hf_power.records.machine import hardware, refuse_alone, versions
 from hf_power.records.results import Evaluation
 from hf_power.records.schema import Json
 
@@ -92,6 +92,7 @@ def run_tasks(
     """
     _check(tasks, batch_size, dtype)
     state = PartialState()
+    refuse_alone(state.num_processes)  # type: ignore[has-type]  # accelerate sets it where mypy does not see it.
     # One process downloads models and data, and the others find them in its cache.
     with state.main_process_first():
         folder, about = find_model(model)
@@ -101,27 +102,28 @@ def run_tasks(
         manager, leaves = _load_tasks(tasks)
     import lm_eval  # It takes seconds to import, so that mistakes are told without it.
 
-    start = time.perf_counter()
-    results: _Results | None = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "dtype": dtype or "auto"},
-        tasks=tasks.single,
-        num_fewshot=tasks.num_fewshot,
-        batch_size=batch_size,
-        device=str(state.device),
-        limit=tasks.limit,
-        log_samples=False,
-        task_manager=manager,
-        confirm_run_unsafe_code=_may_run_code(),
-    )
-    if results is None:  # Only the first process gets them.
-        return {}
-    settings = _settings(results, tasks, batch_size, state)
-    settings["seconds"] = round(time.perf_counter() - start, 3)
-    scores = _scores(results, leaves)
-    how = {task: {**_how(results, task), **settings} for task in scores}
-    add_to_file(path, Evaluation(model=about, tasks=scores, tasks_settings=how))
-    return scores
+    with alone_at(path, state.is_main_process):
+        start = time.perf_counter()
+        results: _Results | None = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folder), "dtype": dtype or "auto"},
+            tasks=tasks.single,
+            num_fewshot=tasks.num_fewshot,
+            batch_size=batch_size,
+            device=str(state.device),
+            limit=tasks.limit,
+            log_samples=False,
+            task_manager=manager,
+            confirm_run_unsafe_code=_may_run_code(),
+        )
+        if results is None:  # Only the first process gets them.
+            return {}
+        settings = _settings(results, tasks, batch_size, state)
+        settings["seconds"] = round(time.perf_counter() - start, 3)
+        scores = _scores(results, leaves)
+        how = {task: {**_how(results, task), **settings} for task in scores}
+        add_to_file(path, Evaluation(model=about, tasks=scores, tasks_settings=how))
+        return scores
 
 
 def _check(tasks: Tasks, batch_size: int, dtype: str | None) -> None:

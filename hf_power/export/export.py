@@ -181,7 +181,7 @@ def _record(source: Source, dtype: str) -> Export:
         run = decode(Run, content, path, remedy)
         lineage = run.lineage
         if content.get("tokens_seen") is not None:
-            about["tokens_seen"] = run.tokens_seen
+            about["tokens_seen"] = run.tokens_of_weights
     modules = {"torch": torch, "transformers": transformers, "safetensors": safetensors}
     versions = {name: str(module.__version__) for name, module in modules.items()}
     return Export(

@@ -93,7 +93,6 @@ def _tail_settings(trunk: Run, length: int, decay_shape: str | None) -> Settings
 def _tail_length(tokens: str, trunk: Run) -> int:
     """The length that was asked for, in tokens, rounded up to whole steps of the trunk."""
     text = str(tokens).strip()
-    length: float
     if text.endswith("%"):
         try:
             share = float(text[:-1]) / 100
@@ -102,7 +101,7 @@ def _tail_length(tokens: str, trunk: Run) -> int:
         if not 0 < share < 1:
             raise UserError(f"--tokens must be a percentage between 0% and 100% or a number of tokens, got {tokens!r}.")
         # The share is of the finished run, trunk and tail together.
-        length = trunk.tokens_seen * share / (1 - share)
+        length = round(trunk.tokens_seen * share / (1 - share))  # A rounding error must not add a step.
     else:
         length = parse_tokens(text, "--tokens")
     steps = math.ceil(length / trunk.tokens_per_step)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from hf_power.checkpoints.seal import newest_intact
 from hf_power.pretrain.record import RunRecord
 from hf_power.records.errors import NotFoundError, UserError
-from hf_power.records.run import LossSpike, SkippedStep
+from hf_power.records.run import LossSpike, SinceLog, SkippedStep
 
 # A loss is compared with those of so many logs before it.
 WINDOW = 20
@@ -46,7 +46,9 @@ class BadNumbers:
             self._row.insert(0, step)
         self._steps: list[torch.Tensor] = []
         self._losses: list[torch.Tensor] = []
-        self._since_log = [0, 0.0, 0.0]  # steps skipped, micro-batches, those with a finite loss
+        # Steps skipped since the last log, micro-batches, and those with a finite loss; a resumed run counts on here too.
+        since = record.run.since_log or SinceLog()
+        self.since_log: tuple[int, int, float] = (since.skipped, since.losses, since.finite)
         self._idle = 0
 
     def finite_loss(self, loss: torch.Tensor) -> torch.Tensor:
@@ -69,14 +71,13 @@ class BadNumbers:
         finite = gather(torch.stack(self._losses).float().mean().reshape(1)).mean()
         # One copy to the host for all that was noted since the last read.
         *steps, share = torch.stack([*self._steps, finite]).tolist()
-        self._since_log[1] += len(self._losses)
-        self._since_log[2] += share * len(self._losses)
+        skipped, losses, known = self.since_log
+        self.since_log = (skipped + round(sum(steps)), losses + len(self._losses), known + share * len(self._losses))
         first = last_step - len(steps) + 1
         self._steps, self._losses = [], []
         for step, bad in enumerate(steps, start=first):
             self._row = [*self._row, step] if bad else []
             if bad:
-                self._since_log[0] += 1
                 run = self.record.run
                 self.record.update(replace(run, skipped_steps=[*run.skipped_steps, self._read_in(step)]))
             if len(self._row) >= self.max_in_a_row and not self.stop_at:
@@ -87,8 +88,8 @@ class BadNumbers:
 
         A log of nothing finite has no loss; the norm of a skipped step's gradient is left out.
         """
-        skipped, losses, finite = self._since_log
-        self._since_log = [0, 0, 0]
+        skipped, losses, finite = self.since_log
+        self.since_log = (0, 0, 0.0)
         if skipped:
             logs["skipped_steps"] = skipped
         if finite < losses:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,9 +24,10 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import tqdm
 
 from hf_power.checkpoints.callback import output_folder
+from hf_power.pretrain.speed import attention_of
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.records.errors import UserError
-from hf_power.records.run import ParameterGroup, Run, ScheduleRecord
+from hf_power.records.run import Computation, ParameterGroup, Run, ScheduleRecord, SinceLog
 from hf_power.scheduler import PowerLR
 
 MEASURES = ("aux_loss", "load_max", "load_min", "idle_experts", "router_entropy_nats")
@@ -140,14 +142,19 @@ CURVE = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second",
 class RunRecord(TrainerCallback):
     """Keeps run.json: in every checkpoint, with the recipe, and in the run folder at each save and at the end.
 
-    It alone holds the `Run`, to which it adds the groups, the schedule, the counters and the loss curve. Others read
-    `run`, and hand a changed one to `update`. `started` is of the monotonic clock; `first_step` steps were done before
-    this process.
+    It alone holds the `Run`, to which it adds what the Trainer, its optimizer and its model say of themselves, the
+    counters and the loss curve. Others read `run`, and hand a changed one to `update`. `started` is of the monotonic
+    clock; `first_step` steps were done before this process. Tokens are those of the sequences that were trained on:
+    each one that this process reads stands for `tokens_per_row` tokens of the run, over all processes.
     """
 
-    def __init__(self, run: Run, folder: Path, recipe: Recipe | None = None) -> None:
+    def __init__(self, run: Run, folder: Path, tokens_per_row: int, recipe: Recipe | None = None) -> None:
         self.run, self.folder, self.recipe = run, folder, recipe
         self.started, self.first_step = time.monotonic(), run.steps
+        # What goes into a checkpoint beside the record, and the checkpoint whose weights the Trainer has taken back.
+        self.since_log: SinceLog | None = None
+        self.taken_back: Run | None = None
+        self._tokens_per_row, self._rows = tokens_per_row, 0
         self._begun_at, self._over = run, False
 
     def update(self, run: Run) -> None:
@@ -157,6 +164,10 @@ class RunRecord(TrainerCallback):
     def tokens_after(self, step: int) -> int:
         """Tokens of the whole run after a step that this process has done or is about to do."""
         return self.run.tokens_seen + (step - self.run.steps) * self.run.tokens_per_step
+
+    def count(self, rows: int) -> None:
+        """So many sequences of a micro-batch have been trained on."""
+        self._rows += rows
 
     def save(self) -> None:
         """Write run.json into the run folder."""
@@ -168,12 +179,18 @@ class RunRecord(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         lr_scheduler: LRScheduler | None = None,
+        model: PreTrainedModel | None = None,
         **kwargs: object,
     ) -> None:
-        """Start the clock; list the parameter groups as the optimizer has them."""
+        """Start the clock; list the parameter groups as the optimizer has them, and how the run computes."""
         self.started, self._begun_at, self._over = time.monotonic(), replace(self.run, steps=state.global_step), False
-        if lr_scheduler is not None:
-            self.update(replace(self.run, groups=_groups(lr_scheduler.optimizer)))
+        self._rows = 0
+        # The state of a checkpoint brings its logging_steps, eval_steps and save_steps back, and today's count.
+        state.compute_steps(args, state.max_steps)
+        if lr_scheduler is not None and model is not None:
+            made = _computation(lr_scheduler.optimizer, model)
+            groups = _groups(lr_scheduler.optimizer, self.run.groups)
+            self.update(replace(self.run, groups=groups, computation=made))
         if isinstance(lr_scheduler, PowerLR):
             self.update(replace(self.run, schedule=cast(ScheduleRecord, lr_scheduler.schedule.to_dict())))
 
@@ -189,7 +206,8 @@ class RunRecord(TrainerCallback):
         if not self._over:
             self._count(state)
         found = {key: float(logs[key]) for key in CURVE if logs and key in logs}
-        if "loss" in found or "eval_loss" in found:
+        # The last evaluation may be of weights that were taken back, whose point is in the curve already.
+        if "loss" in found or ("eval_loss" in found and self.taken_back is None):
             point = {"step": state.global_step, "tokens": self.run.tokens_seen, **found}
             self.update(replace(self.run, loss_curve=[*self.run.loss_curve, point]))
 
@@ -198,10 +216,18 @@ class RunRecord(TrainerCallback):
         self._count(state)
         if state.is_world_process_zero:
             checkpoint = output_folder(args) / f"checkpoint-{state.global_step}"
-            self.run.save(checkpoint)
+            run = replace(self.run, weights_step=self.run.steps, weights_tokens=self.run.tokens_seen)
+            replace(run, since_log=self.since_log).save(checkpoint)
             if self.recipe is not None:
                 self.recipe.save(checkpoint / FILE_NAME)
             self.save()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """A run is one epoch, whereas the Trainer counts one more each time that it goes on, and eval_delay with it."""
+        if args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay > 1:
+            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -212,18 +238,53 @@ class RunRecord(TrainerCallback):
 
     def _count(self, state: TrainerState) -> None:
         begun, seconds = self._begun_at, time.monotonic() - self.started
-        tokens = begun.tokens_seen + (state.global_step - begun.steps) * begun.tokens_per_step
+        tokens = begun.tokens_seen + self._rows * self._tokens_per_row
         took = round(begun.train_seconds + seconds, 3)
         self.update(replace(self.run, steps=state.global_step, tokens_seen=tokens, train_seconds=took))
+        steps = state.global_step - begun.steps
+        if tokens == begun.tokens_seen + steps * begun.tokens_per_step:
+            return
+        self.update(replace(self.run, status="failed"))
+        if state.is_world_process_zero:
+            self.save()
+        raise RuntimeError(
+            f"{steps} steps have read {tokens - begun.tokens_seen:,} tokens, where {begun.tokens_per_step:,} were to be read "
+            "in each, so the learning rate was that of another batch: this is a fault of hf_power."
+        )
 
 
-def _groups(optimizer: Optimizer) -> list[ParameterGroup]:
+def _computation(optimizer: Optimizer, model: PreTrainedModel) -> Computation:
+    inner = optimizer
+    while isinstance(wrapped := getattr(inner, "optimizer", None), Optimizer):  # accelerate has wrapped it.
+        inner = wrapped
+    made: Computation = {"optimizer": type(inner).__name__}
+    if "betas" in inner.param_groups[0]:
+        first, second = inner.param_groups[0]["betas"]
+        made["betas"] = (float(first), float(second))
+    if "fused" in inner.param_groups[0]:
+        made["fused"] = bool(inner.param_groups[0]["fused"])
+    made["weights"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    made["mixed_precision"] = str(AcceleratorState().mixed_precision)
+    made["attention"] = attention_of(model)
+    return made
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float | torch.Tensor) else None
+
+
+def _groups(optimizer: Optimizer, before: list[ParameterGroup] | None) -> list[ParameterGroup]:
+    """The groups; `before` are those of the checkpoint, whose rates hold under a schedule that does not keep its own.
+
+    Only the power schedule takes up another rate, and it keeps it in the groups.
+    """
+    kept = {group.name: group.base_lr for group in before or []}
     return [
         ParameterGroup(
             name=group.get("name", f"group{i}"),
-            base_lr=float(group.get("initial_lr", group["lr"])),
-            weight_decay=group["weight_decay"],
-            eps=group.get("eps"),
+            base_lr=_number(group.get("initial_lr", kept.get(group.get("name", f"group{i}"), group["lr"]))),
+            weight_decay=_number(group.get("weight_decay")),
+            eps=_number(group.get("eps")),
             parameters=sum(p.numel() for p in group["params"]),
         )
         for i, group in enumerate(optimizer.param_groups)

@@ -4,13 +4,17 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
+
+from transformers import AutoConfig
 
 from hf_power.checkpoints.seal import checkpoints, missing_parts, newest_intact, problems, saved_under_fsdp, unfinished
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import read_json
-from hf_power.records.run import RUN_FILE, Run
+from hf_power.records.run import RUN_FILE, Change, Run
+from hf_power.records.schema import Json
 from hf_power.schedule import LAW_NAMES
 from hf_power.settings.read import flatten
 from hf_power.settings.sections import NOT_RECORDED, SECTIONS, TRAINING_DEFAULTS
@@ -95,6 +99,11 @@ def read_record(folder: Path) -> Run:
     return run
 
 
+def vocab_size_of(checkpoint: Path | None) -> int | None:
+    """Rows of the embedding of a checkpoint that a run goes on from; None for a run that begins."""
+    return None if checkpoint is None else int(AutoConfig.from_pretrained(checkpoint).vocab_size)
+
+
 def refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
     """Raise a UserError for a checkpoint of FSDP without it, and the other way round."""
     if sharding != saved_under_fsdp(checkpoint):
@@ -105,8 +114,8 @@ def refuse_other_engine(checkpoint: Path, sharding: bool) -> None:
         )
 
 
-def changes(settings: Settings, run: Run, before: Run, checkpoint: Path) -> list[str]:
-    """What is another than in the record of the checkpoint, a phrase each; all of it is taken up.
+def changes(settings: Settings, run: Run, before: Run, checkpoint: Path) -> list[Change]:
+    """The settings that are others than in the record of the checkpoint; all of them are taken up.
 
     Raises:
         UserError: the model's shape, or without leave (run.allow_changed): muP, the data, the tokenizer, the seed, or a
@@ -131,12 +140,39 @@ def changes(settings: Settings, run: Run, before: Run, checkpoint: Path) -> list
                 f"{what}: leave it as it was, or pass --allow_changed {name} to go on all the same, with a run that is "
                 "partly another."
             )
+    rows = vocab_size_of(checkpoint)
+    if (asked := settings.model.config(vocab_size=rows).vocab_size) != rows:
+        raise UserError(
+            f"vocab_size is {asked} in model_config but {rows} in the model of {checkpoint}, whose weights do not fit "
+            "another model: leave it as it was, or train a new run."
+        )
     differ["tokens_per_step"] = before.tokens_per_step, run.tokens_per_step
-    return [f"{name} {shown(was)} -> {shown(now)}" for name, (was, now) in differ.items() if was != now]
+    return _changed(before, differ)
 
 
-def other_data(settings: Settings, run: Run, before: Run) -> str | None:
-    """A phrase if the blocks are not those of the checkpoint's run though they are cut in the same way.
+def other_machine(run: Run, before: Run) -> list[Change]:
+    """What a run goes on with that makes its numbers others in the last digits: devices, processes, packages."""
+    parts = ((before.versions, run.versions), (before.hardware, run.hardware))
+    names = ("device", "device_name", "processes")
+    differ = {
+        name: (old.get(name), new[name])
+        for old, new in cast("tuple[tuple[dict[str, Json], dict[str, Json]], ...]", parts)
+        for name in new
+        if name in old and (name in run.versions or name in names)
+    }
+    return _changed(before, differ)
+
+
+def _changed(before: Run, values: Mapping[str, tuple[object, object]]) -> list[Change]:
+    return [
+        Change(before.steps, before.tokens_seen, name, cast(Json, was), cast(Json, now))
+        for name, (was, now) in values.items()
+        if was != now
+    ]
+
+
+def other_data(settings: Settings, run: Run, before: Run) -> Change | None:
+    """The change if the blocks are not those of the checkpoint's run though they are cut in the same way.
 
     A pretraining run that has no leave for it ends with a UserError.
     """
@@ -151,7 +187,7 @@ def other_data(settings: Settings, run: Run, before: Run) -> str | None:
             f"the data have the fingerprint {now}, but {was} when the checkpoint was saved, so their text is another: "
             "restore it, or pass --allow_changed dataset to go on with other text."
         )
-    return f"fingerprint of the data {was} -> {now}"
+    return Change(before.steps, before.tokens_seen, "fingerprint of the data", was, now)
 
 
 def _tuned(checkpoint: Path) -> set[str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +22,13 @@ from hf_power.plots.runs import plot_lr_and_loss
 from hf_power.pretrain.bad_numbers import BadNumbers
 from hf_power.pretrain.dry_run import dry_run
 from hf_power.pretrain.record import ExpertLoad, RunRecord, TokenProgress
-from hf_power.pretrain.resume import checkpoint_to_resume, other_data, read_record, refuse_other_engine
+from hf_power.pretrain.resume import (
+    checkpoint_to_resume,
+    other_data,
+    read_record,
+    refuse_other_engine,
+    vocab_size_of,
+)
 from hf_power.pretrain.speed import speed_up_
 from hf_power.pretrain.start import (
     RunData,
@@ -34,6 +39,7 @@ from hf_power.pretrain.start import (
     outlook,
     run_data,
     steps_to_come,
+    tokens_per_row,
     tokens_per_step,
     use_known_horizon,
 )
@@ -42,11 +48,11 @@ from hf_power.pretrain.trainer import Guards, PowerTrainer
 from hf_power.publish.push import PushGuard, refuse_sharded
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import warnings_for
-from hf_power.records.errors import UserError
-from hf_power.records.files import free_bytes, only_one
-from hf_power.records.machine import tune_cpu
+from hf_power.records.errors import UserError, shown
+from hf_power.records.files import LOCK, free_bytes, only_one, refuse_at_work
+from hf_power.records.machine import refuse_alone, tune_cpu
 from hf_power.records.results import EVAL_FILE
-from hf_power.records.run import Run
+from hf_power.records.run import Change, Run
 from hf_power.schedule import Schedule
 from hf_power.settings.settings import Settings, build_model
 
@@ -82,6 +88,11 @@ def train_run(start: Start) -> Run:
     require_datasets()
     figures.require_matplotlib()
     _check_engine(args)
+    if settings.data.streaming and args.dataloader_num_workers > 1:
+        raise UserError(
+            f"dataloader_num_workers is {args.dataloader_num_workers}, but the order of a stream's blocks holds for one "
+            "reading process, so a resume would read others: pass 0 or 1, or leave streaming out."
+        )
     per_step = tokens_per_step(settings)
     if start.recipe is not None and args.lr_scheduler_type != "power":
         use_known_horizon(settings, start.recipe, per_step)
@@ -93,13 +104,15 @@ def train_run(start: Start) -> Run:
     args.max_steps = run.steps + steps_to_come(run)
     # A number that no schedule can follow is refused here, before the data are touched.
     schedule, changed = outlook(start, run)
+    # A sweep or an evaluation in the folder has a lock of another name.
+    refuse_at_work(folder, "wait for its end, or take another --output_dir", f"{LOCK}-*")
     dry_run(settings, run)
-    record = RunRecord(run, folder, start.recipe)
+    record = RunRecord(run, folder, tokens_per_row(settings), start.recipe)
     with only_one(folder) if args.process_index == 0 else contextlib.nullcontext(), full_disk_told(settings, record):
         return _train_alone(start, record, schedule, changed)
 
 
-def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, changed: list[str]) -> Run:
+def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, changed: list[Change]) -> Run:
     """All that takes time or writes, while no other run is at work in the folder."""
     args, resume = start.settings.training, start.resume
     pushes = args.push_to_hub
@@ -111,7 +124,8 @@ def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, cha
     record.update(replace(record.run, data=data.about))
     if start.before and (other := other_data(start.settings, record.run, start.before)):
         changed = [*changed, other]
-    model = _model(start.settings, data.tokenizer, record)
+    record.update(replace(record.run, changes=[*record.run.changes, *changed]))
+    model = _model(start, data.tokenizer, record)
     if args.should_save:
         _announce(start, record.run, schedule, changed)
     # The guard reads the manifest at once, so with it the training waits until a checkpoint is sealed.
@@ -147,12 +161,13 @@ def _train(trainer: PowerTrainer, record: RunRecord, stop: StopOnSignal, resume:
             stop.restore()
 
 
-def _model(settings: Settings, tokenizer: PreTrainedTokenizerBase, record: RunRecord) -> PreTrainedModel:
+def _model(start: Start, tokenizer: PreTrainedTokenizerBase, record: RunRecord) -> PreTrainedModel:
     """The model, ready to be trained, its size on record."""
+    settings = start.settings
     # The seed is set here, so that the first weights do not depend on what was drawn before.
     set_seed(settings.training.seed)
     with _whole_tensors(settings.training):
-        model = build_model(settings, tokenizer)
+        model = build_model(settings, tokenizer, vocab_size_of(start.resume))
         counted = replace(
             record.run,
             parameters=model.num_parameters(),
@@ -169,6 +184,10 @@ def _trainer(
     settings, args = start.settings, start.settings.training
     # The data begin at the checkpoint's tokens already, so the Trainer must not skip any.
     args.ignore_data_skip = True
+    # Batches of training are whole by their number; an evaluation would leave out blocks, or all of a small text.
+    args.dataloader_drop_last = False
+    # The start of the run is behind one that goes on.
+    args.eval_on_start = args.eval_on_start and start.resume is None
     trainer = PowerTrainer(
         model=model,
         args=args,
@@ -193,12 +212,12 @@ def _trainer(
     return trainer
 
 
-def _announce(start: Start, run: Run, schedule: Schedule | None, changed: list[str]) -> None:
+def _announce(start: Start, run: Run, schedule: Schedule | None, changed: list[Change]) -> None:
     """Print what the run will do, what has changed in it, and what speaks against it."""
     args, recipe = start.settings.training, start.recipe
     print(describe_run(run, args.max_steps - run.steps, _disk(args, run), schedule), flush=True)
-    for phrase in changed:
-        print(f"  changed      {phrase}", flush=True)
+    for each in changed:
+        print(f"  changed      {each.name} {shown(each.before)} -> {shown(each.after)}", flush=True)
     if recipe is None:
         return
     width = start.settings.model.hidden_size
@@ -218,12 +237,7 @@ def _disk(args: TrainingArguments, run: Run) -> tuple[int, int]:
 
 def _check_engine(args: TrainingArguments) -> None:
     """Refuse a launch in which the processes do not know of each other, and a DeepSpeed that replaces what is ours."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and args.world_size == 1:
-        raise UserError(
-            f"the launcher has started {started} processes, and each takes itself for the only one: set "
-            "ACCELERATE_USE_CPU=true where there is no accelerator."
-        )
+    refuse_alone(args.world_size)
     deepspeed = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else {}
     for part, ours in (("optimizer", "muP's parameter groups"), ("scheduler", "the run's learning-rate schedule")):
         if part in deepspeed:
@@ -255,7 +269,13 @@ def _finish(trainer: PowerTrainer, record: RunRecord) -> None:
     """Held-out loss, then the model, the record and the picture into the run folder."""
     metrics = trainer.evaluate()
     status = "finished" if trainer.state.global_step >= trainer.args.max_steps else "stopped"
-    record.update(replace(record.run, held_out_loss=metrics["eval_loss"], status=status, finished=now()))
+    if trainer.is_world_process_zero():
+        # Killed while it writes the model, the run must not say of the new weights what is true of the old ones.
+        record.update(replace(record.run, weights_step=None, weights_tokens=None))
+        record.save()
+    of = record.taken_back or record.run
+    weights = replace(record.run, weights_step=of.steps, weights_tokens=of.tokens_seen)
+    record.update(replace(weights, held_out_loss=metrics["eval_loss"], status=status, finished=now()))
     if trainer.is_fsdp_enabled:
         # Checkpoints may be shards, but the finished model is whole.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

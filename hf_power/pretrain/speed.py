@@ -79,6 +79,12 @@ def attend_to_blocks_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """The kind of attention of a model: sdpa, eager, flash_attention_2 and so on."""
+    name = str(model.config._attn_implementation)
+    return "sdpa" if name == ATTENTION else name
+
+
 def _regions(model: PreTrainedModel) -> Iterator[nn.Module]:
     layers = model.get_submodule(f"{model.base_model_prefix}.layers")
     for layer in layers.children():

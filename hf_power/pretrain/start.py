@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_power.data.order import Block, BlockStream, stream_blocks
 from hf_power.data.packing import pack_both
 from hf_power.data.text import load_text
-from hf_power.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from hf_power.pretrain.resume import TOKENIZER, changes, is_of
+from hf_power.data.tokenizer import check_token_ids, load_tokenizer, tokenizer_fingerprint
+from hf_power.pretrain.resume import TOKENIZER, changes, is_of, other_machine, vocab_size_of
 from hf_power.recipe import Recipe
 from hf_power.records.errors import UserError
 from hf_power.records.machine import hardware, versions
-from hf_power.records.run import Data, Run
+from hf_power.records.run import Change, Data, Run
 from hf_power.schedule import Schedule
 from hf_power.scheduler import Progress, plan_schedule
 from hf_power.settings.settings import Settings
@@ -49,14 +49,19 @@ class Start:
 
 
 def tokens_per_step(settings: Settings) -> int:
-    """Tokens of one optimizer step over all processes; those that share a sequence read it once."""
+    """Tokens of one optimizer step over all processes."""
+    args = settings.training
+    return int(args.train_batch_size * args.gradient_accumulation_steps * tokens_per_row(settings))
+
+
+def tokens_per_row(settings: Settings) -> int:
+    """Tokens that all processes read while one of them reads a sequence; those that share a sequence read it once."""
     args = settings.training
     parallel = args.parallelism_config
     sharers = 1
     if parallel is not None:
         sharers = math.prod(size or 1 for size in (parallel.tp_size, parallel.cp_size, parallel.sp_size))
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // sharers)
-    return int(sequences * settings.data.block_size)
+    return int(args.world_size // sharers * settings.data.block_size)
 
 
 def finished_run(start: Start) -> Run | None:
@@ -73,7 +78,7 @@ def finished_run(start: Start) -> Run | None:
 def new_run(start: Start, per_step: int) -> Run:
     """What run.json says before the first step, of `per_step` tokens."""
     settings, resume, before = start.settings, start.resume, start.before or Run()
-    seen = before.tokens_seen
+    seen, there = before.tokens_seen, _record_there(start.folder)
     # A run that was stopped between its last checkpoint and its model has seen all its tokens and may still go on.
     only_to_finish = resume is not None and is_of(start.folder, resume) and seen - start.tokens < before.tokens_per_step
     if start.tokens <= seen and not only_to_finish:
@@ -93,6 +98,8 @@ def new_run(start: Start, per_step: int) -> Run:
         total_tokens=start.tokens,
         tokens_per_step=per_step,
         steps=before.steps,
+        weights_step=there.weights_step,
+        weights_tokens=there.weights_tokens,
         train_seconds=before.train_seconds,
         seed=settings.training.seed,
         settings=settings.to_dict(),
@@ -102,20 +109,33 @@ def new_run(start: Start, per_step: int) -> Run:
         loss_curve=before.loss_curve,
         skipped_steps=before.skipped_steps,
         loss_spikes=before.loss_spikes,
+        changes=before.changes,
+        since_log=before.since_log,
+        groups=before.groups,
     )
 
 
-def outlook(start: Start, run: Run) -> tuple[Schedule | None, list[str]]:
-    """The power schedule of a run, and what has changed in it since its checkpoint, a phrase each.
+def _record_there(folder: Path) -> Run:
+    """What a run folder says of the weights in it; a record that cannot be read says nothing, and is written anew."""
+    try:
+        return Run.load_if_there(folder) or Run()
+    except UserError:
+        return Run()
+
+
+def outlook(start: Start, run: Run) -> tuple[Schedule | None, list[Change]]:
+    """The power schedule of a run, and what has changed in it since its checkpoint.
 
     Every number of both is checked here, before the data are read.
     """
     schedule = _preview(start.settings, run)
-    # An anneal begins with settings that are not its trunk's, so only one that goes on is compared.
-    begun = start.before is not None and (start.kind == "pretrain" or start.before.kind == start.kind)
-    if start.resume is None or start.before is None or not begun:
+    if start.resume is None or start.before is None:
         return schedule, []
-    return schedule, changes(start.settings, run, start.before, start.resume)
+    changed = other_machine(run, start.before)
+    # An anneal begins with settings that are not its trunk's, so only those of one that goes on are compared.
+    if start.kind == "pretrain" or start.before.kind == start.kind:
+        changed = [*changes(start.settings, run, start.before, start.resume), *changed]
+    return schedule, changed
 
 
 def use_known_horizon(settings: Settings, recipe: Recipe, per_step: int) -> None:
@@ -173,12 +193,14 @@ def run_data(start: Start, run: Run) -> RunData:
     from datasets import IterableDataset
 
     settings = start.settings
+    tokenizer = _known_tokenizer(start)
+    if tokenizer is not None:
+        # What it does not fit to is said before the data are touched.
+        _check_tokenizer(start, tokenizer)
     train_text, held_out_text = load_text(settings.data)
-    if start.resume and not settings.allowed_changes() & TOKENIZER:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(start.resume)
-    else:
+    if tokenizer is None:
         tokenizer = load_tokenizer(settings.data, train_text)
-    _check_tokenizer(start, tokenizer)
+        _check_tokenizer(start, tokenizer)
     packed = pack_both(settings.data, tokenizer, train_text, held_out_text, settings.run.max_eval_tokens)
     about, block, seed = packed.about(), packed.block_size, settings.training.seed
     # The blocks that the run has read are left out of their seeded order.
@@ -192,13 +214,20 @@ def run_data(start: Start, run: Run) -> RunData:
     return RunData(BlockStream(packed.train, seed=seed, start=first, stop=stop), packed.held_out, tokenizer, about)
 
 
+def _known_tokenizer(start: Start) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the checkpoint or of the settings; None for one that is yet to be trained on the text."""
+    if start.resume and not start.settings.allowed_changes() & TOKENIZER:
+        own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(start.resume)
+        return own
+    return load_tokenizer(start.settings.data, None) if start.settings.data.tokenizer else None
+
+
 def _check_tokenizer(start: Start, tokenizer: PreTrainedTokenizerBase) -> None:
     resume, recipe = start.resume, start.recipe
-    if resume and len(tokenizer) != (size := AutoConfig.from_pretrained(resume).vocab_size):
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model of {resume} {size}: pass one of as many tokens, or "
-            "the model's own."
-        )
+    if resume is None:
+        start.settings.model_config_for(tokenizer)
+    else:
+        check_token_ids(tokenizer, vocab_size_of(resume) or 0, f"the model of {resume}")
     fingerprint = tokenizer_fingerprint(tokenizer)
     if recipe is not None and recipe.tokenizer not in (None, fingerprint):
         raise UserError(

@@ -72,6 +72,13 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """The Trainer takes a stop for the end of the epoch, which is only reached after the run has gone on."""
+        if self.received and state.global_step < state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = False
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:

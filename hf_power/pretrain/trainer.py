@@ -21,12 +21,13 @@ from hf_power.models import block_losses
 from hf_power.pretrain.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
 from hf_power.pretrain.record import ExpertLoad, MeasureExperts, RunRecord
 from hf_power.records.errors import UserError
+from hf_power.records.run import Run, SinceLog
 from hf_power.register import check_parts
 
 # What PowerTrainer replaces; under another name it would never be called.
 REPLACED = ["compute_loss", "training_step", "get_batch_samples", "log", "floating_point_ops", "evaluation_loop"]
 REPLACED += ["save_model", "_get_grad_norm", "_load_rng_state", "_load_optimizer_and_scheduler"]
-REPLACED += ["_load_from_checkpoint", "_load_best_model"]
+REPLACED += ["_load_from_checkpoint", "_load_best_model", "_determine_best_metric"]
 check_parts(REPLACED)
 # The numbers of a parameter group that are today's at a resume; its rate is the schedule's.
 NUMBERS = ("weight_decay", "betas", "eps")
@@ -87,10 +88,17 @@ class PowerTrainer(Trainer):
     def _load_best_model(self) -> None:
         """As the stock one, by the names in the file."""
         best = self.state.best_model_checkpoint
+        if best is not None:
+            self.guards.record.taken_back = Run.load(Path(best), required=("steps", "tokens_seen"))
         if best is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the stock one; under save_strategy best, a save that a signal asked for is not taken back."""
+        asked = self.control.should_save
+        return super()._determine_best_metric(metrics, trial) or asked
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Not yet: a loader draws a number when it begins, as it did in the run that was saved, before the checkpoint."""
@@ -99,9 +107,26 @@ class PowerTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Batches:
         """As the stock one; the first batches of a resumed run are followed by the random numbers of its checkpoint."""
         batches: Batches = super().get_batch_samples(*args, **kwargs)
-        super()._load_rng_state(self._random_numbers_of)
-        self._random_numbers_of = None
+        if self._random_numbers_of is not None:
+            super()._load_rng_state(self._random_numbers_of)
+            self._random_numbers_of = None
+            self._go_on_with_log()
         return batches
+
+    def _go_on_with_log(self) -> None:
+        """Take up what the checkpoint has summed up for the next log, so that this is the mean of all its steps."""
+        record = self.guards.record
+        if (since := record.run.since_log) is not None:
+            self._tr_loss += since.loss
+            self._globalstep_last_logged -= since.steps
+            record.update(replace(record.run, since_log=None))
+
+    def _since_log(self) -> SinceLog | None:
+        """What is summed up for the next log; every process must call it."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean())
+        skipped, losses, finite = self.guards.bad_numbers.since_log
+        return SinceLog(steps, loss, int(skipped), int(losses), finite) if steps else None
 
     def compute_loss(
         self,
@@ -122,7 +147,8 @@ class PowerTrainer(Trainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """As the stock one; what is not finite stays out of the sum that is logged."""
+        """As the stock one; what is not finite stays out of the sum that is logged, and what was read is counted."""
+        self.guards.record.count(len(inputs["input_ids"]))
         return self.guards.bad_numbers.finite_loss(super().training_step(model, inputs, num_items_in_batch))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
@@ -172,7 +198,13 @@ class PowerTrainer(Trainer):
         # The checkpoint's optimizer brings its old numbers back, so today's are kept aside.
         today = [{name: group[name] for name in NUMBERS if name in group} for group in self.optimizer.param_groups]
         name_cpu_without_index(self.args)
+        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        loaded: list[dict[str, Any]] = []
+        watch = inner.register_load_state_dict_pre_hook(lambda optimizer, state: loaded.append(state))
         super()._load_optimizer_and_scheduler(checkpoint)
+        watch.remove()
+        if loaded and not self.is_fsdp_enabled:
+            _keep_types(inner, loaded[0])
         for group, numbers in zip(self.optimizer.param_groups, today, strict=True):
             group.update(numbers)
 
@@ -205,10 +237,13 @@ class PowerTrainer(Trainer):
         of a mixture of experts it adds the balancing loss.
         """
         model, rows = self.model.eval(), []
-        for batch in dataloader:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = block_losses(model, batch["input_ids"])
-            rows.append(self.accelerator.gather_for_metrics(losses).cpu())
+        # A loader draws a random number when it begins, which those of the training must not feel: workers that persist
+        # begin once in a run and once more when it goes on.
+        with torch.random.fork_rng(devices=[]):
+            for batch in dataloader:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    losses = block_losses(model, batch["input_ids"])
+                rows.append(self.accelerator.gather_for_metrics(losses).cpu())
         losses = torch.cat(rows).double()
         metrics = {f"{metric_key_prefix}_loss": float(losses.mean())}
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(losses))
@@ -223,6 +258,8 @@ class PowerTrainer(Trainer):
         self._stop_if_too_many()
         self.guards.seals.join()
         refuse_non_finite(self.model, output_folder(self.args))
+        if _internal_call:
+            self.guards.record.since_log = self._since_log()
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -238,3 +275,17 @@ class PowerTrainer(Trainer):
                 self.model.save_pretrained(folder, state_dict=weights)
             self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+
+def _keep_types(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+    """Give the state of an optimizer the types of its checkpoint: torch has cast it to that of the weights.
+
+    Adafactor keeps its state in fp32 beside weights in bf16, so that a cast makes another run.
+    """
+    names = [name for group in loaded["param_groups"] for name in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(names, parameters, strict=True):
+        state = optimizer.state[parameter]
+        for key, value in loaded["state"].get(name, {}).items():
+            if torch.is_tensor(value) and value.dtype != state[key].dtype:
+                state[key] = value.to(state[key].device, copy=True)

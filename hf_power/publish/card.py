@@ -173,8 +173,8 @@ def make_card(
 
     Whatever a file does not say is left out with its line or section; so is an eval.json of other weights. Numbers have
     4 significant digits. Derived ones: beta = tokens_per_step / 4096, perplexity = exp(loss), training FLOPs =
-    flops_per_token * tokens_seen, tokens per second = tokens_seen / train_seconds, tokens per parameter = tokens_seen /
-    active parameters, passes over the data = tokens_seen / train_tokens, the parameter counts of config.json, and the
+    flops_per_token * tokens_seen, tokens per second = tokens_seen / train_seconds, tokens per parameter = weights_tokens /
+    active parameters, passes over the data = weights_tokens / train_tokens, the parameter counts of config.json, and the
     factors of `hf_power.recipe.warnings_for`.
 
     Args:
@@ -256,14 +256,14 @@ def _counts(folder: Path, config: Facts) -> dict[str, int]:
 def _derived(sources: Sources, counts: dict[str, int]) -> dict[str, float]:
     """The numbers that follow from those of the files; what cannot be told, or is 0, is left out."""
     run, schedule, data = sources.run, sources.run.schedule or {}, sources.run.data or {}
-    seen, loss = run.tokens_seen, run.held_out_loss
+    seen, loss = run.tokens_of_weights, run.held_out_loss
     numbers = {
         **counts,
         "beta": _ratio(run.tokens_per_step, TOKENS_PER_BETA),
         "critical_beta": _ratio(schedule.get("critical_batch_tokens"), TOKENS_PER_BETA),
         "perplexity": math.exp(loss) if loss and loss < 700 else None,  # Python's floats end at exp(709).
-        "flops": float((run.flops_per_token or 0) * seen),
-        "tokens_per_second": _ratio(seen, run.train_seconds),
+        "flops": float((run.flops_per_token or 0) * run.tokens_seen),
+        "tokens_per_second": _ratio(run.tokens_seen, run.train_seconds),
         "tokens_per_parameter": _ratio(seen, counts.get("active_parameters", counts.get("parameters"))),
         "passes": _ratio(seen, data.get("train_tokens")),
     }
@@ -287,7 +287,7 @@ def _beyond(sources: Sources) -> list[str] | None:
     weight_decay = sources.facts["run"].part("settings").part("training").get("weight_decay")
     return warnings_for(
         recipe,
-        tokens=run.tokens_seen,
+        tokens=run.tokens_of_weights,
         tokens_per_step=run.tokens_per_step,
         width=width,
         weight_decay=weight_decay if isinstance(weight_decay, int | float) else None,

@@ -124,7 +124,7 @@ class Publisher:
         """
         run = Run.load_if_there(source)
         branch = None
-        with self._staging(self.options.revision, run.steps if run else 0) as target:
+        with self._staging(self.options.revision, run.step_of_weights if run else 0) as target:
             link_files(source, target, (*PRIVATE, *TRAINING_STATE))
             if checkpoint is not None and self.options.checkpoints == "last":
                 link_checkpoint(checkpoint, target / remote.LAST_CHECKPOINT)
@@ -250,4 +250,4 @@ def _step(staged: Path) -> int:
 
 def _message(run: Run | None) -> str:
     """Of the commit."""
-    return f"{run.kind}: {run.tokens_seen:,} tokens, step {run.steps}" if run else "export"
+    return f"{run.kind}: {run.tokens_of_weights:,} tokens, step {run.step_of_weights}" if run else "export"

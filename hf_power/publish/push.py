@@ -17,6 +17,7 @@ from hf_power.publish.card import check_license, make_card
 from hf_power.publish.publisher import Publisher, PushOptions, staged_in, warn
 from hf_power.publish.remote import explain, is_passing
 from hf_power.records.errors import NotFoundError, UserError
+from hf_power.records.files import only_one, refuse_at_work
 from hf_power.records.results import EXPORT_FILE, Export, Push
 from hf_power.records.run import RUN_FILE, Run
 
@@ -50,6 +51,10 @@ def publish(
         UserError: bad input, and nothing was sent.
     """
     folder = Path(folder)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise UserError(f"a launcher has started {started} processes, each of which would push: publish without it.")
+    refuse_at_work(folder, "wait for its end, or publish one of its checkpoint-N folders")
     before = Push.load_if_there(folder)
     # What a killed run has staged can be pushed even if the run has no finished model yet.
     lineage = _check(folder, may_lack_weights=bool(staged_in(folder)))
@@ -65,6 +70,12 @@ def publish(
         overwrite=overwrite,
         revision=(before and before.revision) or "main",
     )
+    with only_one(folder):
+        return _published(folder, options)
+
+
+def _published(folder: Path, options: PushOptions) -> Push:
+    """What came of the push, while nothing else is at work in the folder."""
     publisher = Publisher(folder, options)
     if _weights(folder):
         # A missing licence and a damaged checkpoint are said before anything is sent.

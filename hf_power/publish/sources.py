@@ -189,7 +189,7 @@ def branch_name(run: Run) -> str:
     phase = "decay" if run.stage in ("decaying", "decayed") else "trunk"
     if run.kind == "anneal":
         phase = "anneal"
-    return f"{phase}-{short_tokens(run.tokens_seen)}-tokens"
+    return f"{phase}-{short_tokens(run.tokens_of_weights)}-tokens"
 
 
 def short_tokens(tokens: int) -> str:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 REMEDY = "write it with this version of hf_power"
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
+LOCK = ".lock"  # Of the run that trains in a folder.
 _HELD: set[Path] = set()  # The locks that this process holds.
 
 
@@ -166,8 +167,25 @@ def git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def refuse_at_work(folder: Path, remedy: str, names: str = LOCK) -> None:
+    """Raise a UserError if a lock of a folder whose name matches the pattern is held, see `only_one`; nothing is written."""
+    import fcntl
+
+    for path in folder.resolve().glob(names):
+        taken = path in _HELD
+        # This process must not open a lock of its own, because closing it would give the lock back.
+        if not taken:
+            with suppress(FileNotFoundError, PermissionError), open(path, "rb") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError as error:
+                    taken = error.errno in (errno.EACCES, errno.EAGAIN)
+        if taken:
+            raise UserError(f"another run is at work in {folder}: {remedy}.")
+
+
 @contextmanager
-def only_one(folder: Path, name: str = ".lock") -> Iterator[None]:
+def only_one(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Hold a folder's lock, which ends with the process however that ends; the folder is made, and goes if it stays empty.
 
     Where the file system has no locks, nothing is held.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_power.records.errors import UserError
 from hf_power.records.run import Hardware
 from hf_power.version import __version__
 
@@ -28,6 +29,16 @@ def tune_cpu(args: "TrainingArguments") -> dict[str, int]:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         kept = keep_freed_memory()
     return {"cpu_threads": torch.get_num_threads(), "keeps_freed_memory": kept}
+
+
+def refuse_alone(processes: int) -> None:
+    """Raise a UserError for a launch of several processes of which each knows of itself alone, `processes` being 1."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and processes == 1:
+        raise UserError(
+            f"the launcher has started {started} processes, and each takes itself for the only one: set "
+            "ACCELERATE_USE_CPU=true where there is no accelerator."
+        )
 
 
 def keep_freed_memory() -> bool:

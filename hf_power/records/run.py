@@ -66,6 +66,8 @@ class Model(TypedDict, total=False):
 
     name: str | None
     revision: str | None
+    weights_step: Count | None
+    weights_tokens: Count | None
     model_type: str | None
     parameters: Count | None
     weights_sha256: str | None
@@ -141,6 +143,53 @@ class ParameterGroup:
     parameters: Count | None = None
 
 
+@dataclass(frozen=True)
+class Change:
+    """A value that a run went on with another than before, after so many of its steps and tokens.
+
+    `name` is that of a setting, a package, or an entry of `Hardware`; None stands for what was not given.
+    """
+
+    step: Count
+    tokens: Count
+    name: str
+    before: Json = None
+    after: Json = None
+
+
+@dataclass(frozen=True)
+class SinceLog:
+    """What a checkpoint between two logs has summed up for the next one.
+
+    Attributes:
+        steps: since the last log.
+        loss: sum over them of the step's loss, of what is finite; the mean of all processes.
+        skipped: steps without a finite gradient.
+        losses: micro-batches of a process, and `finite` those with a finite loss.
+    """
+
+    steps: Count = 0
+    loss: float = 0.0
+    skipped: Count = 0
+    losses: Count = 0
+    finite: Amount = 0.0
+
+
+class Computation(TypedDict, total=False):
+    """How a run computes, as its Trainer, optimizer and model say it.
+
+    Class, betas and variant of the optimizer, type of the weights, type that products are cast to ("no" for none), and
+    kind of attention.
+    """
+
+    optimizer: str
+    betas: tuple[float, float]
+    fused: bool
+    weights: str
+    mixed_precision: str
+    attention: str
+
+
 class ScheduleRecord(TypedDict, total=False):
     """The numbers of a run's power schedule, lengths in tokens: see `hf_power.schedule.Schedule.to_dict`."""
 
@@ -170,8 +219,12 @@ class Run(Record):
         status: "running", "finished", "stopped" or "failed".
         lineage: an id that a run shares with its checkpoints, its tails and their exports.
         parent: FOLDER/checkpoint-N that a tail began at.
-        tokens_seen: tokens trained, those of the trunk included.
-        settings: the sections that were given, see `hf_power.settings`.
+        tokens_seen: tokens trained, those of the trunk and of skipped steps included.
+        weights_step, weights_tokens: after how many steps and tokens of the run the weights beside the record were
+            saved: fewer than `steps` under load_best_model_at_end, and where a finished run trains on; None without weights.
+        settings: the sections that were given, see `hf_power.settings`; of a run that went on with other ones, the last.
+        changes: what was another in an earlier part of the run.
+        since_log: of a checkpoint between two logs.
         started, finished: times in UTC, in ISO 8601.
         loss_curve: what was logged: step and tokens, loss or eval_loss, and what else the Trainer's log holds.
         parameters: None until the model is built.
@@ -191,6 +244,8 @@ class Run(Record):
     total_tokens: Count = 0
     tokens_per_step: Positive = 0
     steps: Count = 0
+    weights_step: Count | None = field(default=None, metadata=UNTIL_KNOWN)
+    weights_tokens: Count | None = field(default=None, metadata=UNTIL_KNOWN)
     train_seconds: Amount = 0.0
     seed: int | None = None
     settings: Sections = field(default_factory=Sections)
@@ -200,11 +255,14 @@ class Run(Record):
     loss_curve: list[dict[str, float]] = field(default_factory=list)
     skipped_steps: list[SkippedStep] = field(default_factory=list)
     loss_spikes: list[LossSpike] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    since_log: SinceLog | None = field(default=None, metadata=UNTIL_KNOWN)
     data: Data | None = field(default=None, metadata=UNTIL_KNOWN)
     parameters: Count | None = field(default=None, metadata=UNTIL_KNOWN)
     parameters_without_embeddings: Count | None = field(default=None, metadata=UNTIL_KNOWN)
     flops_per_token: Amount | None = field(default=None, metadata=UNTIL_KNOWN)
     groups: list[ParameterGroup] | None = field(default=None, metadata=UNTIL_KNOWN)
+    computation: Computation | None = field(default=None, metadata=UNTIL_KNOWN)
     schedule: ScheduleRecord | None = field(default=None, metadata=UNTIL_KNOWN)
     held_out_loss: float | None = field(default=None, metadata=UNTIL_KNOWN)
     finished: str | None = field(default=None, metadata=UNTIL_KNOWN)
@@ -212,12 +270,23 @@ class Run(Record):
     @property
     def stage(self) -> Literal["", "trunk", "decaying", "decayed"]:
         """Where its weights stand in the power schedule's decay; "" under another schedule or before the first token."""
-        if self.schedule is None or not self.tokens_seen:
+        seen = self.tokens_of_weights
+        if self.schedule is None or not seen:
             return ""
         start = self.schedule.get("decay_start_tokens")
-        if start is None or self.tokens_seen <= start:
+        if start is None or seen <= start:
             return "trunk"
-        return "decayed" if self.tokens_seen >= start + (self.schedule.get("decay_tokens") or 0) else "decaying"
+        return "decayed" if seen >= start + (self.schedule.get("decay_tokens") or 0) else "decaying"
+
+    @property
+    def tokens_of_weights(self) -> int:
+        """Tokens that the weights beside the record have seen."""
+        return self.tokens_seen if self.weights_tokens is None else self.weights_tokens
+
+    @property
+    def step_of_weights(self) -> int:
+        """Steps of the run after which the weights beside the record were saved."""
+        return self.steps if self.weights_step is None else self.weights_step
 
     @property
     def license(self) -> str | None:

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_power.compat import CHECKPOINTING, own_name, recorded_name
 from hf_power.data.text import DataArguments
+from hf_power.data.tokenizer import check_token_ids, num_token_ids
 from hf_power.models import num_experts
 from hf_power.mup.config import mup_config
 from hf_power.mup.rules import mup_init_, new_model
@@ -117,14 +118,21 @@ class Settings:
         """The arguments of the schedule; TrainingArguments has made a mapping of them if they came as text."""
         return dict(cast("Mapping[str, object]", self.training.lr_scheduler_kwargs or {}))
 
-    def model_config_for(self, tokenizer: "PreTrainedTokenizerBase") -> PreTrainedConfig:
-        """The config of the run's model, muP's multipliers included, for blocks of `data.block_size` tokens."""
+    def model_config_for(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> PreTrainedConfig:
+        """The config of the run's model, muP's multipliers included, for blocks of `data.block_size` tokens.
+
+        Without a vocab_size here or in model_config the embedding has a row for every id of the tokenizer.
+
+        Raises:
+            UserError: a vocab_size that is not above the largest id of the tokenizer.
+        """
         config = self.model.config(
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size or num_token_ids(tokenizer),
             max_position_embeddings=self.data.block_size,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+        check_token_ids(tokenizer, config.vocab_size, "the model")
         return mup_config(config, **self.mup.arguments()) if self.mup.mup else config
 
     def apply_recipe(self) -> Recipe | None:
@@ -256,7 +264,9 @@ def refuse_reentrant(config: PreTrainedConfig, checkpointing: Mapping[str, objec
         )
 
 
-def build_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of the settings, initialized from torch's global random numbers."""
-    model = new_model(settings.model_config_for(tokenizer))
+def build_model(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> PreTrainedModel:
+    """The model of the settings, see `Settings.model_config_for`, initialized from torch's global random numbers."""
+    model = new_model(settings.model_config_for(tokenizer, vocab_size))
     return mup_init_(model) if settings.mup.mup else model

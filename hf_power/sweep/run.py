@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from hf_power.data.text import require_datasets
 from hf_power.fit.fit import fit_law
 from hf_power.records.errors import UserError
-from hf_power.records.files import only_one, read_object, temporaries, write_json
-from hf_power.records.machine import keep_freed_memory
+from hf_power.records.files import only_one, read_object, refuse_at_work, temporaries, write_json
+from hf_power.records.machine import keep_freed_memory, refuse_alone
 from hf_power.records.rows import ROWS_FILE, Row, load_rows
 from hf_power.records.run import SCHEMA
 from hf_power.schedule import Law
@@ -67,6 +67,8 @@ def run_sweep(
     require_datasets()
     folder, state = Path(folder), PartialState()
     process: _Process = state
+    refuse_alone(process.num_processes)
+    refuse_at_work(folder, "wait for its end, or take another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     stages = within_budget(grid, [list(groups)] if groups is not None else stages_of(grid))
     # Two sweeps in a folder would train everything twice. Each process has a lock of its own, for over several hosts a

@@ -106,8 +106,14 @@ def test_one_bad_micro_batch_skips_the_whole_step_and_the_log_is_of_the_others(s
 
 @pytest.mark.slow
 def test_the_stock_trainer_makes_its_weights_nan(sections, tmp_path, monkeypatch):
-    for name in ("training_step", "_get_grad_norm", "compute_loss", "save_model"):
+    for name in ("_get_grad_norm", "compute_loss", "save_model"):
         monkeypatch.delattr(PowerTrainer, name)
+
+    def training_step(trainer, model, inputs, *args):
+        trainer.guards.record.count(len(inputs["input_ids"]))
+        return Trainer.training_step(trainer, model, inputs, *args)
+
+    monkeypatch.setattr(PowerTrainer, "training_step", training_step)
     poison(monkeypatch, {4})
     _, weights = pretrain(sections, tmp_path / "run")
     assert all(weight.isnan().any() for weight in weights.values())
@@ -175,7 +181,7 @@ def test_non_finite_weights_are_named():
 
 def record(losses=(), **known):
     curve = [{"loss": loss} for loss in losses]
-    return RunRecord(Run(tokens_per_step=4, loss_curve=curve, **known), Path("unused"))
+    return RunRecord(Run(tokens_per_step=4, loss_curve=curve, **known), Path("unused"), 4)
 
 
 def test_a_spike_is_above_the_median_by_three_quartile_ranges():
