@@ -184,8 +184,6 @@ def _trainer(
     settings, args = start.settings, start.settings.training
     # The data begin at the checkpoint's tokens already, so the Trainer must not skip any.
     args.ignore_data_skip = True
-    # Batches of training are whole by their number; an evaluation would leave out blocks, or all of a small text.
-    args.dataloader_drop_last = False
     # The start of the run is behind one that goes on.
     args.eval_on_start = args.eval_on_start and start.resume is None
     trainer = PowerTrainer(
