@@ -1,8 +1,6 @@
 """The tokenizer of a run: one that is named, or a byte-level BPE that is trained on the training text."""
 
 import hashlib
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -10,7 +8,9 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_power.data.files import TOKENIZER_CACHE
 from hf_power.data.order import fingerprint
+from hf_power.data.store import made_once
 from hf_power.data.text import SPLIT_SEED, DataArguments, cache_folder
 from hf_power.records.errors import UserError
 
@@ -89,21 +89,8 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def _trained_tokenizer(args: DataArguments, train: "Dataset | IterableDataset") -> str:
     """Folder of the cached tokenizer, which is trained first if it is not there."""
     recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
-    cache = cache_folder(args) / "hf_power_tokenizers"
-    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    if not folder.exists():
-        tokenizer = _train_bpe(_sample_text(train), args.vocab_size)
-        cache.mkdir(parents=True, exist_ok=True)
-        # It is written under another name first, so that a folder which is there is whole.
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            tokenizer.save_pretrained(os.path.join(temporary, "tokenizer"))
-            try:
-                os.rename(os.path.join(temporary, "tokenizer"), folder)
-            except OSError:
-                # Another process may have been first; then its tokenizer, which is the same, is taken.
-                if not folder.exists():
-                    raise
-    return str(folder)
+    folder = cache_folder(args) / TOKENIZER_CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    return str(made_once(folder, lambda made: _train_bpe(_sample_text(train), args.vocab_size).save_pretrained(made)))
 
 
 def _sample_text(train: "Dataset | IterableDataset") -> Iterator[str]:

@@ -221,9 +221,8 @@ def _held_out_text(folder: Path, data: DataArguments, max_tokens: int | None, vo
     if not list(folder.glob("tokenizer*")):
         raise UserError(f"{folder} has no tokenizer: save the model's tokenizer into it.")
     tokenizer = load_tokenizer(dataclasses.replace(data, tokenizer=str(folder)), None)
-    _, text = load_text(data)
-
-    packed = pack(text, tokenizer, block_size=data.block_size, num_proc=data.num_proc)
+    texts = load_text(data)
+    packed = pack(texts.held_out, tokenizer, block_size=data.block_size, num_proc=data.num_proc)
     if max_tokens is not None:
         blocks = spread_blocks(packed, max(1, max_tokens // data.block_size))
     else:
@@ -237,7 +236,9 @@ def _held_out_text(folder: Path, data: DataArguments, max_tokens: int | None, vo
         if ids.max() >= vocab_size:
             raise UserError(f"the text has the token {ids.max()}, but the model has {vocab_size}: mend its tokenizer.")
         digest.update(ids.astype("<i4").tobytes())
-    made = {"fingerprint": digest.hexdigest()[:16], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    made: Data = {"fingerprint": digest.hexdigest()[:16], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    if texts.counts.skipped and data.skip_bad_lines:
+        made["skipped_documents"] = texts.counts.skipped
     return Text(blocks, tokenizer, cast(Data, {**_data_record(data), **made, "block_size": data.block_size}))
 
 
