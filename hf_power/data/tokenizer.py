@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,7 +13,8 @@ from hf_power.data.files import TOKENIZER_CACHE
 from hf_power.data.order import fingerprint
 from hf_power.data.store import made_once
 from hf_power.data.text import SPLIT_SEED, DataArguments, cache_folder
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, one_line, refused_by
+from hf_power.records.files import refuse_pointer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -30,7 +32,7 @@ def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None
     The documents `train` may be None where the arguments name a tokenizer.
 
     Raises:
-        UserError: if the tokenizer is not a fast one or has no eos token.
+        UserError: if the tokenizer cannot be read, is not a fast one, or has no eos token.
 
     Warns:
         UserWarning: if the text is too small to give vocab_size tokens.
@@ -40,7 +42,7 @@ def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None
         if train is None:
             raise TypeError("load_tokenizer needs the training text where no tokenizer is named.")
         named = _trained_tokenizer(args, train)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(named)
+    tokenizer = _opened(named)
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer={args.tokenizer!r} must be a fast one (tokenizer.json), got {type(tokenizer).__name__}: "
@@ -57,6 +59,22 @@ def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None
             "size the model by len(tokenizer), or train on more text.",
             stacklevel=2,
         )
+    return tokenizer
+
+
+def _opened(named: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of the Hub; a UserError that names the file if it is a pointer of Git LFS."""
+    for path in sorted(Path(named).glob("*")) if Path(named).is_dir() else []:
+        if path.name.startswith(("token", "vocab", "merges", "special_tokens", "added_tokens")) and path.is_file():
+            refuse_pointer(path)
+    try:
+        with refused_by(f"the tokenizer of {named}"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(named, trust_remote_code=False)
+    except Exception as error:
+        # The library tokenizers has no type for a file that it cannot read.
+        if type(error) is not Exception:
+            raise
+        raise UserError(f"the tokenizer of {named} cannot be used: {one_line(str(error))[:300]}.") from error
     return tokenizer
 
 

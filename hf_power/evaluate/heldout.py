@@ -204,7 +204,7 @@ def _check(batch_size: int, max_tokens: int | None, dtype: str | None, block_siz
 def _vocab_size(folder: Path, block_size: int) -> int:
     """How many tokens the model knows, if it also has positions for the blocks."""
     with refused_by(str(folder / "config.json")):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder).get_text_config()
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and block_size > longest:
         raise UserError(
@@ -263,7 +263,10 @@ def _public_name(dataset: str) -> str:
 
 
 def _load_model(folder: Path, dtype: str | None) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    with refused_by(f"the model in {folder}"):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+        )
     # transformers' types know the model alone, and not what comes with it under output_loading_info.
     model, info = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
     if info["missing_keys"]:
