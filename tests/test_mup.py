@@ -378,7 +378,7 @@ def test_init_refuses_a_model_with_lora_before_it_changes_anything():
     wrapped = nn.Module()
     wrapped.base_model, wrapped.config = model, model.config
     before = copy.deepcopy(wrapped.state_dict())
-    with refused(ValueError, "no muP rule for the tensor base_model.model.layers.1.self_attn.q_proj.lora_A.weight"):
+    with refused(ValueError, "no muP rule for the tensor base_model.model.layers.0.self_attn.q_proj.lora_A.weight"):
         mup_init_(wrapped)
     assert all(torch.equal(before[name], value) for name, value in wrapped.state_dict().items())
 

@@ -9,7 +9,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO, cast
 
@@ -114,8 +114,8 @@ def opened(path: str) -> Iterator[BinaryIO]:
             import pyarrow  # It brings its own zstd, and is there wherever datasets is.
 
             raw = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"))
-            file = stack.enter_context(io.BufferedReader(raw, 1 << 20))
+            file: BinaryIO = stack.enter_context(io.BufferedReader(raw, 1 << 20))
         else:
-            openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-            file = stack.enter_context(openers.get(suffix, open)(path, "rb"))
-        yield cast(BinaryIO, file)
+            plain = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)
+            file = stack.enter_context(cast("Callable[[str, str], BinaryIO]", plain)(path, "rb"))
+        yield file
