@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from hf_power.data.files import UNREADABLE, kind_of
 from hf_power.data.readers import READERS, Absent, Bad, Row, fault_of, kind_in_words
-from hf_power.records.errors import UserError, one_line
+from hf_power.records.errors import UserError, reason
 
 # A file is refused once so many of its rows have been read and none has the text column.
 ROWS_WITHOUT_TEXT = 1000
@@ -88,7 +88,7 @@ def _undamaged(file: str, column: str) -> Iterator[Row]:
         # ArrowException has the types of the standard library for bases, but not always.
         except (*UNREADABLE, csv.Error, pyarrow.ArrowException) as error:
             raise UserError(
-                f"{file} cannot be read beyond line {line} ({one_line(str(error))[:200]}): it is cut, damaged or of "
+                f"{file} cannot be read beyond line {line} ({reason(error)}): it is cut, damaged or of "
                 "another kind, so get it anew or delete it."
             ) from error
         yield line, value

@@ -63,13 +63,15 @@ def local_files(name: str) -> list[str]:
     if path.exists():
         roots = [path]
     elif glob.has_magic(name):
-        roots = [Path(file) for file in glob.glob(str(path), recursive=True)]
+        roots = [file for file in map(Path, glob.glob(str(path), recursive=True)) if not _is_beside(file.name)]
     elif kind_of(path) or path.suffix in COMPRESSED or path.is_absolute() or name.startswith("."):
         roots = []
     else:
         return []
     found: dict[tuple[int, int], Path] = {}
     for file in sorted({file for root in roots for file in (_below(root) if root.is_dir() else [root])}):
+        if not os.path.lexists(file):
+            continue  # "**" follows a link to a folder above until the system stops it.
         if not file.exists():
             raise NotFoundError(f"dataset={name!r}: {file} is a link to nothing: restore what it names, or delete it.")
         if kind_of(file) is None:
@@ -99,9 +101,12 @@ def _below(root: Path) -> Iterator[Path]:
         ]
         saved = any(name.endswith(".arrow") for name in names) or "dataset_dict.json" in names
         for name in names:
-            beside = any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _BESIDE) and not kind_of(Path(name))
-            if not name.startswith(".") and not beside and not (saved and name in _OF_ARROW):
+            if not name.startswith(".") and not _is_beside(name) and not (saved and name in _OF_ARROW):
                 yield Path(folder, name)
+
+
+def _is_beside(name: str) -> bool:
+    return kind_of(Path(name)) is None and any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _BESIDE)
 
 
 @contextlib.contextmanager

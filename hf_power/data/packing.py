@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -63,7 +63,7 @@ class PackedText:
             "held_out_tokens": len(self.held_out) * self.block_size,
         }
         train, held_out, counts = self.texts
-        if hasattr(train, "__len__") and hasattr(held_out, "__len__"):
+        if isinstance(self.train, Sized) and isinstance(train, Sized) and isinstance(held_out, Sized):
             about |= {"documents": counts.read, "empty_documents": counts.empty}
             about |= {"train_documents": len(train), "held_out_documents": len(held_out)}
             about["train_tokens"] = len(self.train) * self.block_size

@@ -97,11 +97,11 @@ def split_stream(
     """As `split_stored`, of streams: a document is held out by its own score alone."""
     if held_out is not None:
         return Texts(documents.filter(_has_text, batched=True), held_out.filter(_has_text, batched=True), counts)
-    parts = (
+    train, held_out = (
         documents.filter(_on_side, batched=True, fn_kwargs={"fraction": fraction, "held_out": side})
         for side in (False, True)
     )
-    return Texts(*parts, counts)
+    return Texts(train, held_out, counts)
 
 
 def _has_text(rows: dict[str, Sequence[str | None]]) -> list[bool]:
@@ -109,7 +109,5 @@ def _has_text(rows: dict[str, Sequence[str | None]]) -> list[bool]:
 
 
 def _on_side(rows: dict[str, Sequence[str | None]], fraction: float, held_out: bool) -> list[bool]:
-    return [
-        bool(text) and (len(text) <= STREAM_LONGEST_HELD_OUT and _score(text) < fraction) == held_out
-        for text in rows["text"]
-    ]
+    sides = (text and (len(text) <= STREAM_LONGEST_HELD_OUT and _score(text) < fraction) for text in rows["text"])
+    return [side is held_out for side in sides]

@@ -9,13 +9,15 @@ from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
+import numpy as np
+
 from hf_power.data.documents import Counts
 from hf_power.data.files import COMPRESSED, KINDS, kind_of, local_files
 from hf_power.data.order import STREAM_PROBE_ROWS
 from hf_power.data.readers import picked
 from hf_power.data.split import Texts, split_stored, split_stream
 from hf_power.data.store import stored, streamed
-from hf_power.records.errors import MissingPackageError, UserError, one_line, refused_by, shown
+from hf_power.records.errors import MissingPackageError, UserError, reason, refused_by, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -137,7 +139,10 @@ def load_text(args: DataArguments) -> Texts:
         texts = _load_from_hub(args)
     for name, part in (("training", texts.train), ("held-out", texts.held_out)):
         if next(iter(part), None) is None:
-            raise UserError(f"The {name} part of {args.dataset!r} has no documents: pass more data or another split.")
+            more = ", or set streaming to false, which holds out at least one" if args.streaming else ""
+            raise UserError(
+                f"The {name} part of {args.dataset!r} has no documents: pass more data or another split{more}."
+            )
     return texts
 
 
@@ -228,9 +233,12 @@ def _slice(documents: "Dataset", split: str) -> "Dataset":
     """The rows of a split such as train[:30] or train[:10%]+train[90%:], of documents that are all of the split train."""
     from datasets import ReadInstruction
 
+    if split == "train":
+        return documents
     with refused_by(f"split {split!r}"):
         parts = ReadInstruction.from_spec(split).to_absolute({"train": len(documents)})
-    return documents.select([row for part in parts for row in range(part.from_ or 0, part.to or len(documents))])
+    sliced: Dataset = documents.select(np.concatenate([np.arange(part.from_, part.to) for part in parts]))
+    return sliced
 
 
 def _load_from_hub(args: DataArguments) -> Texts:
@@ -253,14 +261,13 @@ def _load_from_hub(args: DataArguments) -> Texts:
                     cache_dir=args.data_cache_dir,
                 )
         except datasets.exceptions.DatasetsError as error:
-            why = one_line(str(error.__cause__ or error))[:300].rstrip(".")
-            raise UserError(f"dataset={args.dataset!r} cannot be read: {why}.") from error
+            raise UserError(f"dataset={args.dataset!r} cannot be read: {reason(error.__cause__ or error)}.") from error
         parts.append(_text_only(cast("Documents", found), args.text_column))
     if args.streaming:
         return split_stream(args.eval_fraction, *cast("list[IterableDataset]", parts), counts=Counts())
-    return split_stored(
-        args.dataset, args.eval_fraction, *cast("list[Dataset]", parts), counts=Counts(read=sum(map(len, parts)))
-    )
+    tables = cast("list[Dataset]", parts)
+    counts = Counts(read=sum(len(table) for table in tables))
+    return split_stored(args.dataset, args.eval_fraction, *tables, counts=counts)
 
 
 def _text_only(dataset: "Documents", column: str) -> "Documents":
@@ -291,4 +298,4 @@ def _text_only(dataset: "Documents", column: str) -> "Documents":
 
 
 def _lifted(row: dict[str, object], column: str) -> dict[str, object]:
-    return {"text": picked(row, column)}
+    return {"text": picked(dict(row), column)}

@@ -13,7 +13,7 @@ from hf_power.data.files import TOKENIZER_CACHE
 from hf_power.data.order import fingerprint
 from hf_power.data.store import made_once
 from hf_power.data.text import SPLIT_SEED, DataArguments, cache_folder
-from hf_power.records.errors import UserError, one_line, refused_by
+from hf_power.records.errors import UserError, reason, refused_by
 from hf_power.records.files import refuse_pointer
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _opened(named: str) -> PreTrainedTokenizerBase:
         # The library tokenizers has no type for a file that it cannot read.
         if type(error) is not Exception:
             raise
-        raise UserError(f"the tokenizer of {named} cannot be used: {one_line(str(error))[:300]}.") from error
+        raise UserError(f"the tokenizer of {named} cannot be used: {reason(error)}.") from error
     return tokenizer
 
 
