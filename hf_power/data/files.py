@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import errno
 import fnmatch
 import glob
 import gzip
@@ -70,16 +71,21 @@ def local_files(name: str) -> list[str]:
         return []
     found: dict[tuple[int, int], Path] = {}
     for file in sorted({file for root in roots for file in (_below(root) if root.is_dir() else [root])}):
-        if not os.path.lexists(file):
+        try:
+            status = file.stat()
+        except FileNotFoundError as error:
+            raise NotFoundError(
+                f"dataset={name!r}: {file} is a link to nothing: restore what it names, or delete it."
+            ) from error
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
             continue  # "**" follows a link to a folder above until the system stops it.
-        if not file.exists():
-            raise NotFoundError(f"dataset={name!r}: {file} is a link to nothing: restore what it names, or delete it.")
         if kind_of(file) is None:
             raise UserError(
                 f"dataset={name!r}: {file} is of no kind that can be read: convert it to one of {', '.join(KINDS)}, or "
                 "choose the other files with a glob such as 'folder/*.jsonl'."
             )
-        status = file.stat()
         found.setdefault((status.st_dev, status.st_ino), file)
     if not found:
         raise NotFoundError(f"dataset={name!r} has no file of type {', '.join(KINDS)}: check the path.")

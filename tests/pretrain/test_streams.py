@@ -15,7 +15,7 @@ from hf_power.settings.settings import Settings
 @pytest.fixture
 def given(sections, corpus, tmp_path):
     lines = corpus.read_text().splitlines()
-    lines[3:3], lines[40:40] = ["{broken"], ['"bare"']
+    lines[3:3], lines[20:20] = ["{broken"], ['"bare"']
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     made = sections(tmp_path / "run")
     made["data"] |= {
@@ -39,7 +39,7 @@ def test_one_line_too_many_is_one_sentence(given, tmp_path, capsys):
     given["data"]["skip_bad_lines"] = 1
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
     assert main(["pretrain", str(tmp_path / "run.yaml")]) == 2
-    assert "text.jsonl:41: broken JSON" in capsys.readouterr().err
+    assert "text.jsonl:21: broken JSON" in capsys.readouterr().err
 
 
 def test_workers_cannot_count(given):
