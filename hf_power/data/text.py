@@ -1,5 +1,6 @@
 """Where the training text comes from, the standard library, local files or the Hub, and which of it is held out."""
 
+import functools
 import hashlib
 import os
 import sysconfig
@@ -253,13 +254,10 @@ def _load_from_hub(args: DataArguments) -> Texts:
         try:
             with refused_by(f"dataset={args.dataset!r}"):
                 # With a split, load_dataset gives a dataset or a stream; a dictionary of them is what it gives without one.
-                found = datasets.load_dataset(
-                    args.dataset,
-                    args.dataset_config,
-                    split=split,
-                    streaming=args.streaming,
-                    cache_dir=args.data_cache_dir,
+                load = functools.partial(
+                    datasets.load_dataset, split=split, streaming=args.streaming, cache_dir=args.data_cache_dir
                 )
+                found = load(args.dataset, args.dataset_config)
         except datasets.exceptions.DatasetsError as error:
             raise UserError(f"dataset={args.dataset!r} cannot be read: {reason(error.__cause__ or error)}.") from error
         parts.append(_text_only(cast("Documents", found), args.text_column))
