@@ -61,7 +61,7 @@ def by_hand(steps):
     """A plain loop: forward, backward, clip, step; the loss is read every ten steps, as the Trainer's log does."""
     with tempfile.TemporaryDirectory() as folder:
         s = settings(folder, steps)
-        text, _ = load_text(s.data)
+        text, *_ = load_text(s.data)
         tokenizer = load_tokenizer(s.data, text)
         blocks = pack(text, tokenizer, block_size=BLOCK)
         set_seed(s.training.seed)

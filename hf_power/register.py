@@ -24,7 +24,7 @@ from hf_power.records.errors import UserError
 from hf_power.scheduler import PowerLR, get_power_schedule
 
 NAME = "power"
-MARK = "_finds_tokens_per_step"  # Of a create_scheduler that is wrapped already.
+MARK = "_finds_tokens_per_step"  # Of a create_scheduler that is wrapped already: the wrapper.
 TRAINER_PARTS = ("create_scheduler", "get_total_train_batch_size", "_get_collator_with_removed_columns")
 SAMPLED_EXAMPLES = 64  # Tokens per sequence of padded data are averaged over so many examples.
 
@@ -42,14 +42,21 @@ def register_power_scheduler() -> None:
     known = NAME in SchedulerType._value2member_map_
     member = SchedulerType(NAME) if known else _add_member()
     registered = TYPE_TO_SCHEDULER_FUNCTION.setdefault(member, get_power_schedule)
-    if registered is not get_power_schedule:
+    where = (registered.__module__, registered.__qualname__)
+    if where != (get_power_schedule.__module__, get_power_schedule.__qualname__):
         raise RuntimeError(
             f'lr_scheduler_type="power" is already registered, as {registered.__module__}.{registered.__qualname__}: '
             "import either that package or hf_power, not both."
         )
+    # In a process that imports hf_power a second time, as a notebook may, its new functions replace the old ones.
+    TYPE_TO_SCHEDULER_FUNCTION[member] = get_power_schedule
     PowerLR.calls_per_step = staticmethod(calls_per_optimizer_step)
-    if not hasattr(Trainer.create_scheduler, MARK):
-        setattr(Trainer, "create_scheduler", _finding_tokens(Trainer.create_scheduler))  # noqa: B010 mypy refuses "="
+    current: Any = Trainer.create_scheduler
+    wrapped = getattr(current, MARK, None)
+    if wrapped is None:
+        setattr(Trainer, "create_scheduler", _finding_tokens(current))  # noqa: B010 mypy refuses "="
+    elif wrapped is current and current.__globals__ is not globals():
+        setattr(Trainer, "create_scheduler", _finding_tokens(current.__wrapped__))  # noqa: B010
 
 
 def check_parts(names: Iterable[str]) -> None:
@@ -82,21 +89,27 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
 
     @functools.wraps(create_scheduler)
     def wrapper(self: Trainer, *args: object, **kwargs: object) -> LRScheduler:
-        _warn_beside_mup(self, cast("Optimizer | None", kwargs.get("optimizer", args[1] if len(args) > 1 else None)))
-        given = cast("dict[str, object]", self.args.lr_scheduler_kwargs or {})
-        if self.args.lr_scheduler_type == NAME:
-            _count_skipped_steps(self)
-        if self.args.lr_scheduler_type != NAME or self.lr_scheduler is not None or "tokens_per_step" in given:
+        # A Trainer of somebody else's may have arguments of any type, or none.
+        power = getattr(self.args, "lr_scheduler_type", None) == NAME
+        if isinstance(self.args, TrainingArguments):
+            _warn_beside_mup(
+                self, cast("Optimizer | None", kwargs.get("optimizer", args[1] if len(args) > 1 else None))
+            )
+            if power:
+                _count_skipped_steps(self)
+        given = cast("dict[str, object]", getattr(self.args, "lr_scheduler_kwargs", None) or {})
+        if not power or getattr(self, "lr_scheduler", None) is not None or "tokens_per_step" in given:
             return create_scheduler(self, *args, **kwargs)
         # The stock method hands these to get_power_schedule.
-        before = self.args.lr_scheduler_kwargs
+        before = getattr(self.args, "lr_scheduler_kwargs", None)
         self.args.lr_scheduler_kwargs = {**given, "tokens_per_step": find_tokens_per_step(self)}
         try:
             return create_scheduler(self, *args, **kwargs)
         finally:  # The batch may be another one the next time, as under auto_find_batch_size.
             self.args.lr_scheduler_kwargs = before
 
-    setattr(wrapper, MARK, True)
+    # Whoever wraps this one in turn copies the mark, which then names another function.
+    setattr(wrapper, MARK, wrapper)
     return wrapper
 
 

@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int:
     annealed_folder = folder.with_name(annealed.name)
 
     tokenizer = AutoTokenizer.from_pretrained(annealed_folder)
-    train_text, held_out_text = load_text(settings.data)
+    texts = load_text(settings.data)
     block = settings.data.block_size
-    blocks = pack(train_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
-    held_out = pack(held_out_text, tokenizer, block_size=block, num_proc=settings.data.num_proc)
+    blocks = pack(texts.train, tokenizer, block_size=block, num_proc=settings.data.num_proc)
+    held_out = pack(texts.held_out, tokenizer, block_size=block, num_proc=settings.data.num_proc)
     seen = BlockStream(blocks, seed=settings.training.seed, start=0, stop=trunk.tokens_seen // block)
     num_scored = parse_tokens(settings.run.max_eval_tokens, "max_eval_tokens") // block
     scored = spread_blocks(held_out, num_scored)[:]["input_ids"]

@@ -362,8 +362,25 @@ def test_group_0_has_the_base_rate_when_the_embeddings_are_frozen():
 def test_unknown_tensor_is_an_error(act, shape):
     model = build(llama(32))
     model.model.layers[0].self_attn.adapter = nn.Parameter(torch.ones(shape))
+    before = copy.deepcopy(model.state_dict())
     with refused(ValueError, f"no muP rule for the tensor {LAYER}self_attn.adapter of shape {shape}", "freeze it"):
         act(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_init_refuses_a_model_with_lora_before_it_changes_anything():
+    """The layout of peft: the matrix moves into base_layer, and two small ones come beside it."""
+    model = build(llama(32))
+    attention = model.model.layers[-1].self_attn
+    adapted = nn.Module()
+    adapted.base_layer, adapted.lora_A = attention.q_proj.requires_grad_(False), nn.Linear(32, 4, bias=False)
+    attention.q_proj = adapted
+    wrapped = nn.Module()
+    wrapped.base_model, wrapped.config = model, model.config
+    before = copy.deepcopy(wrapped.state_dict())
+    with refused(ValueError, "no muP rule for the tensor base_model.model.layers.0.self_attn.q_proj.lora_A.weight"):
+        mup_init_(wrapped)
+    assert all(torch.equal(before[name], value) for name, value in wrapped.state_dict().items())
 
 
 def test_unknown_tensor_that_is_frozen_is_left_alone():

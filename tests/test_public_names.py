@@ -28,14 +28,14 @@ FLAGS = {
         tie_word_embeddings num_local_experts num_experts_per_tok model_config mup base_width
         base_intermediate_size base_head_dim base_num_layers preset embedding_multiplier residual_multiplier
         attention_multiplier initializer_range dataset dataset_config split eval_split eval_fraction streaming
-        text_column tokenizer vocab_size block_size num_proc data_cache_dir tokens recipe max_eval_tokens
+        text_column skip_bad_lines tokenizer vocab_size block_size num_proc data_cache_dir tokens recipe max_eval_tokens
         max_skipped_steps allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2
         max_grad_norm logging_steps logging_nan_inf_filter prediction_loss_only save_steps
         train_sampling_strategy
     """,
     "anneal": "from tokens output_dir decay_shape repo dataset resume_from_checkpoint",
     "evaluate": """
-        dataset dataset_config split eval_split eval_fraction streaming text_column tokenizer vocab_size
+        dataset dataset_config split eval_split eval_fraction streaming text_column skip_bad_lines tokenizer vocab_size
         block_size num_proc data_cache_dir max_tokens batch_size dtype output tasks tasks_dir num_fewshot limit
     """,
     "export": "to output_dir dtype like",

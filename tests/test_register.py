@@ -1,6 +1,8 @@
 """lr_scheduler_type="power" in a stock transformers: registration, command line, pickles, Trainer."""
 
 import copy
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -8,6 +10,7 @@ import pickle
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import datasets
@@ -33,7 +36,7 @@ from transformers import (
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 import hf_power
-from hf_power.register import find_tokens_per_step, register_power_scheduler
+from hf_power.register import _finding_tokens, find_tokens_per_step, register_power_scheduler
 
 A = 0.02  # keeps runs of a few hundred tokens on the law instead of on the cap
 ROOT = str(Path(hf_power.__file__).parents[1])
@@ -81,6 +84,95 @@ print(len(list(SchedulerType)) - len(before), wrapped is Trainer.create_schedule
 def test_import_adds_one_member_and_one_entry(tmp_path):
     lines = python(REGISTRATION, cwd=tmp_path).splitlines()
     assert lines == ["unknown before", "True", "['power'] 1", "True", "1 True True"]
+
+
+AGAIN = """
+import importlib, sys
+from transformers import SchedulerType, Trainer, TrainingArguments, LlamaConfig, LlamaForCausalLM
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION as functions
+import datasets
+stock, count = Trainer.create_scheduler, len(SchedulerType)
+import hf_power
+
+def check(what):
+    args = TrainingArguments("out", lr_scheduler_type="power", max_steps=2, per_device_train_batch_size=2, use_cpu=True,
+                             report_to=[], disable_tqdm=True, save_strategy="no", lr_scheduler_kwargs={"a": 0.02})
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1))
+    data = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [[1, 2, 3]] * 8})
+    trainer = Trainer(model, args, train_dataset=data)
+    trainer.train()
+    import hf_power
+    kind = type(getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler))
+    print(what, kind is hf_power.PowerLR, trainer.lr_scheduler.state_dict()["tokens_seen"], len(SchedulerType) - count,
+          Trainer.create_scheduler.__wrapped__ is stock, functions["power"] is hf_power.get_power_schedule)
+
+check("imported")
+importlib.reload(hf_power)
+check("reloaded")
+for name in ("hf_power.schedule", "hf_power.scheduler", "hf_power.register", "hf_power"):
+    importlib.reload(sys.modules[name])
+check("all reloaded")
+for name in [name for name in sys.modules if name.startswith("hf_power")]:
+    del sys.modules[name]
+import hf_power
+check("imported anew")
+"""
+
+
+@pytest.mark.slow
+def test_importing_again_in_a_living_process(tmp_path):
+    lines = [line for line in python(AGAIN, cwd=tmp_path).splitlines() if "True" in line or "False" in line]
+    whats = ("imported", "reloaded", "all reloaded", "imported anew")
+    assert lines == [f"{what} True 12 1 True True" for what in whats]
+
+
+def test_a_wrapper_on_top_of_ours_stays(monkeypatch):
+    ours = Trainer.create_scheduler
+
+    @functools.wraps(ours)
+    def theirs(self, *args):
+        return ours(self, *args)
+
+    monkeypatch.setattr(Trainer, "create_scheduler", theirs)
+    register_power_scheduler()
+    assert Trainer.create_scheduler is theirs
+    monkeypatch.undo()
+    stock = ours.__wrapped__
+    register_power_scheduler()
+    assert Trainer.create_scheduler.__wrapped__ is stock
+
+
+@pytest.mark.parametrize(
+    "args", [None, types.SimpleNamespace(), types.SimpleNamespace(lr_scheduler_type="cosine"), "x", {}]
+)
+def test_foreign_arguments_reach_the_stock_method(args):
+    """A Trainer of somebody else's may have arguments that are no TrainingArguments; what it does then is its own affair."""
+    called = []
+    wrapped = _finding_tokens(lambda self, *given: called.append((self, given)))
+    trainer = types.SimpleNamespace(args=args)
+    wrapped(trainer, 5, None)
+    assert called == [(trainer, (5, None))]
+
+
+def test_a_subclass_of_the_arguments_finds_its_tokens(tmp_path):
+    @dataclasses.dataclass
+    class Own(TrainingArguments):
+        more: int = 3
+
+    data = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [[1, 2, 3]] * 8})
+    args = Own(
+        **{k: v for k, v in vars(arguments(tmp_path)).items() if k in ("output_dir", "lr_scheduler_type", "max_steps")}
+    )
+    args.lr_scheduler_kwargs, args.per_device_train_batch_size = {"a": A}, 2
+    trainer = Trainer(tiny_model(), args, train_dataset=data)
+    assert (
+        trainer.create_scheduler(
+            6, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+        ).schedule.tokens_per_step
+        == 6
+    )
+    assert args.lr_scheduler_kwargs == {"a": A}
 
 
 FOREIGN = """

@@ -134,7 +134,7 @@ def ceiling(size):
 @functools.cache
 def _text_and_tokenizer(dataset, block_size, vocab_size):
     named = DataArguments(dataset=dataset, block_size=block_size, vocab_size=vocab_size)
-    text, _ = load_text(named)
+    text, *_ = load_text(named)
     return text, load_tokenizer(named, text)
 
 

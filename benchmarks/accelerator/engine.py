@@ -89,7 +89,7 @@ def measure(rows, options, scratch):
             made["data"]["tokenizer"] = str(folder)
             if prepared is None:
                 texts = load_text(given.data)
-                packed = pack_both(given.data, tokenizer, *texts, 4 * block)
+                packed = pack_both(given.data, tokenizer, texts, 4 * block)
                 prepared = SweepData(tokenizer, packed.train, packed.held_out, packed.about())
             started = time.perf_counter()
             row, expected = trainer(made, warmup, steps)

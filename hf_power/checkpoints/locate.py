@@ -1,17 +1,21 @@
-"""A model by its name: a folder on this disk, or a repository of the Hub."""
+"""A model by its name, a folder on this disk or a repository of the Hub, and whether its files are whole."""
 
 import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
+import safetensors
 from huggingface_hub import errors, snapshot_download
 
 from hf_power.checkpoints.seal import MANIFEST, SAVING, problems, unfinished
-from hf_power.records.errors import NotFoundError, UserError
-from hf_power.records.files import read_record, refuse_at_work
+from hf_power.records.errors import NotFoundError, UserError, shown
+from hf_power.records.files import read_record, refuse_at_work, refuse_pointer
 from hf_power.records.run import Model, Run
+
+_WHOLE = "pass a folder that was saved whole"
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
     of a run's weights the step and the tokens after which they were saved.
 
     Raises:
-        UserError: a folder without config or weights, or in which a training is at work, or a checkpoint that is not as
-            it was sealed.
+        UserError: a folder without config or weights, or in which a training is at work, weights that are not whole, or
+            a checkpoint that is not as it was sealed.
         NotFoundError: neither a folder nor a repository that can be read; the sentence says which it is.
     """
     folder = Path(model).expanduser()
@@ -54,6 +58,8 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
             f"{model} is no model, config.json or the weights are missing: pass a finished run, one of its checkpoint-N "
             "folders, or an export."
         )
+    check_weights(folder)
+    refuse_pointer(folder / "config.json")
     try:
         about["model_type"] = read_record(folder / "config.json", _Config, schema=None).model_type
     except UserError as error:
@@ -80,6 +86,46 @@ def weights_sha256(folder: Path) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a model folder, in the order of their names."""
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+class _Index(TypedDict, total=False):
+    """The index of weights in several files: tensor -> file."""
+
+    weight_map: dict[str, str]
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files that the index of a model names; [] without an index.
+
+    Raises:
+        UserError: an index that cannot be read, or that names a file elsewhere.
+        NotFoundError: a file that is not there.
+    """
+    # transformers takes whole weights before an index, and safetensors before torch's own files.
+    whole, suffix = ("model", "safetensors") if list(folder.glob("*.safetensors")) else ("pytorch_model", "bin")
+    index = folder / f"{whole}.{suffix}.index.json"
+    if not index.exists() or (folder / f"{whole}.{suffix}").exists():
+        return []
+    content = read_record(index, _Index, schema=None, remedy=_WHOLE)
+    names = sorted(set(content.get("weight_map", {}).values()))
+    # An index from elsewhere could otherwise name any file of this machine.
+    if beyond := next((name for name in names if Path(name).name != name), None):
+        raise UserError(f"{index} names {shown(beyond)}, which is no file beside it: do not use the folder.")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise NotFoundError(f"{folder / missing[0]}, which {index.name} names, is not there: {_WHOLE}.")
+    return [folder / name for name in names]
+
+
+def check_weights(folder: Path) -> None:
+    """Raise a UserError that names the weight file which is missing, cut, or a pointer of Git LFS."""
+    for path in {*shards(folder), *weight_files(folder)}:
+        refuse_pointer(path)
+        if path.suffix == ".safetensors":
+            try:
+                with safetensors.safe_open(path, "pt"):
+                    pass
+            except safetensors.SafetensorError as error:
+                raise UserError(f"{path} cannot be read as safetensors ({error}): {_WHOLE}.") from error
 
 
 def _download(name: str) -> Path:

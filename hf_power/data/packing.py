@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from hf_power.data.order import Block, blocks_fingerprint, spread_blocks
+from hf_power.data.split import Texts
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import tokenizer_fingerprint, tokenizer_json
 from hf_power.records.errors import UserError
@@ -50,16 +51,23 @@ class PackedText:
     local: bool
     fingerprint: str
     tokenizer: str
+    texts: Texts
 
     def about(self) -> Data:
-        """What a record says of the data."""
-        return {
+        """What a record says of the data; of a stream, which has no length, how many documents were skipped so far."""
+        about: Data = {
             "dataset": self.dataset,
             "local": self.local,
             "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer,
             "held_out_tokens": len(self.held_out) * self.block_size,
         }
+        train, held_out, counts = self.texts
+        if isinstance(self.train, Sized) and isinstance(train, Sized) and isinstance(held_out, Sized):
+            about |= {"documents": counts.read, "empty_documents": counts.empty}
+            about |= {"train_documents": len(train), "held_out_documents": len(held_out)}
+            about["train_tokens"] = len(self.train) * self.block_size
+        return about | {"skipped_documents": counts.skipped}
 
 
 def pack(
@@ -111,14 +119,13 @@ def pack(
 def pack_both(
     args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
-    train: "Dataset | IterableDataset",
-    held_out: "Dataset | IterableDataset",
+    texts: Texts,
     max_eval_tokens: int,
 ) -> PackedText:
     """Training blocks, max_eval_tokens of held-out blocks (at least one block), and what a record says of both."""
     block = args.block_size
-    blocks = pack(train, tokenizer, block_size=block, num_proc=args.num_proc)
-    scored = pack(held_out, tokenizer, block_size=block, num_proc=args.num_proc)
+    blocks = pack(texts.train, tokenizer, block_size=block, num_proc=args.num_proc)
+    scored = pack(texts.held_out, tokenizer, block_size=block, num_proc=args.num_proc)
     return PackedText(
         train=blocks,
         held_out=spread_blocks(scored, max(1, max_eval_tokens // block)),
@@ -127,6 +134,7 @@ def pack_both(
         local=Path(args.dataset).exists(),
         fingerprint=blocks_fingerprint(blocks),
         tokenizer=tokenizer_fingerprint(tokenizer),
+        texts=texts,
     )
 
 

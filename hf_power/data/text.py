@@ -1,9 +1,7 @@
-"""Where the training text comes from: the standard library, local files, or any dataset of the Hub."""
+"""Where the training text comes from, the standard library, local files or the Hub, and which of it is held out."""
 
 import functools
-import glob
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -12,22 +10,20 @@ from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
+import numpy as np
+
+from hf_power.data.documents import Counts
+from hf_power.data.files import COMPRESSED, KINDS, kind_of, local_files
 from hf_power.data.order import STREAM_PROBE_ROWS
-from hf_power.records.errors import MissingPackageError, NotFoundError, UserError, shown
+from hf_power.data.readers import picked
+from hf_power.data.split import Texts, split_stored, split_stream
+from hf_power.data.store import stored, streamed
+from hf_power.records.errors import MissingPackageError, UserError, reason, refused_by, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     Documents: TypeAlias = Dataset | IterableDataset
-
-# By its suffix, the loader of `datasets` for a file, and the loader's options.
-LOADERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-}
 
 
 def stdlib_folder() -> Path:
@@ -35,13 +31,18 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def python_sources(root: Path) -> Iterator[tuple[str, str]]:
-    """(relative posix path, text) of the .py files under root in sorted order, without those that are not UTF-8."""
+def python_files(root: Path) -> list[str]:
+    """Relative posix paths of the .py files under root in sorted order."""
     paths = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages")]
         paths += [Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
-    for path in sorted(paths):
+    return sorted(paths)
+
+
+def python_sources(root: Path) -> Iterator[tuple[str, str]]:
+    """(relative posix path, text) of the `python_files`, without those that are not UTF-8."""
+    for path in python_files(root):
         try:
             yield path, (root / path).read_bytes().decode()
         except UnicodeDecodeError:
@@ -49,53 +50,13 @@ def python_sources(root: Path) -> Iterator[tuple[str, str]]:
             continue
 
 
-def local_files(name: str) -> list[str]:
-    """Sorted files of a path, folder or glob, all of one type; [] if the name must be one for load_dataset."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in LOADERS]
-    elif path.exists():
-        files = [path]
-    elif glob.has_magic(name):
-        files = [Path(file) for file in glob.glob(str(path), recursive=True)]
-    elif path.suffix in LOADERS or path.is_absolute() or name.startswith("."):
-        files = []
-    else:
-        return []
-    if not files:
-        raise NotFoundError(f"dataset={name!r} has no file of type {', '.join(LOADERS)}: check the path.")
-    suffixes = sorted({file.suffix for file in files})
-    if len(suffixes) > 1 or suffixes[0] not in LOADERS:
-        raise UserError(
-            f"dataset={name!r} must be files of one type of {', '.join(LOADERS)}, got {', '.join(suffixes)}: "
-            "choose some with a glob such as 'folder/*.jsonl'."
-        )
-    return sorted(str(file) for file in files)
-
-
-def check_json(file: str, cause: Exception) -> None:
-    """Raise a UserError with file and line if it is no JSON, of which datasets says only that it is wrong."""
-    with open(file, "rb") as lines:
-        is_array = lines.read(1) == b"["
-        lines.seek(0)
-        for number, line in enumerate([lines.read()] if is_array else lines, start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), list if is_array else dict):
-                    raise ValueError("not an object")
-            except ValueError as error:
-                number = error.lineno if is_array and isinstance(error, json.JSONDecodeError) else number
-                raise UserError(f"{file}:{number}: broken JSON ({error}): repair or delete the line.") from cause
-
-
 T = TypeVar("T")
 
 PYTHON_STDLIB = "python-stdlib"
-# A stream has no length to take a fraction of, so its first documents are held out.
-STREAM_EVAL_DOCUMENTS = 1000
 # A byte-level BPE starts from the 256 bytes and has an eos token; token ids are stored in 32 bits.
 SMALLEST_VOCABULARY = 257
 LARGEST_VOCABULARY = 2**31 - 1
-# The seed of the held-out documents and of the tokenizer's sample is not the run's, so that runs of other seeds compare.
+# The seed of the tokenizer's sample is not the run's, so that runs of other seeds compare.
 SPLIT_SEED = 0
 
 
@@ -111,17 +72,16 @@ class DataArguments:
 
     dataset: str = option(
         PYTHON_STDLIB,
-        "python-stdlib (the sources of the running Python), a file, folder or glob of .txt, .jsonl, .json, "
-        ".parquet or .arrow, or any name that datasets.load_dataset takes.",
+        f"python-stdlib (the sources of the running Python), a file, folder or glob of {', '.join(KINDS)} (text also with "
+        f"{', '.join(COMPRESSED)}), or any name that datasets.load_dataset takes.",
     )
     dataset_config: str | None = option(None, "Configuration name for load_dataset.")
     split: str = option("train", "Split to train on; slices such as train[:1000] work.")
     eval_split: str | None = option(None, "Held-out split; none: hold out eval_fraction.")
-    eval_fraction: float = option(
-        0.05, f"Share of held-out documents; a stream holds out its first {STREAM_EVAL_DOCUMENTS}."
-    )
+    eval_fraction: float = option(0.05, "Share of the text, in characters, that is held out as whole documents.")
     streaming: bool = option(False, "Read the data while training instead of storing them first.")
-    text_column: str = option("text", "Column that holds the text.")
+    text_column: str = option("text", "Column that holds the text; a.b is the column b within a.")
+    skip_bad_lines: int = option(0, "Lines of local files that may be left out because they cannot be read.")
     tokenizer: str | None = option(None, "Folder or Hub name; none: train a byte-level BPE on the training text.")
     vocab_size: int = option(4096, "Vocabulary of a trained tokenizer.")
     block_size: int = option(256, "Tokens per block (sequence length).")
@@ -134,6 +94,8 @@ class DataArguments:
                 f"vocab_size must lie in {SMALLEST_VOCABULARY} (bytes and eos) to {LARGEST_VOCABULARY:,}, "
                 f"got {shown(self.vocab_size)}: correct it."
             )
+        if self.skip_bad_lines < 0:
+            raise UserError(f"skip_bad_lines must be at least 0, got {self.skip_bad_lines}: leave it out to skip none.")
 
 
 def require_datasets() -> None:
@@ -146,35 +108,43 @@ def require_datasets() -> None:
         ) from error
 
 
-def load_text(args: DataArguments) -> "tuple[Documents, Documents]":
-    """Training and held-out documents, one "text" column each.
+def load_text(args: DataArguments) -> Texts:
+    """Training and held-out documents.
 
-    Without eval_split, python-stdlib is split by a hash of each file's path, other data by a fixed seed, and a stream
-    holds out its first STREAM_EVAL_DOCUMENTS documents.
+    Without eval_split, documents are put in the order of a hash of their text, and the first of them are held out until
+    they have eval_fraction of all characters; one that is larger than this share by itself is trained on. A stream, whose
+    length is not known, holds out each document whose hash lies in the first eval_fraction of all hashes, so that the
+    share is eval_fraction on average, and none of more than 1,000,000 characters. python-stdlib holds out
+    each file whose path has such a hash.
 
     Args:
         args: see `DataArguments`; eval_fraction in (0, 1).
 
     Returns:
-        (train, held out): two datasets.Dataset, or two datasets.IterableDataset if args.streaming.
+        Two datasets.Dataset, or two datasets.IterableDataset if args.streaming, and what was counted.
 
     Raises:
         NotFoundError: if a path has no file, or a folder none of a known type.
-        UserError: if eval_fraction is outside (0, 1), file types are mixed or unknown, a JSON line is broken (a stream
-            meets it only when it reads it), the text column is missing or not text, or a part has no documents.
+        UserError: if eval_fraction is outside (0, 1), a file is of an unknown kind or damaged, more lines than
+            skip_bad_lines cannot be read (a stream meets them only when it reads them), the text column is missing or not
+            text, or a part has no documents.
     """
     require_datasets()
     if not 0 < args.eval_fraction < 1:
         raise UserError(f"eval_fraction must lie between 0 and 1, got {args.eval_fraction}: pass, for example, 0.05.")
     if args.dataset == PYTHON_STDLIB:
-        parts = _load_python_stdlib(args)
+        texts = _load_python_stdlib(args)
+    elif files := local_files(args.dataset):
+        texts = _load_files(args, files)
     else:
-        data = _load_split(args, args.split)
-        parts = _hold_out(data, args) if args.eval_split is None else (data, _load_split(args, args.eval_split))
-    for name, part in zip(("training", "held-out"), parts, strict=True):
+        texts = _load_from_hub(args)
+    for name, part in (("training", texts.train), ("held-out", texts.held_out)):
         if next(iter(part), None) is None:
-            raise UserError(f"The {name} part of {args.dataset!r} has no documents: pass more data or another split.")
-    return parts
+            more = ", or set streaming to false, which holds out at least one" if args.streaming else ""
+            raise UserError(
+                f"The {name} part of {args.dataset!r} has no documents: pass more data or another split{more}."
+            )
+    return texts
 
 
 def cache_folder(args: DataArguments) -> Path:
@@ -191,13 +161,14 @@ def source_bytes(args: DataArguments) -> int:
     return sum(Path(file).stat().st_size for file in local_files(args.dataset))
 
 
-def _load_python_stdlib(args: DataArguments) -> "tuple[Documents, Documents]":
+def _load_python_stdlib(args: DataArguments) -> Texts:
     import datasets
 
-    if (args.split, args.eval_split, args.text_column) != ("train", None, "text"):
+    if (args.split, args.eval_split, args.text_column, args.skip_bad_lines) != ("train", None, "text", 0):
         raise UserError(
-            f"dataset={PYTHON_STDLIB!r} has no splits or columns to choose from, got split={args.split!r}, "
-            f"eval_split={args.eval_split!r}, text_column={args.text_column!r}: leave them at their defaults."
+            f"dataset={PYTHON_STDLIB!r} has no splits, columns or lines to choose from, got split={args.split!r}, "
+            f"eval_split={args.eval_split!r}, text_column={args.text_column!r}, skip_bad_lines={args.skip_bad_lines}: "
+            "leave them at their defaults."
         )
     documents: tuple[list[str], list[str]] = ([], [])
     digests = hashlib.sha256(), hashlib.sha256()
@@ -223,31 +194,78 @@ def _load_python_stdlib(args: DataArguments) -> "tuple[Documents, Documents]":
         for texts, digest in zip(documents, digests, strict=True)
     ]
     train, held_out = (part.to_iterable_dataset() if args.streaming else part for part in parts)
-    return train, held_out
+    num_read = sum(map(len, documents))
+    num_files = len(python_files(stdlib_folder()))
+    return Texts(train, held_out, Counts(read=num_files, skipped=num_files - num_read))
 
 
-def _load_split(args: DataArguments, split: str) -> "Documents":
+def _load_files(args: DataArguments, files: list[str]) -> Texts:
+    if args.dataset_config is not None:
+        raise UserError(
+            f"dataset_config={args.dataset_config!r} is for datasets of the Hub, and {args.dataset!r} is on this disk: "
+            "leave it out."
+        )
+    if args.text_column != "text" and all(kind_of(Path(file)) == "txt" for file in files):
+        raise UserError(
+            f"text_column={args.text_column!r}, but {args.dataset!r} has .txt files alone, which have no columns: leave it "
+            "out."
+        )
+    if not args.streaming:
+        documents, counts = stored(files, args.text_column, args.skip_bad_lines, cache_folder(args))
+        return split_stored(
+            args.dataset, args.eval_fraction, *(_slice(documents, split) for split in _splits(args)), counts=counts
+        )
+    if args.split != "train" or args.eval_split not in (None, "train"):
+        raise UserError(
+            f"a stream of files can only be read whole, as the split train, got split={args.split!r} and "
+            f"eval_split={args.eval_split!r}: set streaming to false, or choose files with a glob."
+        )
+    counts = Counts(args.skip_bad_lines)
+    return split_stream(
+        args.eval_fraction, *(streamed(files, args.text_column, counts) for _ in _splits(args)), counts=counts
+    )
+
+
+def _splits(args: DataArguments) -> list[str]:
+    return [args.split] if args.eval_split is None else [args.split, args.eval_split]
+
+
+def _slice(documents: "Dataset", split: str) -> "Dataset":
+    """The rows of a split such as train[:30] or train[:10%]+train[90%:], of documents that are all of the split train."""
+    from datasets import ReadInstruction
+
+    if split == "train":
+        return documents
+    with refused_by(f"split {split!r}"):
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(documents)})
+    sliced: Dataset = documents.select(np.concatenate([np.arange(part.from_, part.to) for part in parts]))
+    return sliced
+
+
+def _load_from_hub(args: DataArguments) -> Texts:
     import datasets
 
-    # With a split, load_dataset gives a dataset or a stream; a dictionary of them is what it gives without one.
-    load = functools.partial(
-        datasets.load_dataset, split=split, streaming=args.streaming, cache_dir=args.data_cache_dir
-    )
-    files = local_files(args.dataset)
-    if not files:
-        found = cast("Documents", load(args.dataset, args.dataset_config))
-        return _text_only(found, args.text_column)
-    loader, options = LOADERS[Path(files[0]).suffix]
-    try:
-        loaded = load(loader, args.dataset_config, data_files=list(map(glob.escape, files)), **options)
-        return _text_only(cast("Documents", loaded), args.text_column)
-    except StopIteration:
-        # The JSON loader raises it for empty files.
-        raise UserError(f"{args.dataset!r} has no documents: pass more data.") from None
-    except datasets.exceptions.DatasetGenerationError as error:
-        for file in files if loader == "json" else []:
-            check_json(file, error)
-        raise
+    if args.skip_bad_lines:
+        raise UserError(
+            f"skip_bad_lines={args.skip_bad_lines} is for files on this disk, and {args.dataset!r} is none: leave it out."
+        )
+    parts = []
+    for split in _splits(args):
+        try:
+            with refused_by(f"dataset={args.dataset!r}"):
+                # With a split, load_dataset gives a dataset or a stream; a dictionary of them is what it gives without one.
+                load = functools.partial(
+                    datasets.load_dataset, split=split, streaming=args.streaming, cache_dir=args.data_cache_dir
+                )
+                found = load(args.dataset, args.dataset_config)
+        except datasets.exceptions.DatasetsError as error:
+            raise UserError(f"dataset={args.dataset!r} cannot be read: {reason(error.__cause__ or error)}.") from error
+        parts.append(_text_only(cast("Documents", found), args.text_column))
+    if args.streaming:
+        return split_stream(args.eval_fraction, *cast("list[IterableDataset]", parts), counts=Counts())
+    tables = cast("list[Dataset]", parts)
+    counts = Counts(read=sum(len(table) for table in tables))
+    return split_stored(args.dataset, args.eval_fraction, *tables, counts=counts)
 
 
 def _text_only(dataset: "Documents", column: str) -> "Documents":
@@ -259,27 +277,23 @@ def _text_only(dataset: "Documents", column: str) -> "Documents":
         # A stream of JSON does not know its columns before it is read.
         features = datasets.Dataset.from_list(list(dataset.take(STREAM_PROBE_ROWS))).features
     strings = [name for name, kind in features.items() if "string" in str(getattr(kind, "dtype", ""))]
-    if column not in strings:
-        got = f"of type {features[column]}" if column in features else "missing"
+    nested = picked(features, column)
+    if "string" not in str(getattr(nested, "dtype", "")):
+        got = f"of type {nested}" if column in features else "missing"
         raise UserError(
             f"text_column={column!r} must be a column of strings, got one that is {got}: "
             f"pass one of {', '.join(strings) or '(the data has no column of strings)'}."
+        )
+    if column not in features:
+        return dataset.map(
+            _lifted,
+            fn_kwargs={"column": column},
+            remove_columns=list(features),
+            features=datasets.Features(text=datasets.Value("string")),
         )
     dataset = dataset.select_columns([column])
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
-def _hold_out(dataset: "Documents", args: DataArguments) -> "tuple[Documents, Documents]":
-    from datasets import IterableDataset
-
-    if isinstance(dataset, IterableDataset):
-        return dataset.skip(STREAM_EVAL_DOCUMENTS), dataset.take(STREAM_EVAL_DOCUMENTS)
-    if len(dataset) < 2:
-        raise UserError(
-            f"{args.dataset!r} has {len(dataset)} document(s), too few to hold one out (a .txt file is one document): "
-            "pass more documents or eval_split."
-        )
-    num_held_out = min(max(1, round(args.eval_fraction * len(dataset))), len(dataset) - 1)
-    # At least one document is held out, and at least one is left to train on.
-    parts = dataset.train_test_split(test_size=num_held_out, seed=SPLIT_SEED)
-    return parts["train"], parts["test"]
+def _lifted(row: dict[str, object], column: str) -> dict[str, object]:
+    return {"text": picked(dict(row), column)}

@@ -1,18 +1,20 @@
 """The tokenizer of a run: one that is named, or a byte-level BPE that is trained on the training text."""
 
 import hashlib
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_power.data.files import TOKENIZER_CACHE
 from hf_power.data.order import fingerprint
+from hf_power.data.store import made_once
 from hf_power.data.text import SPLIT_SEED, DataArguments, cache_folder
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, reason, refused_by
+from hf_power.records.files import refuse_pointer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -30,7 +32,7 @@ def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None
     The documents `train` may be None where the arguments name a tokenizer.
 
     Raises:
-        UserError: if the tokenizer is not a fast one or has no eos token.
+        UserError: if the tokenizer cannot be read, is not a fast one, or has no eos token.
 
     Warns:
         UserWarning: if the text is too small to give vocab_size tokens.
@@ -40,7 +42,7 @@ def load_tokenizer(args: DataArguments, train: "Dataset | IterableDataset | None
         if train is None:
             raise TypeError("load_tokenizer needs the training text where no tokenizer is named.")
         named = _trained_tokenizer(args, train)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(named)
+    tokenizer = _opened(named)
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer={args.tokenizer!r} must be a fast one (tokenizer.json), got {type(tokenizer).__name__}: "
@@ -77,6 +79,22 @@ def check_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, model: 
         )
 
 
+def _opened(named: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of the Hub; a UserError that names the file if it is a pointer of Git LFS."""
+    for path in sorted(Path(named).glob("*")) if Path(named).is_dir() else []:
+        if path.name.startswith(("token", "vocab", "merges", "special_tokens", "added_tokens")) and path.is_file():
+            refuse_pointer(path)
+    try:
+        with refused_by(f"the tokenizer of {named}"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(named, trust_remote_code=False)
+    except Exception as error:
+        # The library tokenizers has no type for a file that it cannot read.
+        if type(error) is not Exception:
+            raise
+        raise UserError(f"the tokenizer of {named} cannot be used: {reason(error)}.") from error
+    return tokenizer
+
+
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer.json of a fast tokenizer, without padding and truncation.
 
@@ -106,21 +124,8 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def _trained_tokenizer(args: DataArguments, train: "Dataset | IterableDataset") -> str:
     """Folder of the cached tokenizer, which is trained first if it is not there."""
     recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
-    cache = cache_folder(args) / "hf_power_tokenizers"
-    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    if not folder.exists():
-        tokenizer = _train_bpe(_sample_text(train), args.vocab_size)
-        cache.mkdir(parents=True, exist_ok=True)
-        # It is written under another name first, so that a folder which is there is whole.
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            tokenizer.save_pretrained(os.path.join(temporary, "tokenizer"))
-            try:
-                os.rename(os.path.join(temporary, "tokenizer"), folder)
-            except OSError:
-                # Another process may have been first; then its tokenizer, which is the same, is taken.
-                if not folder.exists():
-                    raise
-    return str(folder)
+    folder = cache_folder(args) / TOKENIZER_CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    return str(made_once(folder, lambda made: _train_bpe(_sample_text(train), args.vocab_size).save_pretrained(made)))
 
 
 def _sample_text(train: "Dataset | IterableDataset") -> Iterator[str]:

@@ -212,7 +212,7 @@ def _check(batch_size: int, max_tokens: int | None, dtype: str | None, block_siz
 def _vocab_size(folder: Path, block_size: int) -> int:
     """How many tokens the model knows, if it also has positions for the blocks."""
     with refused_by(str(folder / "config.json")):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder).get_text_config()
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and block_size > longest:
         raise UserError(
@@ -229,9 +229,8 @@ def _held_out_text(folder: Path, data: DataArguments, max_tokens: int | None, vo
     if not list(folder.glob("tokenizer*")):
         raise UserError(f"{folder} has no tokenizer: save the model's tokenizer into it.")
     tokenizer = load_tokenizer(dataclasses.replace(data, tokenizer=str(folder)), None)
-    _, text = load_text(data)
-
-    packed = pack(text, tokenizer, block_size=data.block_size, num_proc=data.num_proc)
+    texts = load_text(data)
+    packed = pack(texts.held_out, tokenizer, block_size=data.block_size, num_proc=data.num_proc)
     if max_tokens is not None:
         blocks = spread_blocks(packed, max(1, max_tokens // data.block_size))
     else:
@@ -245,7 +244,9 @@ def _held_out_text(folder: Path, data: DataArguments, max_tokens: int | None, vo
         if ids.max() >= vocab_size:
             raise UserError(f"the text has the token {ids.max()}, but the model has {vocab_size}: mend its tokenizer.")
         digest.update(ids.astype("<i4").tobytes())
-    made = {"fingerprint": digest.hexdigest()[:16], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    made: Data = {"fingerprint": digest.hexdigest()[:16], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    if texts.counts.skipped and data.skip_bad_lines:
+        made["skipped_documents"] = texts.counts.skipped
     return Text(blocks, tokenizer, cast(Data, {**_data_record(data), **made, "block_size": data.block_size}))
 
 
@@ -270,7 +271,10 @@ def _public_name(dataset: str) -> str:
 
 
 def _load_model(folder: Path, dtype: str | None) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+    with refused_by(f"the model in {folder}"):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False
+        )
     # transformers' types know the model alone, and not what comes with it under output_loading_info.
     model, info = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
     if info["missing_keys"]:

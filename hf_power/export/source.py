@@ -4,16 +4,15 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 import safetensors
 from transformers import PreTrainedConfig
 
-from hf_power.checkpoints.locate import find_model
-from hf_power.export.fold import INDEX, WEIGHTS, Reader, mup_name, plain_names
+from hf_power.checkpoints.locate import find_model, shards
+from hf_power.export.fold import WEIGHTS, Reader, mup_name, plain_names
 from hf_power.models import FAMILIES, MULTIPLIERS, Family, head_dim, kind_of, num_experts
-from hf_power.records.errors import NotFoundError, UserError, refused_by, shown
-from hf_power.records.files import read_object, read_record
+from hf_power.records.errors import NotFoundError, UserError, refused_by
+from hf_power.records.files import read_object
 from hf_power.records.results import EXPORT_FILE, Export
 from hf_power.records.schema import Json
 
@@ -134,14 +133,11 @@ def tensor_files(source: Source) -> dict[str, Path]:
     folder = source.folder
     # The files are opened, and the index is not believed: it may name tensors that are not there.
     files: dict[str, Path] = {}
-    for path in _weight_files(folder):
+    for path in shards(folder) or [folder / WEIGHTS]:
         if not path.is_file():
             raise NotFoundError(f"there is no {path}: pass the folder of a model that was saved as safetensors.")
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} cannot be read as safetensors: pass a folder that was saved whole.") from error
+        with safetensors.safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
     if not files:
         raise UserError(f"{folder} holds no tensors: pass a folder that was saved whole.")
     if source.config.tie_word_embeddings:
@@ -159,23 +155,6 @@ def tensor_files(source: Source) -> dict[str, Path]:
         if source.to.has_multipliers and missing:
             raise UserError(f"the tensor {missing} is missing in {folder}: pass a folder that was saved whole.")
     return files
-
-
-class _Index(TypedDict, total=False):
-    """The index of weights in several files: tensor -> file."""
-
-    weight_map: dict[str, str]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    index = read_record(folder / INDEX, _Index, schema=None, remedy="pass a folder that was saved whole")
-    shards = index.get("weight_map", {}).values()
-    # An index from elsewhere could otherwise name any file of this machine.
-    if beyond := next((shard for shard in shards if Path(shard).name != shard), None):
-        raise UserError(f"{folder / INDEX} names {shown(beyond)}, which is no file beside it: do not use the folder.")
-    return [folder / shard for shard in sorted(set(shards))]
 
 
 def stored_dtype(files: dict[str, Path], folder: Path, dtype: str | None) -> str:

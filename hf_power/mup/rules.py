@@ -140,14 +140,17 @@ def mup_init_(model: PreTrainedModel) -> PreTrainedModel:
         The model.
 
     Raises:
-        UserError: a model without ``config.mup``, or a tensor for which there is no rule.
+        UserError: a model without ``config.mup``, or a tensor for which there is no rule; then nothing is changed.
     """
     ibm, config = mup_record(model)["preset"] == "ibm", model.config
+    # Every rule is looked up first, so that a model with a tensor of no rule, such as an adapter's, stays as it is.
+    rules = [
+        (name, tensor, rule_of(name, tensor, config))
+        for name, tensor in model.named_parameters()
+        if tensor.requires_grad or role_of(name) is not None
+    ]
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if not tensor.requires_grad and role_of(name) is None:
-                continue
-            _, exponents, r = rule_of(name, tensor, config)
+        for name, tensor, (_, exponents, r) in rules:
             if exponents.std is None:
                 nn.init.constant_(tensor, 0.0 if name.endswith("bias") else 1.0)
                 continue

@@ -121,7 +121,7 @@ def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, cha
     # The first process fills the cache, from which the others then read.
     with args.main_process_first(desc="data"):
         data = run_data(start, record.run)
-    record.update(replace(record.run, data=data.about))
+    record.update(replace(record.run, data=data.packed.about()))
     if start.before and (other := other_data(start.settings, record.run, start.before)):
         changed = [*changed, other]
     record.update(replace(record.run, changes=[*record.run.changes, *changed]))
@@ -139,6 +139,8 @@ def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, cha
     for callback in (stop, seals, *([guard] if guard else [])):
         trainer.add_callback(callback)
     _train(trainer, record, stop, resume)
+    # A stream has read more by now, and may have skipped some of it.
+    record.update(replace(record.run, data=data.packed.about()))
     _finish(trainer, record)
     if guard:
         guard.finish()
@@ -190,7 +192,7 @@ def _trainer(
         model=model,
         args=args,
         train_dataset=data.train,
-        eval_dataset=data.held_out,
+        eval_dataset=data.packed.held_out,
         processing_class=data.tokenizer,
         data_collator=collate_blocks,
         optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_power.data.order import Block, BlockStream, stream_blocks
-from hf_power.data.packing import pack_both
+from hf_power.data.order import BlockStream, stream_blocks
+from hf_power.data.packing import PackedText, pack_both
 from hf_power.data.text import load_text
 from hf_power.data.tokenizer import check_token_ids, load_tokenizer, tokenizer_fingerprint
 from hf_power.pretrain.resume import TOKENIZER, changes, is_of, other_machine, vocab_size_of
 from hf_power.recipe import Recipe
 from hf_power.records.errors import UserError
 from hf_power.records.machine import hardware, versions
-from hf_power.records.run import Change, Data, Run
+from hf_power.records.run import Change, Run
 from hf_power.schedule import Schedule
 from hf_power.scheduler import Progress, plan_schedule
 from hf_power.settings.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import IterableDataset
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,11 @@ def _preview(settings: Settings, run: Run) -> Schedule | None:
 
 @dataclass(frozen=True)
 class RunData:
-    """The data of a run, and what its record says of them."""
+    """The data of a run: all of them, and the training blocks in their order from where the run goes on."""
 
     train: "BlockStream | IterableDataset"
-    held_out: "Dataset | list[Block]"
     tokenizer: PreTrainedTokenizerBase
-    about: Data
+    packed: PackedText
 
 
 def run_data(start: Start, run: Run) -> RunData:
@@ -193,25 +192,34 @@ def run_data(start: Start, run: Run) -> RunData:
     from datasets import IterableDataset
 
     settings = start.settings
+    _refuse_uncounted(settings)
     tokenizer = _known_tokenizer(start)
     if tokenizer is not None:
         # What it does not fit to is said before the data are touched.
         _check_tokenizer(start, tokenizer)
-    train_text, held_out_text = load_text(settings.data)
+    texts = load_text(settings.data)
     if tokenizer is None:
-        tokenizer = load_tokenizer(settings.data, train_text)
+        tokenizer = load_tokenizer(settings.data, texts.train)
         _check_tokenizer(start, tokenizer)
-    packed = pack_both(settings.data, tokenizer, train_text, held_out_text, settings.run.max_eval_tokens)
-    about, block, seed = packed.about(), packed.block_size, settings.training.seed
+    packed = pack_both(settings.data, tokenizer, texts, settings.run.max_eval_tokens)
+    block, seed = packed.block_size, settings.training.seed
     # The blocks that the run has read are left out of their seeded order.
     first = run.tokens_seen // block
     if isinstance(packed.train, IterableDataset):
-        return RunData(stream_blocks(packed.train, seed=seed, start=first), packed.held_out, tokenizer, about)
-    about["train_tokens"] = len(packed.train) * block
+        return RunData(stream_blocks(packed.train, seed=seed, start=first), tokenizer, packed)
     # A run that has only to finish reads no block, but its loader refuses to be empty.
     steps = max(1, settings.training.max_steps - run.steps)
     stop = first + steps * run.tokens_per_step // block
-    return RunData(BlockStream(packed.train, seed=seed, start=first, stop=stop), packed.held_out, tokenizer, about)
+    return RunData(BlockStream(packed.train, seed=seed, start=first, stop=stop), tokenizer, packed)
+
+
+def _refuse_uncounted(settings: Settings) -> None:
+    """Raise a UserError where lines would be skipped in processes that cannot tell this one how many they were."""
+    if settings.data.streaming and settings.data.skip_bad_lines and settings.training.dataloader_num_workers:
+        raise UserError(
+            f"skip_bad_lines={settings.data.skip_bad_lines} of a stream is counted in one process, got "
+            f"dataloader_num_workers={settings.training.dataloader_num_workers}: set it to 0, or streaming to false."
+        )
 
 
 def _known_tokenizer(start: Start) -> PreTrainedTokenizerBase | None:

@@ -12,6 +12,7 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from hf_power.checkpoints.locate import check_weights
 from hf_power.checkpoints.seal import problems
 from hf_power.publish.card import check_license, make_card
 from hf_power.publish.publisher import Publisher, PushOptions, staged_in, warn
@@ -123,6 +124,7 @@ def _check(folder: Path, may_lack_weights: bool) -> str:
         raise UserError(
             f"{folder} has no finished model: go on with its training, or publish one of its checkpoint folders."
         )
+    check_weights(folder)
     return known.lineage
 
 

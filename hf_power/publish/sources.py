@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from hf_power.checkpoints.locate import weights_sha256
 from hf_power.checkpoints.seal import MANIFEST, seal, sealed
-from hf_power.data.text import LOADERS
+from hf_power.data.files import kind_of
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.records.errors import NotFoundError, UserError
@@ -65,7 +65,7 @@ def is_local_path(text: str) -> bool:
     if "://" in text and not text.startswith("file:"):
         return False
     # The name of a file or a glob says where it lies even without a slash.
-    is_data = PurePosixPath(text).suffix in LOADERS or glob.has_magic(text)
+    is_data = kind_of(PurePosixPath(text)) is not None or glob.has_magic(text)
     return bool(_PATH.match(text)) or text.count("/") > 1 or is_data
 
 

@@ -47,8 +47,12 @@ def refused_by(what: str) -> Iterator[None]:
     except UserError:
         raise
     except (*_REFUSALS, *_MISSING, StrictDataclassError) as error:
-        why = re.split(r"[.!?]\s+(?=[A-Z])", one_line(str(error)))[0][:300].rstrip(".") or type(error).__name__
-        raise UserError(f"{what} cannot be used: {why}.") from error
+        raise UserError(f"{what} cannot be used: {reason(error)}.") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of what a library says, without its full stop, at most 300 characters of it."""
+    return re.split(r"[.!?]\s+(?=[A-Z])", one_line(str(error)))[0][:300].rstrip(".") or type(error).__name__
 
 
 def shown(value: object) -> str:

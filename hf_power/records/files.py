@@ -20,6 +20,8 @@ REMEDY = "write it with this version of hf_power"
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 LOCK = ".lock"  # Of the run that trains in a folder.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 _HELD: set[Path] = set()  # The locks that this process holds.
 
 
@@ -138,6 +140,13 @@ class Record:
     def save(self, folder: Path) -> None:
         """Write the file into a folder, whole or not at all."""
         write_json(folder / self.FILE, self.to_json())
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise a UserError for a file that Git LFS has not downloaded, in whose place lies a small text that names it."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS and not the file itself: run git lfs pull in its folder.")
 
 
 def free_bytes(path: Path) -> int:

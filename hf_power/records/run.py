@@ -10,7 +10,11 @@ SCHEMA = 1  # of every record; a file of another one is refused
 
 
 class Data(TypedDict, total=False):
-    """What text a run was trained or scored on, as its record says it."""
+    """What text a run was trained or scored on, as its record says it.
+
+    All documents are the empty, the skipped (those that could not be read), the training and the held-out ones, unless
+    split or eval_split are slices. A stream has the number of those that it has skipped so far.
+    """
 
     dataset: str | None
     config_name: str | None
@@ -21,6 +25,11 @@ class Data(TypedDict, total=False):
     tokenizer: str | None
     held_out_tokens: Count | None
     train_tokens: Count | None
+    documents: Count | None
+    empty_documents: Count | None
+    skipped_documents: Count | None
+    train_documents: Count | None
+    held_out_documents: Count | None
     block_size: Count | None
 
 

@@ -61,10 +61,10 @@ class Bench:
 def prepare(grid: Grid, folder: str | os.PathLike[str]) -> Bench:
     """Load the data of a grid."""
     base = grid.settings
-    train_text, held_out_text = load_text(base.data)
-    tokenizer = load_tokenizer(base.data, train_text)
+    texts = load_text(base.data)
+    tokenizer = load_tokenizer(base.data, texts.train)
     base.model_config_for(tokenizer)  # An id without an embedding is refused before the text is tokenized.
-    packed = pack_both(base.data, tokenizer, train_text, held_out_text, base.run.max_eval_tokens)
+    packed = pack_both(base.data, tokenizer, texts, base.run.max_eval_tokens)
     blocks = cast("Dataset", packed.train)  # A grid cannot ask for a stream.
     data = SweepData(tokenizer, blocks, packed.held_out, packed.about())
     return Bench(grid, Path(folder), data, base.training.device)

@@ -206,7 +206,7 @@ def test_held_out_loss_counts_each_block_once(base, two):
     """20 blocks do not fill batches of 8 on two processes; the stock loop is wrong by 0.007 nats there."""
     data = settings_of(base).data
     tokenizer = AutoTokenizer.from_pretrained(two)
-    held_out = pack_both(data, tokenizer, *load_text(data), 640).held_out
+    held_out = pack_both(data, tokenizer, load_text(data), 640).held_out
     assert len(held_out) == 20
     model = AutoModelForCausalLM.from_pretrained(two)
     blocks = [collate_blocks([held_out[i]]) for i in range(len(held_out))]
