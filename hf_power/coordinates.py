@@ -11,8 +11,8 @@ init has no exponent, so a check at 0.02 holds for the model that is trained at 
 """
 
 import copy
+import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,23 +24,27 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_power.compat import logits_first
-from hf_power.mup.config import mup_config, scale_width
-from hf_power.mup.rules import mup_init_, mup_param_groups, new_model
+from hf_power.models import PLAIN_FAMILIES, head_dim
+from hf_power.mup.config import mup_config
+from hf_power.mup.controls import CONTROLS, Control
+from hf_power.mup.init import blocks_of, mup_init_, new_model, set_initializer_range
+from hf_power.mup.optimizer import mup_param_groups
+from hf_power.mup.roles import final_gain_of
+from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError
 
 MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
 MIN_WIDTHS = 4
 MAX_STEPS = 10
 
-# The last part of a submodule's name, and what the table calls it.
+# What the table calls the parts of a block that families name in different ways; others keep their own name.
 _LABELS = {
-    "embed_tokens": "embedding",
-    "self_attn": "attention",
-    "mlp": "mlp",
-    "router": "router",
-    "block_sparse_moe": "moe",
-    "norm": "final norm",
+    **dict.fromkeys(("self_attn", "attn", "attention", "self_attention"), "attention"),
+    **dict.fromkeys(("mlp", "feed_forward"), "mlp"),
+    **dict.fromkeys(("block_sparse_moe", "moe"), "moe"),
 }
+_ROUTERS = ("router", "gate")
+FORMS = ("multiplier", "plain")
 
 
 class Change(TypedDict):
@@ -129,22 +133,26 @@ def coord_check(
     seq_len: int = 16,
     device: str | torch.device = "cpu",
     bf16: bool = False,
+    form: str | None = None,
+    fixed: Sequence[str] = (),
+    control: str | None = None,
     init: Callable[[PreTrainedModel], object] = mup_init_,
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
 ) -> CoordCheck:
     """Train the model at several widths for a few steps and measure how its outputs change.
 
-    At each width: ``mup_config(scale_width(config, width))``, ``init``, then ``steps`` steps of AdamW (betas 0.9, 0.95) on
-    one fixed batch of random tokens, without dropout. The change after step t is ``sqrt(mean((output_t - output_0)**2))``
-    of the embedding, each layer's attention, router and MLP or MoE (before the residual multiplier), the final norm and
-    the logits. It shows errors in init, learning rates and multipliers; one in weight decay needs hundreds of steps to
-    show. The caller's random numbers are left alone.
+    At each width: the model of ``scale_width(config, width)`` under muP, ``init``, then ``steps`` steps of AdamW (betas
+    0.9, 0.95) on one fixed batch of random tokens, without dropout. The change after step t is
+    ``sqrt(mean((output_t - output_0)**2))`` of what enters the first block, of each block's attention, router and MLP or MoE
+    (before the residual multiplier), of the final norm (over the multiplier in its gain) and of the logits. It shows
+    errors in init, learning rates and multipliers; one in weight decay needs hundreds of steps to show. The caller's random
+    numbers are left alone.
 
     Args:
-        config: LlamaConfig or MixtralConfig at any width; 2 layers are enough.
+        config: of any causal LM at any width; 2 layers are enough.
         widths: values of hidden_size, at least MIN_WIDTHS different ones.
-        base_width: as in `mup_config`; None for the smallest width. A smaller one makes errors harder to see.
+        base_width: where muP changes nothing; None for the smallest width. A smaller one makes errors harder to see.
         vocab_size, initializer_range: replace the config's (>= 2) and the preset's; small ones are nearer to the limit.
         steps: optimizer steps, from 1 to MAX_STEPS.
         lr, weight_decay: AdamW's at base width; lr of a tenth of initializer_range moves weights but stays near linear.
@@ -152,22 +160,69 @@ def coord_check(
         batch_size, seq_len: shape of the batch, in sequences and tokens.
         device: where the models are trained; the CPU draws their weights and batches, so that they are the same.
         bf16: forward passes under bf16 autocast, as in training; the weights stay fp32.
-        init, param_groups: called as `mup_init_` and `mup_param_groups` are.
+        form: "multiplier" (`mup_config`) or "plain" (`mup_init_` with a base); None for the multiplier form where
+            there is one, of Llama and Mixtral.
+        fixed: sizes that do not grow with the width, e.g. ("num_attention_heads", "num_key_value_heads"); base_width is
+            then the smallest width.
+        control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
+        init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
         **mup_kwargs: more arguments of `mup_config` (preset and so on).
 
     Raises:
-        UserError: a number out of range, no seeds, or a model that `scale_width` or `mup_config` refuses.
+        UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
     """
     widths = sorted(set(widths))
     _check_numbers(widths, steps, seeds, vocab_size)
+    chosen = _control(control)
+    if chosen is not None:
+        init, param_groups = chosen.init or init, chosen.groups
+    form = _form(config, form, chosen, mup_kwargs)
+    if fixed and base_width not in (None, widths[0]):
+        raise UserError(f"base_width must be the smallest width {widths[0]} where sizes are fixed, got {base_width}.")
     small = copy.deepcopy(config)
     # A padding token would have to lie inside of the small vocabulary.
     small.vocab_size, small.pad_token_id = vocab_size, None
-    mup_kwargs |= {"base_width": base_width or widths[0], "initializer_range": initializer_range}
+    set_initializer_range(small, initializer_range)
     # All configs come first, so that a width that is refused costs no training.
-    configs = [mup_config(scale_width(small, width), **mup_kwargs) for width in widths]
-    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, init, param_groups)
+    configs = [scale_width(small, width, fixed=fixed) for width in widths]
+    base = base_width or widths[0]
+    if form == "multiplier":
+        numbers = {"base_width": base, "initializer_range": initializer_range, **_fixed_bases(configs[0], fixed)}
+        configs = [mup_config(each, **mup_kwargs | numbers) for each in configs]
+        make: Callable[[PreTrainedModel], object] = mup_init_
+    elif fixed:
+        make = functools.partial(mup_init_, base_config=configs[0])
+    else:
+        make = functools.partial(mup_init_, base_width=base)
+    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, make, init, param_groups)
     return CoordCheck([row for ready in configs for row in trial.rows(ready, seeds)])
+
+
+def _control(name: str | None) -> Control | None:
+    if name is not None and name not in CONTROLS:
+        raise UserError(f"control must be one of {', '.join(CONTROLS)}, got {name!r}.")
+    return None if name is None else CONTROLS[name]
+
+
+def _form(config: PreTrainedConfig, form: str | None, control: Control | None, mup_kwargs: dict[str, Any]) -> str:
+    """The form of muP to check; standard parameterization is that of the stock model, and so of the plain form."""
+    if form not in (None, *FORMS):
+        raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
+    has_multipliers = config.model_type in PLAIN_FAMILIES and not (control is not None and control.is_standard)
+    form = form or ("multiplier" if has_multipliers else "plain")
+    if form == "plain" and mup_kwargs and control is None:
+        raise UserError(f"{', '.join(mup_kwargs)} belongs to mup_config, and the plain form of muP has no such number.")
+    return form
+
+
+def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, int]:
+    """The arguments of `mup_config` that say which sizes do not grow."""
+    bases = {}
+    if "num_attention_heads" in fixed:
+        bases["base_attention_width"] = smallest.num_attention_heads * head_dim(smallest)
+    if "intermediate_size" in fixed:
+        bases["base_intermediate_size"] = smallest.intermediate_size
+    return bases
 
 
 def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> None:
@@ -191,6 +246,7 @@ class _Trial:
     batch_shape: tuple[int, int]
     device: torch.device
     bf16: bool
+    make: Callable[[PreTrainedModel], object]
     init: Callable[[PreTrainedModel], object]
     param_groups: Callable[..., list[dict[str, Any]]]
 
@@ -202,7 +258,9 @@ class _Trial:
                 torch.default_generator.manual_seed(seed)
                 tokens = torch.randint(config.vocab_size, self.batch_shape)
                 model = new_model(config, dtype=torch.float32)
-                self.init(model)
+                self.make(model)
+                if self.init is not mup_init_:
+                    self.init(model)
                 runs.append(self._changes(model.train(False).to(self.device), tokens.to(self.device)))
         for module, step in runs[0]:
             change = fmean(run[module, step] for run in runs)
@@ -232,20 +290,32 @@ class _Trial:
 
 
 def _watched(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What the modules of _LABELS put out in the latest forward pass."""
+    """What enters the first block, and what its parts, those of the others, and the final norm put out, in the latest pass."""
     outputs: dict[str, torch.Tensor] = {}
-    labels: dict[nn.Module, str] = {}
 
-    def hook(module: nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        # Attention and the router return tuples that begin with their output.
-        first = logits_first(output)[0] if isinstance(output, tuple) else output
-        outputs[labels[module]] = first.detach().float()
+    def keep(label: str, scale: float = 1.0) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            # Attention and the router return tuples that begin with their output.
+            first = logits_first(output)[0] if isinstance(output, tuple) else output
+            outputs[label] = first.detach().float() / scale
 
-    for name, module in model.named_modules():
-        if (label := _LABELS.get(name.rsplit(".", 1)[-1])) is not None:
-            layer = re.search(r"layers\.(\d+)\.", name)
-            labels[module] = f"layer {layer[1]} {label}" if layer else label
-            module.register_forward_hook(hook)
+        return hook
+
+    def entering(_module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        outputs["embedding"] = (args[0] if args else kwargs["hidden_states"]).detach().float()
+
+    blocks = blocks_of(model)
+    blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
+    for i, block in enumerate(blocks):
+        for name, part in block.named_children():
+            if any(tensor.ndim > 1 for tensor in part.parameters()):
+                part.register_forward_hook(keep(f"layer {i} {_LABELS.get(name, name)}"))
+            for inner, module in part.named_modules():
+                if inner.rsplit(".", 1)[-1] in _ROUTERS:
+                    module.register_forward_hook(keep(f"layer {i} router"))
+    final, scale = final_gain_of(model)
+    if final is not None:
+        model.get_submodule(final).register_forward_hook(keep("final norm", scale))
     return outputs
 
 

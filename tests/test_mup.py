@@ -22,8 +22,10 @@ from transformers import (
 )
 
 from hf_power.models import PLAIN_FAMILIES
-from hf_power.mup.config import PRESETS, mup_config, scale_width
-from hf_power.mup.rules import MupAdamW, mup_init_, mup_param_groups
+from hf_power.mup.config import PRESETS, mup_config
+from hf_power.mup.init import mup_init_
+from hf_power.mup.optimizer import MupAdamW, mup_param_groups
+from hf_power.mup.scale import scale_width
 
 BASE = 16  # base width; head size 4 throughout
 

@@ -114,6 +114,7 @@ class MupArguments:
     mup: bool = field(default=True, metadata={"help": "False: plain Llama/Mixtral with one learning rate."})
     base_width: int = field(default=256, metadata={"help": "hidden_size at which muP changes nothing."})
     base_intermediate_size: int | None = field(default=None, metadata={"help": "MLP width at base_width."})
+    base_attention_width: int | None = field(default=None, metadata={"help": "Heads x head size at base_width."})
     base_head_dim: int | None = field(default=None, metadata={"help": "Head size at which logits have Llama's scale."})
     base_num_layers: int | None = field(default=None, metadata={"help": "Depth of the proxies (CompleteP)."})
     preset: str = field(default="paper", metadata={"help": "paper, ibm or power_of_two."})

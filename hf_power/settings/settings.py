@@ -20,7 +20,7 @@ from transformers import (
 from hf_power.compat import CHECKPOINTING, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.mup.config import mup_config
-from hf_power.mup.rules import mup_init_, new_model
+from hf_power.mup.init import mup_init_, new_model
 from hf_power.recipe import Recipe
 from hf_power.records.errors import UserError, refused_by
 from hf_power.scheduler import PowerLR
