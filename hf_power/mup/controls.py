@@ -45,7 +45,7 @@ def standard_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 
 
 
 def embedding_rate_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
-    """muP's rate for the embedding, lr, and for all else the one rate lr / m, with m = hidden_size / base_width.
+    """MuP's rate for the embedding, lr, and for all else the one rate lr / m, with m = hidden_size / base_width.
 
     The one rate of standard parameterization falls with the width because of its hidden matrices, and muP's embedding does
     not follow it; Kalra and Barkeshli (arXiv:2605.21486) say that most of muP's gain under AdamW is that.
@@ -93,7 +93,7 @@ def hidden_size_for_all(model: PreTrainedModel, *, lr: float, weight_decay: floa
 def _with_rate(
     model: PreTrainedModel, lr: float, weight_decay: float, what: str, factor: Callable[[str, Factors], float]
 ) -> Groups:
-    """muP's groups with the rates of some tensors multiplied."""
+    """MuP's groups with the rates of some tensors multiplied."""
     found, names = factors_of(model), {id(tensor): name for name, tensor in model.named_parameters()}
     groups, changed = [], False
     for group in mup_param_groups(model, lr=lr, weight_decay=weight_decay):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_power.models import kind_of
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
 from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
+from hf_power.mup.scale import head_size
 from hf_power.records.errors import UserError, refused_by
-
 
 _STD_NAMES = ("initializer_range", "init_std", "initializer_std")
 
@@ -62,7 +62,9 @@ def mup_init_(
     given = base_width is not None or base_config is not None
     if mup_record(model) is not None:
         if given:
-            raise UserError("this model's config has been through mup_config, which has set the base: leave it out here.")
+            raise UserError(
+                "this model's config has been through mup_config, which has set the base: leave it out here."
+            )
         _init_multiplier_form_(model)
     else:
         if given or not hasattr(model.config, RECORD):
@@ -116,9 +118,7 @@ def set_initializer_range(config: PreTrainedConfig, value: float) -> None:
     setattr(config, next((name for name in _STD_NAMES if hasattr(config, name)), _STD_NAMES[0]), value)
 
 
-def _new_record(
-    model: PreTrainedModel, base_width: int | None, base_config: PreTrainedConfig | None
-) -> PlainRecord:
+def _new_record(model: PreTrainedModel, base_width: int | None, base_config: PreTrainedConfig | None) -> PlainRecord:
     """Check that there is a rule for all of a model, and find out what the rules depend on; nothing is changed."""
     if (base_width is None) == (base_config is None):
         raise UserError(
@@ -153,7 +153,9 @@ def _new_record(
 def _base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, object]:
     """The values of the base that differ from the model's own, which have to be sizes."""
     if type(base) is not type(config):
-        raise UserError(f"base_config must be a {type(config).__name__}, as the model's own is, got {type(base).__name__}.")
+        raise UserError(
+            f"base_config must be a {type(config).__name__}, as the model's own is, got {type(base).__name__}."
+        )
     own, others = config.to_dict(), base.to_dict()
     skipped = (RECORD, "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
     differing = {name: value for name, value in others.items() if own.get(name) != value and name not in skipped}
@@ -175,14 +177,6 @@ def _base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, o
             "the head size, so change the number of heads."
         )
     return differing
-
-
-def head_size(config: PreTrainedConfig) -> float | None:
-    """Features of an attention head; None where the config does not tell."""
-    explicit, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
-    if explicit is not None or not isinstance(heads, int):
-        return explicit
-    return float(config.hidden_size / heads)
 
 
 class _Probe:

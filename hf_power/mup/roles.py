@@ -115,6 +115,10 @@ def roles_of(model: PreTrainedModel, widths: Widths) -> dict[str, Role]:
         UserError: a tensor that cannot be classified, by its name and shape.
     """
     modules = {clean(name): module for name, module in model.named_modules()}
+    for name, tensor in model.named_parameters():
+        owner = modules[clean(name).rpartition(".")[0]]
+        if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) or name.rpartition(".")[2] in _RECURRENT:
+            raise _unknown(name, tensor, "there is none for state-space, recurrent and convolution layers")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found = {}
     for name, tensor in model.named_parameters():
@@ -124,8 +128,6 @@ def roles_of(model: PreTrainedModel, widths: Widths) -> dict[str, Role]:
             raise _unknown(name, tensor, "the class of the model does not make it: freeze it, or leave it out")
         owner, leaf = modules[clean(name).rpartition(".")[0]], name.rpartition(".")[2]
         ratios = widths.ratios(clean(name), tensor)
-        if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) or leaf in _RECURRENT:
-            raise _unknown(name, tensor, "there is none for state-space, recurrent and convolution layers")
         if tensor is embedding.weight or isinstance(owner, nn.Embedding):
             found[name] = _embedding(name, tensor, ratios)
         elif "bias" in leaf or tensor.ndim < 2:
@@ -159,13 +161,15 @@ def _matrix(
     into, out = ratios[incoming], ratios[outgoing]
     if not into and not out:
         return Role("constant matrix")
-    if into and not out:
-        if tensor.shape[outgoing] not in num_outputs_of_routers(config) and not widths.is_base:
-            raise _unknown(name, tensor, f"its output size {tensor.shape[outgoing]} does not grow with the width")
+    if into and not out and tensor.shape[outgoing] in num_outputs_of_routers(config):
         return Role("router", into)
+    if into and not out and not widths.is_base:
+        raise _unknown(name, tensor, f"its output size {tensor.shape[outgoing]} does not grow with the width")
     if tensor.ndim == 2 and not is_known and (into or not out):
         raise _unknown(name, tensor, "it belongs to no linear layer, so that nothing tells its fan-in")
-    # A matrix of which the output alone grows has the rule of hidden ones with r = 1.
+    # A matrix of which the output alone grows has the rule of hidden ones with r = 1. One into an attention of fixed width
+    # would be an output by the letter of Yang et al., with an init of s / r, but its block's changes then fall with the
+    # width as m**-0.5, and as m**-0.1 with that of hidden matrices.
     return Role("hidden", _near(into or 1.0, widths.m))
 
 
@@ -174,7 +178,9 @@ def _near(r: float, m: float) -> float:
     return m if math.isclose(r, m) else r
 
 
-def _is_transposed(owner: nn.Module, tensor: torch.Tensor, config: PreTrainedConfig, ratios: list[float | None]) -> bool:
+def _is_transposed(
+    owner: nn.Module, tensor: torch.Tensor, config: PreTrainedConfig, ratios: list[float | None]
+) -> bool:
     """Whether a matrix is stored as (in, out)."""
     if isinstance(owner, Conv1D):
         return True

@@ -15,7 +15,7 @@ _MLPS = ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidd
 _MLPS += ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size")
 _MLPS += ("moe_shared_expert_intermediate_size", "intermediate_size_mlp", "dense_intermediate_size")
 _MLPS += ("expert_ffn_hidden_size", "prefix_dense_intermediate_size", "mlp_intermediate_size")
-_RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "word_embed_proj_dim", "embedding_size", "rotary_emb_dim_scaled")
+_RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "word_embed_proj_dim")
 GROWING = ("hidden_size", *_HEADS, *_MLPS, *_RANKS)
 # The number of experts, which is the output of a router and never grows.
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -43,15 +43,21 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
     Raises:
         UserError: a size that would not be a whole number, or a name in `fixed` that is none of the config's sizes.
     """
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise UserError(
+            f"the config of {config.model_type} has no hidden_size, so that it cannot be scaled: if it is of several models, "
+            "take that of the text alone."
+        )
     factor = hidden_size / config.hidden_size
     scaled = copy.deepcopy(config)
     known = [name for part in _parts(config) for name in GROWING if getattr(part, name, None) is not None]
     for name in fixed:
         if name not in known:
             raise UserError(f"fixed names {name!r}, which is none of the sizes of this config: use {', '.join(known)}.")
-    if hasattr(scaled, "head_dim"):
+    keeps_heads = hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property)
+    if keeps_heads:
         scaled.head_dim = head_dim(config)
-    elif {"num_attention_heads"} & set(fixed):
+    elif "num_attention_heads" in fixed:
         raise UserError(
             f"num_attention_heads can only be fixed where the config has a head_dim, and that of {config.model_type} has "
             "none: its heads would grow with the width."
@@ -65,6 +71,14 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
     return scaled
 
 
+def head_size(config: PreTrainedConfig) -> float | None:
+    """Features of an attention head; None where the config does not tell."""
+    explicit, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    if explicit is not None or not isinstance(heads, int):
+        return explicit
+    return float(config.hidden_size / heads)
+
+
 def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A config and those that it holds, such as DBRX's of its MLP."""
     yield config
@@ -75,9 +89,10 @@ def _scaled(name: str, size: object, factor: float, config: PreTrainedConfig, hi
     if isinstance(size, list | tuple):
         return type(size)(_scaled(name, each, factor, config, hidden_size) for each in size)
     value = size * factor  # type: ignore[operator]
-    if value < 1 and size or value != int(value):
+    if (value < 1 and size) or value != int(value):
+        steps = f"steps of the head size {head_size(config):g}" if head_size(config) else "steps"
         raise UserError(
             f"{name} {size} of width {config.hidden_size} would become {value:g} at width {hidden_size}: choose widths in "
-            f"steps of the head size {head_dim(config)} that keep it whole."
+            f"{steps} that keep it whole."
         )
     return int(value)
