@@ -3,6 +3,12 @@
 The idea is Yang et al.'s (arXiv:2203.03466, appendix D.1), on changes of outputs instead of outputs: what a module puts
 out at initialization hides a learning rate that is wrong, what training adds to it does not.
 
+At each width, the model of ``scale_width(config, width)`` under muP takes a few steps of AdamW (betas 0.9, 0.95) on one
+fixed batch of random tokens, without dropout. The change after step t is ``sqrt(mean((output_t - output_0)**2))`` of
+what enters the first block, of each block's attention, router and MLP or MoE (before the residual multiplier), of the final
+norm (over the multiplier in its gain) and of the logits. It shows errors in init, learning rates and multipliers; one in weight
+decay needs hundreds of steps to show. The caller's random numbers are left alone.
+
 muP is a limit, and the defaults of `coord_check` are there to be near it at width 64. A vocabulary or a batch larger
 than the width adds overlaps between tokens, and a large init adds what the initial readout (lm_head, router) makes of
 its changed input; both die out as width**-0.5 and bend correct slopes downwards. With 256 tokens in vocabulary and batch
@@ -145,18 +151,11 @@ def coord_check(
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
 ) -> CoordCheck:
-    """Train the model at several widths for a few steps and measure how its outputs change.
-
-    At each width: the model of ``scale_width(config, width)`` under muP, ``init``, then ``steps`` steps of AdamW (betas
-    0.9, 0.95) on one fixed batch of random tokens, without dropout. The change after step t is
-    ``sqrt(mean((output_t - output_0)**2))`` of what enters the first block, of each block's attention, router and MLP or MoE
-    (before the residual multiplier), of the final norm (over the multiplier in its gain) and of the logits. It shows
-    errors in init, learning rates and multipliers; one in weight decay needs hundreds of steps to show. The caller's random
-    numbers are left alone.
+    """Train the model at several widths for a few steps and measure how its outputs change, as the module says.
 
     Args:
         config: of any causal LM at any width; 2 layers are enough.
-        widths: values of hidden_size, at least MIN_WIDTHS different ones.
+        widths: values of hidden_size, at least MIN_WIDTHS different ones, which `scale_width` can make.
         base_width: where muP changes nothing; None for the smallest width. A smaller one makes errors harder to see.
         vocab_size, initializer_range: replace the config's (>= 2) and the preset's; small ones are nearer to the limit.
         steps: optimizer steps, from 1 to MAX_STEPS.
@@ -165,10 +164,8 @@ def coord_check(
         batch_size, seq_len: shape of the batch, in sequences and tokens.
         device: where the models are trained; the CPU draws their weights and batches, so that they are the same.
         bf16: forward passes under bf16 autocast, as in training; the weights stay fp32.
-        form: "multiplier" (`mup_config`) or "plain" (`mup_init_` with a base); None for the multiplier form where
-            there is one, of Llama and Mixtral.
-        fixed: sizes that do not grow with the width, e.g. ("num_attention_heads", "num_key_value_heads"); base_width is
-            then the smallest width.
+        form: one of FORMS; None for "multiplier" where there is one (Llama, Mixtral), "plain" for all others.
+        fixed: sizes that do not grow, e.g. num_attention_heads and num_key_value_heads; needs base_width None.
         control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
         init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
         **mup_kwargs: more arguments of `mup_config` (preset and so on).
@@ -178,29 +175,14 @@ def coord_check(
     """
     widths = sorted(set(widths))
     _check_numbers(widths, steps, seeds, vocab_size)
-    chosen = _control(control)
-    if chosen is not None:
-        init, param_groups = chosen.init or init, chosen.groups
-    form = _form(config, form, chosen, mup_kwargs)
-    if fixed and base_width not in (None, widths[0]):
-        raise UserError(f"base_width must be the smallest width {widths[0]} where sizes are fixed, got {base_width}.")
-    small = copy.deepcopy(config)
-    # A padding token would have to lie inside of the small vocabulary.
-    small.vocab_size, small.pad_token_id = vocab_size, None
-    set_initializer_range(small, initializer_range)
-    # All configs come first, so that a width that is refused costs no training.
-    configs = [scale_width(small, width, fixed=fixed) for width in widths]
-    base = base_width or widths[0]
-    if form == "multiplier":
-        numbers = {"base_width": base, "initializer_range": initializer_range, **_fixed_bases(configs[0], fixed)}
-        configs = [mup_config(each, **mup_kwargs | numbers) for each in configs]
-        make: Callable[[PreTrainedModel], object] = mup_init_
-    elif fixed:
-        make = functools.partial(mup_init_, base_config=configs[0])
-    else:
-        make = functools.partial(mup_init_, base_width=base)
-    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, make, init, param_groups)
-    return CoordCheck([row for ready in configs for row in trial.rows(ready, seeds)])
+    wrong = _control(control)
+    init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
+    small = _small(config, vocab_size, initializer_range)
+    made = _models(small, widths, base_width, fixed, _form(small, form, wrong), mup_kwargs)
+    trial = _Trial(
+        steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
+    )
+    return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
 
 
 def _control(name: str | None) -> Control | None:
@@ -209,15 +191,43 @@ def _control(name: str | None) -> Control | None:
     return None if name is None else CONTROLS[name]
 
 
-def _form(config: PreTrainedConfig, form: str | None, control: Control | None, mup_kwargs: dict[str, Any]) -> str:
+def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
+    """The config with the numbers of the check."""
+    small = copy.deepcopy(config)
+    # A padding token would have to lie inside of the small vocabulary.
+    small.vocab_size, small.pad_token_id = vocab_size, None
+    set_initializer_range(small, initializer_range)
+    return small
+
+
+def _form(config: PreTrainedConfig, form: str | None, control: Control | None) -> str:
     """The form of muP to check; standard parameterization is that of the stock model, and so of the plain form."""
     if form not in (None, *FORMS):
         raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
-    has_multipliers = config.model_type in PLAIN_FAMILIES and not (control is not None and control.is_standard)
-    form = form or ("multiplier" if has_multipliers else "plain")
-    if form == "plain" and mup_kwargs and control is None:
-        raise UserError(f"{', '.join(mup_kwargs)} belongs to mup_config, and the plain form of muP has no such number.")
-    return form
+    if control is not None and control.is_standard:
+        return "plain"
+    return form or ("multiplier" if config.model_type in PLAIN_FAMILIES else "plain")
+
+
+def _models(
+    small: PreTrainedConfig,
+    widths: Sequence[int],
+    base_width: int | None,
+    fixed: Sequence[str],
+    form: str,
+    mup_kwargs: dict[str, Any],
+) -> tuple[list[PreTrainedConfig], Callable[[PreTrainedModel], object]]:
+    """The config of every width, so that one that is refused costs no training, and what brings its model under muP."""
+    base = base_width or widths[0]
+    if fixed and base != widths[0]:
+        raise UserError(f"base_width must be the smallest width {widths[0]} where sizes are fixed, got {base}.")
+    configs = [scale_width(small, width, fixed=fixed) for width in widths]
+    if form == "multiplier":
+        numbers = {"base_width": base, "initializer_range": small.initializer_range, **_fixed_bases(configs[0], fixed)}
+        return [mup_config(each, **mup_kwargs | numbers) for each in configs], mup_init_
+    if fixed:
+        return configs, functools.partial(mup_init_, base_config=configs[0])
+    return configs, functools.partial(mup_init_, base_width=base)
 
 
 def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Parameterizations that are wrong on purpose, or a baseline: what a coordinate check or a transfer sweep is held against."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_power.mup.init import initializer_range
+from hf_power.mup.init import initializer_range, mup_init_
 from hf_power.mup.optimizer import factors_of, mup_param_groups
 from hf_power.mup.roles import PlainRecord, is_tied
 from hf_power.mup.rules import RECORD, Factors, mup_record
@@ -82,6 +83,15 @@ def head_counted_twice(model: PreTrainedModel, *, lr: float, weight_decay: float
     return _with_rate(model, lr, weight_decay, "head", lambda each, own: 1 / m if each == name else 1.0)
 
 
+@torch.no_grad()
+def hidden_size_init_(model: PreTrainedModel) -> None:
+    """MuP's first weights, but with hidden_size's ratio m in the place of each hidden matrix's own fan-in ratio."""
+    mup_init_(model)
+    for name, own in factors_of(model).items():
+        if own.role == "hidden":
+            model.get_parameter(name).mul_(math.sqrt(own.r / width_ratio(model)))
+
+
 def hidden_size_for_all(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
     """muP, but hidden_size's ratio m in the place of each hidden matrix's own fan-in ratio."""
     m = width_ratio(model)
@@ -117,5 +127,5 @@ CONTROLS = {
     ),
     "experts_left_out": Control("the experts at the base rate", None, experts_left_out),
     "head_counted_twice": Control("the head's rate divided by m twice", None, head_counted_twice),
-    "hidden_size_for_all": Control("one ratio m for matrices of every fan-in", None, hidden_size_for_all),
+    "hidden_size_for_all": Control("one ratio m for matrices of every fan-in", hidden_size_init_, hidden_size_for_all),
 }
