@@ -173,7 +173,7 @@ def _base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, o
             )
     if head_size(config) != head_size(base):
         raise UserError(
-            f"base_config has heads of {head_size(base)} features where the model has {head_size(config)}: the plain form keeps "
+            f"base_config has heads of {head_size(base):g} features where the model has {head_size(config):g}: the plain form keeps "
             "the head size, so change the number of heads."
         )
     return differing
@@ -217,8 +217,18 @@ class _Probe:
         if not inputs:
             return None
         seen = inputs[-1]
-        alike = [name for name, output in outputs.items() if output.shape == seen.shape and torch.equal(output, seen)]
-        return alike[-1] if alike else None
+        same = {name: output for name, output in outputs.items() if output.shape == seen.shape}
+        alike = [name for name, output in same.items() if torch.equal(output, seen)]
+        if alike:
+            return alike[-1]
+        for name, output in same.items():
+            if torch.nn.functional.cosine_similarity(output.flatten(), seen.flatten(), dim=0) > 0.999:
+                ratio = float(seen.norm() / output.norm())
+                raise UserError(
+                    f"{type(self.model).__name__} multiplies what {name} puts out by {ratio:.3g} before its head, a scaling of "
+                    "its own, for which the plain form of muP has no rule."
+                )
+        return None
 
     def gain_offset(self, name: str) -> int:
         """1 where the gain of this module is 1 + weight, 0 where it is the weight."""
