@@ -26,36 +26,23 @@ from statistics import fmean, linear_regression
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_power.compat import logits_first
 from hf_power.models import PLAIN_FAMILIES, head_dim
 from hf_power.mup.config import mup_config
-from hf_power.mup.controls import CONTROLS, Control
-from hf_power.mup.init import blocks_of, mup_init_, new_model, set_initializer_range
-from hf_power.mup.optimizer import factors_of, mup_param_groups
-from hf_power.mup.roles import final_gain_of
+from hf_power.mup.controls import Control, control_of
+from hf_power.mup.init import mup_init_, new_model, set_initializer_range
+from hf_power.mup.optimizer import mup_param_groups
 from hf_power.mup.rules import mup_record
 from hf_power.mup.scale import scale_width
+from hf_power.mup.watch import quieten_readouts_, watched
 from hf_power.records.errors import UserError
 
 MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
 MIN_WIDTHS = 4
 MAX_STEPS = 10
 
-# What the table calls the parts of a block that families name in different ways; others keep their own name.
-_LABELS = {
-    **dict.fromkeys(("self_attn", "attn", "attention", "self_attention"), "attention"),
-    **dict.fromkeys(("mlp", "feed_forward"), "mlp"),
-    **dict.fromkeys(("block_sparse_moe", "moe"), "moe"),
-}
-_ROUTERS = ("router", "gate")
 FORMS = ("multiplier", "plain")
-# In the check of the plain form heads and routers begin at this part of their init. What the initial readout makes of its
-# changed input falls as width**-0.5, and without the multipliers that keep this input steady it is most of the change: correct
-# routers measure -0.5, with this -0.1, while a head whose rate is divided by m twice goes from -0.3 to -1.
-READOUT = 1 / 8
 
 
 class Change(TypedDict):
@@ -175,20 +162,14 @@ def coord_check(
     """
     widths = sorted(set(widths))
     _check_numbers(widths, steps, seeds, vocab_size)
-    wrong = _control(control)
+    wrong = control_of(control)
     init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
     small = _small(config, vocab_size, initializer_range)
-    made = _models(small, widths, base_width, fixed, _form(small, form, wrong), mup_kwargs)
+    made = _models(small, widths, base_width, fixed, _form(small, form, wrong, mup_kwargs), mup_kwargs)
     trial = _Trial(
         steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
     )
     return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
-
-
-def _control(name: str | None) -> Control | None:
-    if name is not None and name not in CONTROLS:
-        raise UserError(f"control must be one of {', '.join(CONTROLS)}, got {name!r}.")
-    return None if name is None else CONTROLS[name]
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
@@ -200,13 +181,18 @@ def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) 
     return small
 
 
-def _form(config: PreTrainedConfig, form: str | None, control: Control | None) -> str:
+def _form(config: PreTrainedConfig, form: str | None, control: Control | None, mup_kwargs: dict[str, Any]) -> str:
     """The form of muP to check; standard parameterization is that of the stock model, and so of the plain form."""
     if form not in (None, *FORMS):
         raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
     if control is not None and control.is_standard:
         return "plain"
-    return form or ("multiplier" if config.model_type in PLAIN_FAMILIES else "plain")
+    form = form or ("multiplier" if config.model_type in PLAIN_FAMILIES else "plain")
+    if form == "plain" and mup_kwargs:
+        raise UserError(
+            f"{', '.join(mup_kwargs)} belongs to mup_config, and the plain form of muP has none: leave it out."
+        )
+    return form
 
 
 def _models(
@@ -277,7 +263,7 @@ class _Trial:
                 if self.init is not mup_init_:
                     self.init(model)
                 if mup_record(model) is None:
-                    _quieten_readouts_(model)
+                    quieten_readouts_(model)
                 runs.append(self._changes(model.train(False).to(self.device), tokens.to(self.device)))
         for module, step in runs[0]:
             change = fmean(run[module, step] for run in runs)
@@ -287,14 +273,14 @@ class _Trial:
         """RMS change of every watched output after each step, by (module, step)."""
         groups = self.param_groups(model, lr=self.lr, weight_decay=self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
-        outputs = _watched(model)
+        outputs = watched(model)
         before: dict[str, torch.Tensor] = {}
         changes = {}
         for step in range(self.steps + 1):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
                 result = model(input_ids=tokens, labels=tokens, use_cache=False)
             # These come after logits_scaling, which lm_head's own output lacks.
-            outputs["logits"] = result.logits.detach().float()
+            outputs["logits"] = outputs.pop("tied logits", result.logits.detach().float())
             if step == 0:
                 before = dict(outputs)
             for module in before if step else ():
@@ -304,44 +290,6 @@ class _Trial:
                 result.loss.backward()
                 optimizer.step()
         return changes
-
-
-@torch.no_grad()
-def _quieten_readouts_(model: PreTrainedModel) -> None:
-    """Multiply routers and a head of its own by READOUT."""
-    for name, own in factors_of(model).items():
-        if own.role in ("head", "router"):
-            model.get_parameter(name).mul_(READOUT)
-
-
-def _watched(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What enters the first block, and what its parts, those of the others, and the final norm put out, in the latest pass."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(label: str, scale: float = 1.0) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-            # Attention and the router return tuples that begin with their output.
-            first = logits_first(output)[0] if isinstance(output, tuple) else output
-            outputs[label] = first.detach().float() / scale
-
-        return hook
-
-    def entering(_module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        outputs["embedding"] = (args[0] if args else kwargs["hidden_states"]).detach().float()
-
-    blocks = blocks_of(model)
-    blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
-    for i, block in enumerate(blocks):
-        for name, part in block.named_children():
-            if any(tensor.ndim > 1 for tensor in part.parameters()):
-                part.register_forward_hook(keep(f"layer {i} {_LABELS.get(name, name)}"))
-            for inner, module in part.named_modules():
-                if inner.rsplit(".", 1)[-1] in _ROUTERS:
-                    module.register_forward_hook(keep(f"layer {i} router"))
-    final, scale = final_gain_of(model)
-    if final is not None:
-        model.get_submodule(final).register_forward_hook(keep("final norm", scale))
-    return outputs
 
 
 def _slope(points: list[tuple[int, float]]) -> float:

@@ -41,7 +41,7 @@ FLAGS = {
     "export": "to output_dir dtype like",
     "card": "license repo",
     "publish": "repo license checkpoints private overwrite",
-    "coord-check": "widths picture base_width steps device bf16",
+    "coord-check": "widths picture base_width steps device bf16 form fixed control controls",
     "sweep": "output_dir dry_run workers",
     "fit": "output_dir schedule batch_exponent critical_batch columns block_size",
     "plan": """

@@ -37,7 +37,7 @@ def standard_init_(model: PreTrainedModel) -> None:
         if own.std is not None:
             nn.init.normal_(tensor, std=initializer_range(model.config))
         elif own.multiplier != 1.0 and not name.endswith("bias"):
-            nn.init.constant_(tensor, 1.0 - record["gain_offset"])
+            nn.init.constant_(tensor, record["gain"] - record["gain_offset"])
 
 
 def standard_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
@@ -117,9 +117,10 @@ def _with_rate(
     return groups
 
 
+BASELINE = "embedding_rate"  # It is a rival of muP, which need not fail.
 CONTROLS = {
     "standard": Control("standard parameterization", standard_init_, standard_groups, is_standard=True),
-    "embedding_rate": Control(
+    BASELINE: Control(
         "standard parameterization with muP's embedding rate only",
         standard_init_,
         embedding_rate_groups,
@@ -129,3 +130,10 @@ CONTROLS = {
     "head_counted_twice": Control("the head's rate divided by m twice", None, head_counted_twice),
     "hidden_size_for_all": Control("one ratio m for matrices of every fan-in", hidden_size_init_, hidden_size_for_all),
 }
+
+
+def control_of(name: str | None) -> Control | None:
+    """The control of a name; a UserError for one that is none."""
+    if name is not None and name not in CONTROLS:
+        raise UserError(f"control must be one of {', '.join(CONTROLS)}, got {name!r}.")
+    return None if name is None else CONTROLS[name]

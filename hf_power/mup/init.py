@@ -105,7 +105,8 @@ def _init_plain_form_(model: PreTrainedModel) -> None:
         if std is not None:
             nn.init.normal_(tensor, mean=0.0, std=scale / std)
         elif multiplier != 1.0:  # The final gain, or its bias.
-            nn.init.constant_(tensor, 0.0 if name.endswith("bias") else multiplier - record["gain_offset"])
+            value = multiplier * record["gain"] - record["gain_offset"]
+            nn.init.constant_(tensor, 0.0 if name.endswith("bias") else value)
 
 
 def initializer_range(config: PreTrainedConfig) -> float:
@@ -137,6 +138,10 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
             f"{type(model).__name__} is tied and has no final gain, into which muP's 1 / m of the logits could be folded: "
             "set tie_word_embeddings to False."
         )
+    before = cast("PlainRecord | None", getattr(model.config, RECORD, None))
+    offset, gain = probe.gain(final_gain) if final_gain else (0, 1.0)
+    # The weights of a model that is under muP already have its 1 / m in them.
+    gain = gain if before is None else before["gain"]
     base: dict[str, object] = {"base_width": base_width} if sizes is None else {"base_sizes": sizes}
     return cast(
         "PlainRecord",
@@ -144,7 +149,8 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
             "version": VERSION,
             **base,
             "final_gain": final_gain,
-            "gain_offset": probe.gain_offset(final_gain) if final_gain else 0,
+            "gain_offset": offset,
+            "gain": gain,
             "scaled_embeddings": probe.scales_embeddings(),
         },
     )
@@ -230,14 +236,18 @@ class _Probe:
                 )
         return None
 
-    def gain_offset(self, name: str) -> int:
-        """1 where the gain of this module is 1 + weight, 0 where it is the weight."""
+    def gain(self, name: str) -> tuple[int, float]:
+        """The offset, 1 where the gain of this module is 1 + weight and 0 where it is the weight, and the gain itself.
+
+        A gain that differs between features has been trained, and begins at 1 again.
+        """
         module = self.model.get_submodule(name)
         weight = cast("torch.Tensor", module.weight)
         probe = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)[None, None]
         zeros = {key: torch.zeros_like(value) for key, value in module.named_parameters()}
         with self._quiet():
-            return int(bool(functional_call(module, zeros, (probe,)).ne(0).any()))
+            offset = int(bool(functional_call(module, zeros, (probe,)).ne(0).any()))
+        return offset, weight[0].item() + offset if bool((weight == weight[0]).all()) else 1.0
 
     def scales_embeddings(self) -> bool:
         """Whether what enters the first block is the embedding times sqrt(hidden_size)."""

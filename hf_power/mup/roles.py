@@ -29,7 +29,8 @@ class PlainRecord(TypedDict):
     """What `mup_init_` writes into the model's config under RECORD.
 
     version: of the rules. base_width, or base_sizes: the values of the base config that differ from the model's.
-    final_gain: name of the module before the head, None for none. gain_offset: 1 where the gain is 1 + weight.
+    final_gain: name of the module before the head, None for none. gain_offset: 1 where the gain is 1 + weight. gain: its
+    first value at base width, which is 2 in Nemotron's class.
     scaled_embeddings: whether the model multiplies embeddings by sqrt(hidden_size).
     """
 
@@ -38,6 +39,7 @@ class PlainRecord(TypedDict):
     base_sizes: NotRequired[dict[str, object]]
     final_gain: str | None
     gain_offset: int
+    gain: float
     scaled_embeddings: bool
 
 

@@ -58,7 +58,9 @@ def _sizes(config: PreTrainedConfig) -> dict[str, object]:
     sizes: dict[str, object] = {"hidden_size": WIDTH}
     heads = getattr(config, "num_attention_heads", None)
     own = {name: getattr(config, name, None) for name in (*HEADS, *MLPS, *RANKS, *NUM_EXPERTS, *_ACTIVE, *_GROUPS)}
-    given = {name: value for name, value in own.items() if isinstance(value, int) and not isinstance(value, bool) and value}
+    given = {
+        name: value for name, value in own.items() if isinstance(value, int) and not isinstance(value, bool) and value
+    }
     for name, value in given.items():
         if name in HEADS:
             share = value / heads if isinstance(heads, int) else 1.0

@@ -8,7 +8,6 @@ import torch
 from sentences import refused
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
