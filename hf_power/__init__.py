@@ -12,18 +12,19 @@ if TYPE_CHECKING:
     from hf_power.checkpoints.callback import SealCheckpoints
     from hf_power.coordinates import coord_check
     from hf_power.mup.config import mup_config
-    from hf_power.mup.rules import MupAdamW, mup_init_, mup_param_groups
+    from hf_power.mup.init import mup_init_
+    from hf_power.mup.optimizer import MupAdamW, mup_param_groups
     from hf_power.recipe import Recipe
 
 # Whoever imports hf_power for its schedule pays for nothing else: the other public names are loaded when they are asked for.
 _WHERE = {
-    "MupAdamW": "mup.rules",
+    "MupAdamW": "mup.optimizer",
     "Recipe": "recipe",
     "SealCheckpoints": "checkpoints.callback",
     "coord_check": "coordinates",
     "mup_config": "mup.config",
-    "mup_init_": "mup.rules",
-    "mup_param_groups": "mup.rules",
+    "mup_init_": "mup.init",
+    "mup_param_groups": "mup.optimizer",
 }
 
 __all__ = [

@@ -3,6 +3,12 @@
 The idea is Yang et al.'s (arXiv:2203.03466, appendix D.1), on changes of outputs instead of outputs: what a module puts
 out at initialization hides a learning rate that is wrong, what training adds to it does not.
 
+At each width, the model of ``scale_width(config, width)`` under muP takes a few steps of AdamW (betas 0.9, 0.95) on one
+fixed batch of random tokens, without dropout. The change after step t is ``sqrt(mean((output_t - output_0)**2))`` of
+what enters the first block, of each block's attention, router and MLP or MoE (before the residual multiplier), of the final
+norm (over the multiplier in its gain) and of the logits. It shows errors in init, learning rates and multipliers; one in weight
+decay needs hundreds of steps to show. The caller's random numbers are left alone.
+
 muP is a limit, and the defaults of `coord_check` are there to be near it at width 64. A vocabulary or a batch larger
 than the width adds overlaps between tokens, and a large init adds what the initial readout (lm_head, router) makes of
 its changed input; both die out as width**-0.5 and bend correct slopes downwards. With 256 tokens in vocabulary and batch
@@ -11,8 +17,8 @@ init has no exponent, so a check at 0.02 holds for the model that is trained at 
 """
 
 import copy
+import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,27 +26,23 @@ from statistics import fmean, linear_regression
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_power.compat import logits_first
-from hf_power.mup.config import mup_config, scale_width
-from hf_power.mup.rules import mup_init_, mup_param_groups, new_model
+from hf_power.models import PLAIN_FAMILIES, head_dim
+from hf_power.mup.config import mup_config
+from hf_power.mup.controls import Control, control_of
+from hf_power.mup.init import mup_init_, new_model, set_initializer_range
+from hf_power.mup.optimizer import mup_param_groups
+from hf_power.mup.rules import mup_record
+from hf_power.mup.scale import scale_width
+from hf_power.mup.watch import quieten_readouts_, watched
 from hf_power.records.errors import UserError
 
 MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
 MIN_WIDTHS = 4
 MAX_STEPS = 10
 
-# The last part of a submodule's name, and what the table calls it.
-_LABELS = {
-    "embed_tokens": "embedding",
-    "self_attn": "attention",
-    "mlp": "mlp",
-    "router": "router",
-    "block_sparse_moe": "moe",
-    "norm": "final norm",
-}
+FORMS = ("multiplier", "plain")
 
 
 class Change(TypedDict):
@@ -129,22 +131,19 @@ def coord_check(
     seq_len: int = 16,
     device: str | torch.device = "cpu",
     bf16: bool = False,
+    form: str | None = None,
+    fixed: Sequence[str] = (),
+    control: str | None = None,
     init: Callable[[PreTrainedModel], object] = mup_init_,
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
 ) -> CoordCheck:
-    """Train the model at several widths for a few steps and measure how its outputs change.
-
-    At each width: ``mup_config(scale_width(config, width))``, ``init``, then ``steps`` steps of AdamW (betas 0.9, 0.95) on
-    one fixed batch of random tokens, without dropout. The change after step t is ``sqrt(mean((output_t - output_0)**2))``
-    of the embedding, each layer's attention, router and MLP or MoE (before the residual multiplier), the final norm and
-    the logits. It shows errors in init, learning rates and multipliers; one in weight decay needs hundreds of steps to
-    show. The caller's random numbers are left alone.
+    """Train the model at several widths for a few steps and measure how its outputs change, as the module says.
 
     Args:
-        config: LlamaConfig or MixtralConfig at any width; 2 layers are enough.
-        widths: values of hidden_size, at least MIN_WIDTHS different ones.
-        base_width: as in `mup_config`; None for the smallest width. A smaller one makes errors harder to see.
+        config: of any causal LM at any width; 2 layers are enough.
+        widths: values of hidden_size, at least MIN_WIDTHS different ones, which `scale_width` can make.
+        base_width: where muP changes nothing; None for the smallest width. A smaller one makes errors harder to see.
         vocab_size, initializer_range: replace the config's (>= 2) and the preset's; small ones are nearer to the limit.
         steps: optimizer steps, from 1 to MAX_STEPS.
         lr, weight_decay: AdamW's at base width; lr of a tenth of initializer_range moves weights but stays near linear.
@@ -152,22 +151,79 @@ def coord_check(
         batch_size, seq_len: shape of the batch, in sequences and tokens.
         device: where the models are trained; the CPU draws their weights and batches, so that they are the same.
         bf16: forward passes under bf16 autocast, as in training; the weights stay fp32.
-        init, param_groups: called as `mup_init_` and `mup_param_groups` are.
+        form: one of FORMS; None for "multiplier" where there is one (Llama, Mixtral), "plain" for all others.
+        fixed: sizes that do not grow, e.g. num_attention_heads and num_key_value_heads; needs base_width None.
+        control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
+        init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
         **mup_kwargs: more arguments of `mup_config` (preset and so on).
 
     Raises:
-        UserError: a number out of range, no seeds, or a model that `scale_width` or `mup_config` refuses.
+        UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
     """
     widths = sorted(set(widths))
     _check_numbers(widths, steps, seeds, vocab_size)
+    wrong = control_of(control)
+    init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
+    small = _small(config, vocab_size, initializer_range)
+    made = _models(small, widths, base_width, fixed, _form(small, form, wrong, mup_kwargs), mup_kwargs)
+    trial = _Trial(
+        steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
+    )
+    return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
+
+
+def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
+    """The config with the numbers of the check."""
     small = copy.deepcopy(config)
     # A padding token would have to lie inside of the small vocabulary.
     small.vocab_size, small.pad_token_id = vocab_size, None
-    mup_kwargs |= {"base_width": base_width or widths[0], "initializer_range": initializer_range}
-    # All configs come first, so that a width that is refused costs no training.
-    configs = [mup_config(scale_width(small, width), **mup_kwargs) for width in widths]
-    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, init, param_groups)
-    return CoordCheck([row for ready in configs for row in trial.rows(ready, seeds)])
+    set_initializer_range(small, initializer_range)
+    return small
+
+
+def _form(config: PreTrainedConfig, form: str | None, control: Control | None, mup_kwargs: dict[str, Any]) -> str:
+    """The form of muP to check; standard parameterization is that of the stock model, and so of the plain form."""
+    if form not in (None, *FORMS):
+        raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
+    if control is not None and control.is_standard:
+        return "plain"
+    form = form or ("multiplier" if config.model_type in PLAIN_FAMILIES else "plain")
+    if form == "plain" and mup_kwargs:
+        raise UserError(
+            f"{', '.join(mup_kwargs)} belongs to mup_config, and the plain form of muP has none: leave it out."
+        )
+    return form
+
+
+def _models(
+    small: PreTrainedConfig,
+    widths: Sequence[int],
+    base_width: int | None,
+    fixed: Sequence[str],
+    form: str,
+    mup_kwargs: dict[str, Any],
+) -> tuple[list[PreTrainedConfig], Callable[[PreTrainedModel], object]]:
+    """The config of every width, so that one that is refused costs no training, and what brings its model under muP."""
+    base = base_width or widths[0]
+    if fixed and base != widths[0]:
+        raise UserError(f"base_width must be the smallest width {widths[0]} where sizes are fixed, got {base}.")
+    configs = [scale_width(small, width, fixed=fixed) for width in widths]
+    if form == "multiplier":
+        numbers = {"base_width": base, "initializer_range": small.initializer_range, **_fixed_bases(configs[0], fixed)}
+        return [mup_config(each, **mup_kwargs | numbers) for each in configs], mup_init_
+    if fixed:
+        return configs, functools.partial(mup_init_, base_config=configs[0])
+    return configs, functools.partial(mup_init_, base_width=base)
+
+
+def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, int]:
+    """The arguments of `mup_config` that say which sizes do not grow."""
+    bases = {}
+    if "num_attention_heads" in fixed:
+        bases["base_attention_width"] = smallest.num_attention_heads * head_dim(smallest)
+    if "intermediate_size" in fixed:
+        bases["base_intermediate_size"] = smallest.intermediate_size
+    return bases
 
 
 def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> None:
@@ -191,6 +247,7 @@ class _Trial:
     batch_shape: tuple[int, int]
     device: torch.device
     bf16: bool
+    make: Callable[[PreTrainedModel], object]
     init: Callable[[PreTrainedModel], object]
     param_groups: Callable[..., list[dict[str, Any]]]
 
@@ -202,7 +259,11 @@ class _Trial:
                 torch.default_generator.manual_seed(seed)
                 tokens = torch.randint(config.vocab_size, self.batch_shape)
                 model = new_model(config, dtype=torch.float32)
-                self.init(model)
+                self.make(model)
+                if self.init is not mup_init_:
+                    self.init(model)
+                if mup_record(model) is None:
+                    quieten_readouts_(model)
                 runs.append(self._changes(model.train(False).to(self.device), tokens.to(self.device)))
         for module, step in runs[0]:
             change = fmean(run[module, step] for run in runs)
@@ -212,14 +273,14 @@ class _Trial:
         """RMS change of every watched output after each step, by (module, step)."""
         groups = self.param_groups(model, lr=self.lr, weight_decay=self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95))
-        outputs = _watched(model)
+        outputs = watched(model)
         before: dict[str, torch.Tensor] = {}
         changes = {}
         for step in range(self.steps + 1):
             with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
                 result = model(input_ids=tokens, labels=tokens, use_cache=False)
             # These come after logits_scaling, which lm_head's own output lacks.
-            outputs["logits"] = result.logits.detach().float()
+            outputs["logits"] = outputs.pop("tied logits", result.logits.detach().float())
             if step == 0:
                 before = dict(outputs)
             for module in before if step else ():
@@ -229,24 +290,6 @@ class _Trial:
                 result.loss.backward()
                 optimizer.step()
         return changes
-
-
-def _watched(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What the modules of _LABELS put out in the latest forward pass."""
-    outputs: dict[str, torch.Tensor] = {}
-    labels: dict[nn.Module, str] = {}
-
-    def hook(module: nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-        # Attention and the router return tuples that begin with their output.
-        first = logits_first(output)[0] if isinstance(output, tuple) else output
-        outputs[labels[module]] = first.detach().float()
-
-    for name, module in model.named_modules():
-        if (label := _LABELS.get(name.rsplit(".", 1)[-1])) is not None:
-            layer = re.search(r"layers\.(\d+)\.", name)
-            labels[module] = f"layer {layer[1]} {label}" if layer else label
-            module.register_forward_hook(hook)
-    return outputs
 
 
 def _slope(points: list[tuple[int, float]]) -> float:

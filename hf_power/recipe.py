@@ -25,7 +25,8 @@ MAX_SAMPLES = 500
 POWER_TO_WSD = PAPER_LAW.a / PAPER_OPTIMA.a
 MUP = (
     *("base_width", "embedding_multiplier", "residual_multiplier", "initializer_range"),
-    *("attention_multiplier", "base_intermediate_size", "base_head_dim", "base_num_layers"),
+    *("attention_multiplier", "base_intermediate_size", "base_attention_width"),
+    *("base_head_dim", "base_num_layers"),
 )
 _FEW = Limit(lambda words: f"{words} of at most {MAX_SAMPLES} draws", lambda draws: len(draws) <= MAX_SAMPLES)
 _REMEDY = "write it with Recipe.save"
@@ -69,8 +70,8 @@ class Recipe:
         base_width: hidden_size at which muP changes nothing.
         preset: muP preset, see `mup_config`.
         embedding_multiplier, residual_multiplier, initializer_range: muP's constants.
-        attention_multiplier, base_intermediate_size, base_head_dim, base_num_layers: arguments of `mup_config` that the
-            proxies were given; None for its own choice.
+        attention_multiplier, base_intermediate_size, base_attention_width, base_head_dim, base_num_layers: arguments of
+            `mup_config` that the proxies were given; None for its own choice.
         laws: schedule -> the law of the best peak of a schedule that knows its horizon (eq. 6).
         intervals: 95 % of "a" (Power's own), "b", "batch_exponent" and "critical_batch_tokens", as [low, high].
         samples: bootstrap draws [a, b, batch_exponent] of the fitted law, at most 500.
@@ -96,6 +97,7 @@ class Recipe:
     initializer_range: Finite = 0.1
     attention_multiplier: PositiveNumber | None = None
     base_intermediate_size: Positive | None = None
+    base_attention_width: Positive | None = None
     base_head_dim: Positive | None = None
     base_num_layers: Positive | None = None
     laws: dict[KnownHorizon, Law] = field(default_factory=dict)

@@ -22,8 +22,10 @@ from transformers import (
 )
 
 from hf_power.models import PLAIN_FAMILIES
-from hf_power.mup.config import PRESETS, mup_config, scale_width
-from hf_power.mup.rules import MupAdamW, mup_init_, mup_param_groups
+from hf_power.mup.config import PRESETS, mup_config
+from hf_power.mup.init import mup_init_
+from hf_power.mup.optimizer import MupAdamW, mup_param_groups
+from hf_power.mup.scale import scale_width
 
 BASE = 16  # base width; head size 4 throughout
 
@@ -173,6 +175,29 @@ def test_mlp_width_out_of_proportion_has_its_own_group():
     assert std[LAYER + "mlp.up_proj.weight"] == pytest.approx(0.5, rel=0.02)
 
 
+def test_attention_that_does_not_grow_has_its_own_ratio():
+    """16 heads of 4 at width 32 and at 64, as in Qwen3 from .6B to 1.7B: o_proj has the rates of its base."""
+    heads = {"head_dim": 4, "num_attention_heads": 16, "num_key_value_heads": 8}
+    groups = group_of_each(build(llama(64, **heads), base_width=32, base_attention_width=64))
+    assert groups[LAYER + "self_attn.o_proj.weight"] == ["hidden_r1", 0.5, 0.125, 2.0**-31]
+    for name in (
+        *(f"self_attn.{x}_proj.weight" for x in "qkv"),
+        *(f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
+    ):
+        assert groups[LAYER + name] == ["hidden_r2", 0.25, 0.25, 2.0**-31], name
+    in_proportion = group_of_each(build(llama(64, **heads), base_width=32))
+    assert in_proportion[LAYER + "self_attn.o_proj.weight"] == ["hidden", 0.25, 0.25, 2.0**-31]
+
+
+@pytest.mark.parametrize("given", [{"base_intermediate_size": 32}, {"base_attention_width": 64}])
+def test_preset_ibm_has_one_ratio_for_all_hidden_matrices(given):
+    """IBM's code knows no other, so that an argument that asks for one is refused, and one in proportion is not."""
+    (name,) = given
+    with refused(ValueError, "divides every hidden matrix by the same m = 4", name, "leave"):
+        mup_config(llama(64), base_width=BASE, preset="ibm", **given)
+    mup_config(llama(64), base_width=BASE, preset="ibm", base_intermediate_size=48, base_attention_width=16)
+
+
 @pytest.mark.parametrize(("width", "base", "mlp"), [(960, 64, 1408), (1600, 64, 4266), (768, 256, 2048)])
 def test_proportional_mlp_shares_one_group_in_spite_of_rounding(width, base, mlp):
     """1408 / (1408 / 15) is not 15 in floating point; two groups of the same name would be the result."""
@@ -183,16 +208,23 @@ def test_proportional_mlp_shares_one_group_in_spite_of_rounding(width, base, mlp
 
 
 def test_depth_option_is_completep():
-    """6 layers over a base of 2: residual multiplier / 3, eps of hidden matrices / 3 more, nothing else."""
-    config = mup_config(mixtral(64, num_hidden_layers=6), base_width=BASE, base_num_layers=2)
-    assert config.residual_multiplier == pytest.approx(0.22 / 3)
-    deep = group_of_each(AutoModelForCausalLM.from_config(config))
-    flat = group_of_each(build(mixtral(64, num_hidden_layers=6)))
-    assert deep.keys() == flat.keys()
-    for name, (group, lr, wd, eps) in flat.items():
-        if group in ("hidden", "router"):
-            eps /= 3
-        assert deep[name] == [group, lr, wd, pytest.approx(eps, rel=1e-15)], name
+    """6 layers over a base of 2: residual multiplier / 3, and eps / 3 more for all inside the blocks.
+
+    Table 1 of arXiv:2505.01618 has one eps for the residual blocks, gains and biases included, and another for the
+    embedding and what comes after the blocks.
+    """
+    for plain in (mixtral(64, num_hidden_layers=6), llama(64, num_hidden_layers=6, attention_bias=True)):
+        config = mup_config(plain, base_width=BASE, base_num_layers=2)
+        assert config.residual_multiplier == pytest.approx(0.22 / 3)
+        deep = group_of_each(AutoModelForCausalLM.from_config(config))
+        flat = group_of_each(build(plain))
+        assert deep.keys() == flat.keys()
+        for name, (group, lr, wd, eps) in flat.items():
+            if name == "model.norm.weight":
+                group = "vector_outside_blocks"
+            if name.startswith("model.layers."):
+                eps /= 3
+            assert deep[name] == [group, lr, wd, pytest.approx(eps, rel=1e-15)], name
 
 
 @pytest.mark.parametrize(
@@ -267,6 +299,7 @@ def test_config_json_round_trip(make, kwargs, tmp_path):
         "plain_model_type": make(32).model_type,
         "base_width": 16,
         "base_intermediate_size": 48,
+        "base_attention_width": 2 * kwargs.get("head_dim", 4) * 8 / 4 if "head_dim" in kwargs else 16,
         "base_head_dim": kwargs.get("head_dim", 4),
         "base_num_layers": 3,
     }

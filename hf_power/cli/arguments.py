@@ -157,13 +157,21 @@ class DoctorArguments:
 class CoordCheckArguments:
     """The coordinate check of a model."""
 
-    recipe: str | None = option(None, "settings (YAML) with a model section; default: a small Llama", positional=True)
+    recipe: str | None = option(
+        None, "settings (YAML) with a model section, or any config.json; default: a small Llama", positional=True
+    )
     widths: list[int] | None = field(default=None, metadata={"help": "hidden sizes, at least four"})
     picture: str | None = option(None, "write the picture to this PNG file")
     base_width: int | None = option(None, "default: the smallest width")
     steps: int = option(4, "training steps at each width")
     device: str = option("cpu", "where the models are trained, e.g. cuda")
     bf16: bool = option(False, "run the forward passes under bf16 autocast")
+    form: str | None = option(None, "multiplier or plain; default: multiplier for llama and mixtral, plain for others")
+    fixed: list[str] | None = field(
+        default=None, metadata={"help": "sizes that do not grow, e.g. num_attention_heads num_key_value_heads"}
+    )
+    control: str | None = option(None, "measure a wrong parameterization or the baseline embedding_rate, by its name")
+    controls: bool = option(False, "measure every control that applies as well; each but the baseline must fail")
 
 
 @dataclass(frozen=True)

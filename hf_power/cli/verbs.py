@@ -20,7 +20,6 @@ from hf_power.cli.arguments import (
     print_push,
     run_text,
 )
-from hf_power.cli.parser import parse_settings
 from hf_power.data.text import DataArguments
 from hf_power.settings.settings import Settings
 
@@ -71,26 +70,25 @@ def doctor(arguments: DoctorArguments) -> int:
 
 
 def coord_check(arguments: CoordCheckArguments) -> int:
-    """Is muP right for this model? coord-check [SETTINGS.yaml] [--widths 64 128 256 512]."""
+    """Is muP right for this model? coord-check [SETTINGS.yaml | config.json] [--widths 64 128 256 512] [--controls]."""
+    from hf_power.cli.checked import checked_model, measured_controls
     from hf_power.coordinates import coord_check
+    from hf_power.mup.controls import BASELINE, CONTROLS
     from hf_power.plots.figures import save
     from hf_power.plots.runs import plot_coord_check
 
-    settings = parse_settings([arguments.recipe] if arguments.recipe else [])
-    # The check has an initializer_range of its own, see its documentation.
-    chosen = settings.mup.arguments() | {"widths": arguments.widths, "base_width": arguments.base_width}
-    result = coord_check(
-        settings.model.config(),
-        steps=arguments.steps,
-        device=arguments.device,
-        bf16=arguments.bf16,
-        **{name: value for name, value in chosen.items() if value is not None and name != "initializer_range"},
-    )
+    config, chosen = checked_model(arguments)
+    result = coord_check(config, control=arguments.control, **chosen)
     print(result.table())
     if arguments.picture:
         save(plot_coord_check(result), arguments.picture)
         print(f"picture: {arguments.picture}")
-    return ExitCode.DONE if result.passed else ExitCode.FAILED
+    passed = result.passed
+    if arguments.controls:
+        for name, check in measured_controls(config, chosen):
+            print(f"control {name} ({CONTROLS[name].text}): {check.verdict}", flush=True)
+            passed = passed and (name == BASELINE or not check.passed)
+    return ExitCode.DONE if passed else ExitCode.FAILED
 
 
 def sweep(arguments: SweepArguments) -> int:

@@ -1,13 +1,13 @@
 """Does an optimizer have muP's learning rates? Seen where a schedule is made for a muP model; uses only public parts."""
 
 import math
-from collections.abc import Mapping
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_power.mup.rules import mup_param_groups
+from hf_power.mup.optimizer import mup_param_groups
+from hf_power.mup.rules import RECORD, mup_record
 from hf_power.records.errors import UserError
 
 
@@ -18,13 +18,14 @@ def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
     that an engine has replaced (flattened shards) are not compared, and a model with trainable tensors without a rule
     (adapters) is not either.
     """
-    is_mup = isinstance(getattr(getattr(model, "config", None), "mup", None), Mapping)
+    whole = cast("PreTrainedModel", model)
+    is_mup = mup_record(whole) is not None or hasattr(getattr(model, "config", None), RECORD)
     if not is_mup or not isinstance(
         optimizer, torch.optim.Optimizer
     ):  # accelerate stands in for DeepSpeed's optimizer.
         return None
     try:
-        groups = mup_param_groups(cast("PreTrainedModel", model), lr=1.0)
+        groups = mup_param_groups(whole, lr=1.0)
     except UserError:
         return None
     ratios = {id(tensor): group["lr"] for group in groups for tensor in group["params"]}

@@ -1,4 +1,4 @@
-"""The muP form of a plain config, mup_config, and other widths of it; uses private parts of transformers.
+"""The muP form of a plain config, mup_config; uses private parts of transformers.
 
 Llama with muP's four multipliers is Granite, Mixtral with them is GraniteMoe, so no forward pass is patched and a
 checkpoint loads everywhere without custom code.
@@ -40,6 +40,7 @@ def mup_config(
     *,
     base_width: int = 256,
     base_intermediate_size: int | None = None,
+    base_attention_width: int | None = None,
     base_head_dim: int | None = None,
     base_num_layers: int | None = None,
     preset: str = "paper",
@@ -62,10 +63,12 @@ def mup_config(
         config: LlamaConfig or MixtralConfig; it is not changed.
         base_width: d_base, the hidden_size at which muP changes nothing.
         base_intermediate_size: MLP width at base_width; by default in proportion, intermediate_size / m.
+        base_attention_width: heads x head size at base_width, the fan-in of the attention's output; by default in
+            proportion. Give it where head_dim is explicit and the number of heads does not grow with hidden_size.
         base_head_dim: head size at which attention logits have Llama's scale.
         base_num_layers: depth at which residual_multiplier has its preset value; None leaves depth alone.
-        preset: "paper", "ibm" (IBM's code: weight decay not corrected, router as a hidden matrix, output projections'
-            init additionally / sqrt(2 * layers), eps not scaled) or "power_of_two".
+        preset: "paper", "ibm" (IBM's code: one m for all hidden matrices, weight decay not corrected, router as a
+            hidden matrix, output projections' init additionally / sqrt(2 * layers), eps not scaled) or "power_of_two".
         embedding_multiplier, residual_multiplier, attention_multiplier, initializer_range: win over the preset.
 
     Returns:
@@ -81,9 +84,11 @@ def mup_config(
         "plain_model_type": config.model_type,
         "base_width": base_width,
         "base_intermediate_size": base_intermediate_size or config.intermediate_size / m,
+        "base_attention_width": base_attention_width or config.num_attention_heads * size / m,
         "base_head_dim": base_head_dim or size,
         "base_num_layers": base_num_layers,
     }
+    _check_ibm(config, record)
     if attention_multiplier is None:
         keeps_scale = preset == "power_of_two" or base_head_dim is not None
         attention_multiplier = math.sqrt(record["base_head_dim"]) / size if keeps_scale else 1.0 / size
@@ -106,26 +111,19 @@ def _twin_config(config: PreTrainedConfig, numbers: dict[str, float], record: Mu
     return FAMILIES[FAMILIES[config.model_type].twin].config_class(**fields | numbers | {"mup": record})
 
 
-def scale_width(config: PreTrainedConfig, hidden_size: int) -> PreTrainedConfig:
-    """The same Llama/Mixtral shape at another width: head size, heads per KV head and MLP ratio are kept.
-
-    Raises:
-        UserError: if heads, KV heads or the MLP width would not be whole numbers.
-    """
-    size = head_dim(config)
-    sizes = {"num_attention_heads": config.num_attention_heads * hidden_size / config.hidden_size}
-    sizes["num_key_value_heads"] = config.num_key_value_heads * hidden_size / config.hidden_size
-    sizes["intermediate_size"] = config.intermediate_size * hidden_size / config.hidden_size
-    for name, value in sizes.items():
-        if value < 1 or value != int(value):
+def _check_ibm(config: PreTrainedConfig, record: MupRecord) -> None:
+    """IBM's code divides by one m everywhere, so that other ratios cannot be had with its preset."""
+    widths = {"base_intermediate_size": config.intermediate_size}
+    widths["base_attention_width"] = config.num_attention_heads * head_dim(config)
+    sizes = {"base_intermediate_size": record["base_intermediate_size"]}
+    sizes["base_attention_width"] = record["base_attention_width"]
+    m = config.hidden_size / record["base_width"]
+    for name, size in sizes.items() if record["preset"] == "ibm" else ():
+        if not math.isclose(widths[name] / size, m):
             raise UserError(
-                f"{name} {getattr(config, name)} of width {config.hidden_size} would become {value:g} at width "
-                f"{hidden_size}: choose widths in steps of the head size {size} that keep it whole."
+                f'preset "ibm" divides every hidden matrix by the same m = {m:g}, but {name} {size:g} makes a ratio of '
+                f"{widths[name] / size:g}: leave {name} out, or take another preset."
             )
-    scaled = copy.deepcopy(config)
-    for name, value in {**sizes, "hidden_size": hidden_size, "head_dim": size}.items():
-        setattr(scaled, name, int(value))
-    return scaled
 
 
 def _check_plain(config: PreTrainedConfig, preset: str, base_width: int) -> None:

@@ -15,7 +15,7 @@ from hf_power.checkpoints.callback import SealCheckpoints, output_folder
 from hf_power.data.order import collate_blocks
 from hf_power.data.text import require_datasets
 from hf_power.models import flops_per_token, num_experts
-from hf_power.mup.rules import MupAdamW
+from hf_power.mup.optimizer import MupAdamW
 from hf_power.plan.plan import describe_run
 from hf_power.plots import figures
 from hf_power.plots.runs import plot_lr_and_loss

@@ -11,7 +11,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_power.compat import CHECKPOINTING
-from hf_power.mup.rules import ADAMW
+from hf_power.mup.optimizer import ADAMW
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.scheduler import PowerLR
 from hf_power.settings.sections import unknown_key

@@ -13,7 +13,9 @@ from hf_power.models import FAMILIES, PLAIN_FAMILIES
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import parse_json
 from hf_power.schedule import PAPER_MAX_LR
+from hf_power.settings.any_model import config_of_mapping
 
+ANY = "any"  # The model_type of a section whose model_config says it all.
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 
@@ -63,7 +65,7 @@ def parse_tokens(value: object, name: str) -> int:
 class ModelArguments:
     """Shape of a Llama- or Mixtral-style model trained from scratch."""
 
-    model_type: str = field(default="llama", metadata={"help": "llama or mixtral."})
+    model_type: str = field(default="llama", metadata={"help": "llama or mixtral; in coord-check also any."})
     hidden_size: int = field(default=256, metadata={"help": "Width."})
     intermediate_size: int = field(default=640, metadata={"help": "Width of the MLP, or of one expert."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
@@ -82,6 +84,11 @@ class ModelArguments:
         Raises:
             UserError: another model_type, an unknown key of model_config, or sizes that do not divide.
         """
+        if self.model_type == ANY:
+            raise UserError(
+                "model_type any is taken by coord-check alone: train such a model with mup_init_ and MupAdamW in a script of "
+                "your own."
+            )
         if self.model_type not in PLAIN_FAMILIES:
             raise UserError(f"there is no muP rule for model_type {self.model_type!r}: use llama or mixtral.")
         family, shape = FAMILIES[self.model_type].config_class, dataclasses.asdict(self)
@@ -100,13 +107,31 @@ class ModelArguments:
         with refused_by("the model's config"):
             return family(**{**numbers, **{k: v for k, v in shape.items() if k in known}, **extra})
 
-    def _extra(self, known: set[str]) -> dict[str, object]:
+    def any_config(self) -> PreTrainedConfig:
+        """The config of any causal LM, whose arguments all stand in model_config, with its model_type.
+
+        Raises:
+            UserError: a size beside model_config, or what `config_of_mapping` refuses.
+        """
+        for known in dataclasses.fields(self):
+            if known.name not in ("model_type", "model_config") and getattr(self, known.name) != known.default:
+                raise UserError(
+                    f"{known.name} stands beside model_type any, with which all sizes are in model_config: move it there."
+                )
+        return config_of_mapping(self._mapping())
+
+    def _mapping(self) -> dict[str, object]:
         """model_config as a mapping, which a flag gives as JSON."""
         extra: object = self.model_config or {}
         if isinstance(extra, str):
             extra = parse_json(extra.encode(errors="replace"), "model_config", "give a mapping of config arguments")
         if not isinstance(extra, dict):
             raise UserError(f"model_config must be a mapping of config arguments, got {shown(extra)}: correct it.")
+        return extra
+
+    def _extra(self, known: set[str]) -> dict[str, object]:
+        """model_config, of names that the config class knows."""
+        extra = self._mapping()
         for name in extra:
             if name not in known:
                 raise UserError(unknown_key(f"model_config.{name}", name, sorted(known)))
@@ -120,6 +145,7 @@ class MupArguments:
     mup: bool = field(default=True, metadata={"help": "False: plain Llama/Mixtral with one learning rate."})
     base_width: int = field(default=256, metadata={"help": "hidden_size at which muP changes nothing."})
     base_intermediate_size: int | None = field(default=None, metadata={"help": "MLP width at base_width."})
+    base_attention_width: int | None = field(default=None, metadata={"help": "Heads x head size at base_width."})
     base_head_dim: int | None = field(default=None, metadata={"help": "Head size at which logits have Llama's scale."})
     base_num_layers: int | None = field(default=None, metadata={"help": "Depth of the proxies (CompleteP)."})
     preset: str = field(default="paper", metadata={"help": "paper, ibm or power_of_two."})

@@ -22,7 +22,7 @@ from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
 from hf_power.models import num_experts
 from hf_power.mup.config import mup_config
-from hf_power.mup.rules import mup_init_, new_model
+from hf_power.mup.init import mup_init_, new_model
 from hf_power.recipe import Recipe
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.settings.arguments import refuse_without_effect

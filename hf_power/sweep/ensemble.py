@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_power.models import block_losses, num_experts
-from hf_power.mup.rules import MupAdamW
+from hf_power.mup.optimizer import MupAdamW
 from hf_power.pretrain.speed import attend_to_blocks_
 from hf_power.records.errors import UserError
 from hf_power.settings.settings import Settings, build_model

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from hf_power.mup.config import scale_width
+from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError
 from hf_power.schedule import PAPER_MAX_LR, Law
 from hf_power.settings.arguments import refuse_in_a_sweep

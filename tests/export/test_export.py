@@ -28,7 +28,7 @@ from hf_power.checkpoints.seal import seal
 from hf_power.export.export import export_model, export_text
 from hf_power.models import MULTIPLIERS
 from hf_power.mup.config import mup_config
-from hf_power.mup.rules import mup_param_groups
+from hf_power.mup.optimizer import mup_param_groups
 
 SIZES = {"vocab_size": 96, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 4, "max_position_embeddings": 64}

@@ -1,70 +1,109 @@
-"""A muP model whose optimizer has other rates than muP's is seen in any Trainer, by the rates that the table gives."""
+"""The coordinate check of the plain form: families that must pass, controls that must fail, and the verb."""
+
+import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+import yaml
+from sentences import refused
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-import hf_power
-from hf_power.mup.check import rates_beside_mup
+from hf_power import coord_check
+from hf_power.cli import main
+from hf_power.coordinates import MAX_SLOPE
 
-BASE, WIDTH = 8, 64  # hidden matrices have an eighth of the base rate
+pytestmark = pytest.mark.slow  # together
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
+QUICK = {"widths": (64, 128, 192, 256), "steps": 1, "lr": 0.001, "seeds": (0, 1)}
+FAMILIES = {
+    "Qwen3, tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "Gemma 2, tied": Gemma2Config(**SIZES, tie_word_embeddings=True),
+    "GPT-2, own head": GPT2Config(
+        vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32, tie_word_embeddings=False
+    ),
+}
+FIXED = ("num_attention_heads", "num_key_value_heads")
 
 
-def llama(**kwargs):
-    shape = {"hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return LlamaConfig(vocab_size=64, **shape | kwargs)
+def slopes(check, part):
+    return [s["slope"] for s in check.slopes if part in s["module"]]
 
 
-@pytest.fixture
-def model():
-    config = hf_power.mup_config(llama(), base_width=BASE)
-    return hf_power.mup_init_(AutoModelForCausalLM.from_config(config))
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_passes_and_standard_parameterization_fails(kind):
+    check = coord_check(FAMILIES[kind], **QUICK)
+    assert check.passed, check.table()
+    wrong = coord_check(FAMILIES[kind], control="standard", **QUICK)
+    assert wrong.worst["slope"] > 1, wrong.table()
 
 
-def said_by(model, tmp_path, recwarn, **kwargs):
-    """What a stock Trainer warns of when it makes its optimizer and schedule."""
-    args = TrainingArguments(
-        str(tmp_path / "out"), learning_rate=0.02, use_cpu=True, report_to="none", **kwargs.pop("args", {})
+def test_controls_of_experts_and_head():
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    twice = coord_check(config, control="head_counted_twice", **QUICK | {"steps": 2})
+    assert max(slopes(twice, "logits")) < -MAX_SLOPE, twice.table()
+    left_out = coord_check(config, control="experts_left_out", **QUICK | {"steps": 2})
+    assert max(slopes(left_out, "mlp")) > 0.5, left_out.table()
+
+
+@pytest.mark.parametrize("config", [FAMILIES["Qwen3, tied"], LlamaConfig(**SIZES)], ids=("plain", "multiplier"))
+def test_an_attention_width_that_does_not_grow(config):
+    """With the ratio of hidden_size for o_proj, what attention adds falls with the width."""
+    right = coord_check(config, fixed=FIXED, **QUICK)
+    assert right.passed, right.table()
+    wrong = coord_check(config, fixed=FIXED, control="hidden_size_for_all", **QUICK)
+    assert max(slopes(wrong, "attention")) < -0.3, wrong.table()
+
+
+def test_the_baseline_is_better_than_standard_parameterization_and_no_muP():  # noqa: N802
+    standard, baseline = (
+        coord_check(FAMILIES["Qwen3, tied"], control=x, **QUICK) for x in ("standard", "embedding_rate")
     )
-    if kwargs.pop("mup", False):
-        kwargs["optimizer_cls_and_kwargs"] = hf_power.MupAdamW.for_trainer(args)
-    Trainer(model, args, **kwargs).create_optimizer_and_scheduler(10)
-    return [str(x.message) for x in recwarn if "muP" in str(x.message)]
+    assert MAX_SLOPE < max(slopes(baseline, "mlp")) < max(slopes(standard, "mlp"))
 
 
-@pytest.mark.parametrize("schedule", ["linear", "power"])
-def test_a_plain_optimizer_is_seen_under_every_schedule(model, schedule, tmp_path, recwarn):
-    law = {"tokens_per_step": 64} if schedule == "power" else None
-    args = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": law}
-    (said,) = said_by(model, tmp_path, recwarn, args=args)
-    assert "_proj.weight at 8 times its muP learning rate" in said  # hidden_size / base_width
-    assert "optimizer_cls_and_kwargs=MupAdamW.for_trainer(args)" in said
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"control": "sp"}, ("control must be one of standard, embedding_rate", "got 'sp'")),
+        ({"form": "both"}, ("form must be one of multiplier, plain", "got 'both'")),
+        ({"preset": "ibm"}, ("preset belongs to mup_config", "leave it out")),
+        ({"fixed": FIXED, "base_width": 32}, ("base_width must be the smallest width 64",)),
+        ({"control": "experts_left_out"}, ("this control changes the rate of each experts", "leave it out")),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, parts):
+    with refused(ValueError, *parts):
+        coord_check(FAMILIES["Qwen3, tied"], **QUICK | arguments)
 
 
-def test_a_model_that_was_saved_and_is_trained_further_is_still_one(model, tmp_path, recwarn):
-    model.save_pretrained(tmp_path / "saved")
-    (said,) = said_by(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), tmp_path, recwarn)
-    assert "at 8 times" in said
+def test_the_verb_takes_a_config_of_any_size_and_its_controls(tmp_path, capsys):
+    large = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    large |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **large}))
+    widths = ["--widths", "64", "128", "192", "256", "--steps", "1"]
+    assert main(["coord-check", str(tmp_path), *widths, "--controls"]) == 0
+    told = capsys.readouterr().out
+    assert "checked on a qwen3 of the same kind with small sizes: 2 layers, hidden_size 64, 4 heads" in told
+    assert "control standard (standard parameterization): FAILED" in told
+    assert "control embedding_rate" in told
+    assert "control experts_left_out" not in told
 
 
-def test_nothing_is_said_where_there_is_nothing_to_say(model, tmp_path, recwarn):
-    assert not said_by(model, tmp_path, recwarn, mup=True)
-    assert not said_by(AutoModelForCausalLM.from_config(llama()), tmp_path, recwarn)
-    at_base = AutoModelForCausalLM.from_config(hf_power.mup_config(llama(), base_width=WIDTH))
-    assert not said_by(at_base, tmp_path, recwarn)
-
-
-def test_an_optimizer_by_hand(model):
-    groups = hf_power.mup_param_groups(model, lr=0.02)
-    assert rates_beside_mup(model, torch.optim.AdamW(groups, lr=0.02)) is None
-    groups[1]["lr"] *= 3
-    assert "at 3 times" in rates_beside_mup(model, torch.optim.AdamW(groups, lr=0.02))
-    groups[1]["lr"] = 0.0  # frozen
-    assert rates_beside_mup(model, torch.optim.AdamW(groups, lr=0.02)) is None
-    shards = [torch.nn.Parameter(p.detach().flatten()) for p in model.parameters()]
-    assert rates_beside_mup(model, torch.optim.AdamW(shards, lr=0.02)) is None
-
-
-def test_a_model_with_parts_that_have_no_rule_is_left_to_its_owner(model):
-    model.register_parameter("adapter", torch.nn.Parameter(torch.zeros(2, 2)))
-    assert rates_beside_mup(model, torch.optim.AdamW(model.parameters(), lr=0.02)) is None
+def test_the_verb_takes_any_model_in_yaml(tmp_path, capsys):
+    model = {"model_type": "any", "model_config": {"model_type": "qwen3", **SIZES}}
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({"model": model}))
+    arguments = ["coord-check", str(tmp_path / "any.yaml"), "--widths", "64", "128", "192", "256", "--steps", "1"]
+    assert main([*arguments, "--control", "standard"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({"model": model | {"hidden_size": 512}}))
+    assert main(arguments) == 2
+    assert "hidden_size stands beside model_type any" in capsys.readouterr().err
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({"model": {"model_type": "any"}}))
+    assert main(arguments) == 2
+    assert "model_config needs a model_type" in capsys.readouterr().err
+    assert main(["coord-check", str(tmp_path / "none.json")]) == 2
+    assert "there is no config at" in capsys.readouterr().err
+    (tmp_path / "mamba.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}))
+    assert main(["coord-check", str(tmp_path / "mamba.json")]) == 2
+    assert "state-space" in capsys.readouterr().err

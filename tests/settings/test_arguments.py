@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from hf_power.cli import parse_settings
 from hf_power.cli.parser import SettingsParser
 from hf_power.compat import CHECKPOINTING, OLD
-from hf_power.mup.rules import ADAMW, MupAdamW
+from hf_power.mup.optimizer import ADAMW, MupAdamW
 from hf_power.records.errors import UserError
 from hf_power.settings import contradictions
 from hf_power.settings.arguments import ARGUMENTS, AXES, FORMER, OF_A_SWEEP, default_of, refuse_in_a_sweep

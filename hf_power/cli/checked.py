@@ -1,0 +1,55 @@
+"""What coord-check checks: the config of its file, and the arguments of `hf_power.coord_check`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_power.cli.arguments import CoordCheckArguments
+from hf_power.cli.parser import parse_settings
+from hf_power.coordinates import CoordCheck, coord_check
+from hf_power.models import PLAIN_FAMILIES
+from hf_power.mup.controls import CONTROLS
+from hf_power.records.errors import UserError
+from hf_power.settings.any_model import config_file, config_of_file, fitting
+from hf_power.settings.sections import ANY
+
+WIDTHS = (64, 128, 256, 512)
+
+
+def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, made small where it is too large for the widths, and the other arguments of the check.
+
+    The numbers of muP are those of the settings, where the model has the multiplier form.
+    """
+    path = config_file(arguments.recipe) if arguments.recipe else None
+    mup: dict[str, Any] = {}
+    if path is not None:
+        config = config_of_file(path)
+    else:
+        settings = parse_settings([arguments.recipe] if arguments.recipe else [])
+        is_any = settings.model.model_type == ANY
+        config = settings.model.any_config() if is_any else settings.model.config()
+        mup = settings.mup.arguments() if not is_any and arguments.form != "plain" else {}
+    widths, fixed = arguments.widths or WIDTHS, arguments.fixed or []
+    if path is not None or config.model_type not in PLAIN_FAMILIES:
+        config, is_small = fitting(config, widths, fixed)
+        if is_small:
+            print(
+                f"checked on a {config.model_type} of the same kind with small sizes: {config.num_hidden_layers} layers, "
+                f"hidden_size {config.hidden_size}, {getattr(config, 'num_attention_heads', 0)} heads"
+            )
+    # The check has an initializer_range of its own, see its documentation, and a base that is the smallest width.
+    mup = {name: value for name, value in mup.items() if value is not None and name != "initializer_range"}
+    mup["base_width"] = arguments.base_width
+    own = {"widths": widths, "steps": arguments.steps, "device": arguments.device, "bf16": arguments.bf16}
+    return config, mup | own | {"form": arguments.form, "fixed": fixed}
+
+
+def measured_controls(config: PreTrainedConfig, chosen: dict[str, Any]) -> Iterator[tuple[str, CoordCheck]]:
+    """Every control that applies to a model whose check has been made with these arguments, after one step."""
+    for name in CONTROLS:
+        try:
+            yield name, coord_check(config, control=name, **chosen | {"steps": 1})
+        except UserError:  # The model has no such part, because all else has been taken before.
+            continue

@@ -1,0 +1,84 @@
+"""The same kind of model with small sizes, shrink, for a coordinate check of a config that is too large for one."""
+
+import copy
+
+from transformers import PreTrainedConfig
+
+from hf_power.mup.scale import HEADS, MLPS, NUM_EXPERTS, RANKS
+from hf_power.records.errors import UserError, refused_by
+
+WIDTH, HEAD, LAYERS, EXPERTS = 64, 16, 2, 4
+# Sizes of heads, and of the part of them that is rotated.
+_HEAD_SIZES = {"head_dim": HEAD, "qk_nope_head_dim": HEAD, "v_head_dim": HEAD, "qk_rope_head_dim": HEAD // 2}
+_HEAD_SIZES |= {"rotary_dim": HEAD // 2, "query_pre_attn_scalar": HEAD, "global_head_dim": HEAD, "kv_channels": HEAD}
+_HEAD_SIZES |= {"swa_head_dim": HEAD, "swa_v_head_dim": HEAD, "qk_head_dim": HEAD + HEAD // 2}
+_GROUPS = ("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers")
+_ACTIVE = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token", "top_k_experts")
+
+
+def shrink(config: PreTrainedConfig, **changes: object) -> PreTrainedConfig:
+    """A config of the same kind with hidden_size 64, heads of 16, a layer of each type and 4 experts.
+
+    What decides which rules are needed is kept: biases, norms, tying, kinds of layers, groups of KV heads, low ranks, experts
+    and shared experts, and roughly the ratio of the MLP.
+
+    Args:
+        config: of a causal LM; it is not changed.
+        changes: more values of the config.
+
+    Raises:
+        UserError: a config without a hidden_size, or one whose class refuses the small sizes.
+    """
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise UserError(
+            f"the config of {config.model_type} has no hidden_size, so that it cannot be made small: if it is of several "
+            "models, take that of the text alone."
+        )
+    values = copy.deepcopy(config.to_dict())
+    chosen = _layers(config)
+    for name, value in values.items():
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers and name != "layers":
+            values[name] = [value[i] for i in chosen]
+    sizes = _sizes(config) | {"num_hidden_layers": len(chosen)} | changes
+    renamed = getattr(type(config), "attribute_map", {})
+    for name, value in sizes.items():
+        values[renamed.get(name, name)] = value
+    with refused_by("the config with small sizes"):
+        return type(config).from_dict({name: value for name, value in values.items() if name != "transformers_version"})
+
+
+def _layers(config: PreTrainedConfig) -> list[int]:
+    """The first layer of each type, and at least LAYERS of them."""
+    types = getattr(config, "layer_types", None) or getattr(config, "mlp_layer_types", None) or []
+    firsts = sorted({types.index(kind) for kind in types})
+    return firsts if len(firsts) >= LAYERS else list(range(min(LAYERS, config.num_hidden_layers)))
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, object]:
+    sizes: dict[str, object] = {"hidden_size": WIDTH}
+    heads = getattr(config, "num_attention_heads", None)
+    own = {name: getattr(config, name, None) for name in (*HEADS, *MLPS, *RANKS, *NUM_EXPERTS, *_ACTIVE, *_GROUPS)}
+    given = {
+        name: value for name, value in own.items() if isinstance(value, int) and not isinstance(value, bool) and value
+    }
+    for name, value in given.items():
+        if name in HEADS:
+            share = value / heads if isinstance(heads, int) else 1.0
+            sizes[name] = max(1, round(WIDTH // HEAD * share))
+        elif name in MLPS:
+            sizes[name] = HEAD * max(1, min(16, round(value / config.hidden_size * WIDTH / HEAD)))
+        elif name in RANKS:
+            sizes[name] = WIDTH // 2 if "rank" in name else WIDTH
+        else:
+            sizes[name] = min(value, {**dict.fromkeys(NUM_EXPERTS, EXPERTS), **dict.fromkeys(_GROUPS, 1)}.get(name, 2))
+    for name, value in _HEAD_SIZES.items():
+        if isinstance(getattr(config, name, None), int) and not isinstance(getattr(type(config), name, None), property):
+            sizes[name] = min(value, int(getattr(config, name)))
+    fields = config.to_dict()
+    if getattr(config, "head_dim", None) and config.head_dim == getattr(config, "qk_rope_head_dim", None):
+        sizes["head_dim"] = sizes["qk_rope_head_dim"]  # What DeepSeek's code rotates.
+    elif "head_dim" in fields:
+        sizes["head_dim"] = HEAD
+    if fields.get("num_key_value_heads", heads) is None:
+        sizes["num_key_value_heads"] = WIDTH // HEAD
+    return sizes
