@@ -20,9 +20,8 @@ def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
     """
     whole = cast("PreTrainedModel", model)
     is_mup = mup_record(whole) is not None or hasattr(getattr(model, "config", None), RECORD)
-    if not is_mup or not isinstance(
-        optimizer, torch.optim.Optimizer
-    ):  # accelerate stands in for DeepSpeed's optimizer.
+    # accelerate has a stand-in for DeepSpeed's optimizer, which has no groups.
+    if not is_mup or not isinstance(optimizer, torch.optim.Optimizer):
         return None
     try:
         groups = mup_param_groups(whole, lr=1.0)
