@@ -184,7 +184,9 @@ class FitArguments:
 
     sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, or a CSV"})
     output_dir: str | None = option(None, "of fit.json, recipe.json and the pictures; default: beside the rows")
-    schedule: str = option("warmup_stable_decay", "whose optima make the law")
+    schedule: str | None = option(
+        None, "whose optima make the law; default: warmup_stable_decay; of a CSV its column's"
+    )
     batch_exponent: str = option("free", "free, or a number such as 1 to hold it at")
     critical_batch: bool = option(False, "look for a batch above which the learning rate no longer grows")
     columns: list[str] = field(

@@ -9,7 +9,7 @@ import numpy as np
 from hf_power.fit.cells import fit_cells
 from hf_power.fit.law import FittedLaw, Optima, draw_optima, interval, least_squares, slopes, solve_law, supported_caps
 from hf_power.fit.result import Fit, PowerFit
-from hf_power.fit.rows import check_one_source, sha256_of
+from hf_power.fit.rows import by_cell, check_one_source, sha256_of
 from hf_power.fit.validity import (
     center_of,
     check_cells,
@@ -57,6 +57,7 @@ def fit_law(
     """
     chosen, powers = _chosen(rows, schedule)
     cells = fit_cells(chosen)
+    num_diverged = sum(row.status == "diverged" for inside in by_cell(chosen).values() for row in inside)
     check_cells(cells, batch_exponent=batch_exponent, critical_batch=critical_batch)
     used, generator = [cell for cell in cells if cell.used], np.random.default_rng(seed)
     optima = Optima.of(used, num_samples, generator)
@@ -69,8 +70,9 @@ def fit_law(
         schedule=schedule,
         sweep_sha256=sha256_of(rows),
         num_rows=len(chosen),
-        num_diverged=sum(row.status == "diverged" for row in chosen),
+        num_diverged=num_diverged,
         num_failed=sum(row.status == "failed" for row in chosen),
+        num_blown_up=num_diverged - sum(row.status == "diverged" for row in chosen),
         law=fitted.law,
         intervals=fitted.intervals,
         center=center_of(fitted, optima),

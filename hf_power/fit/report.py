@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hf_power.fit.elsewhere import read_csv
 from hf_power.fit.fit import fit_law, fit_laws
 from hf_power.fit.result import FIT_FILE, Cell, Fit, PowerFit
-from hf_power.fit.rows import read_csv
 from hf_power.fit.validity import MAX_SD_OCTAVES
 from hf_power.plots.cells import plot_cells
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.plots.law import plot_law, plot_map
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.records.errors import UserError
-from hf_power.records.rows import ROWS_FILE, load_rows
+from hf_power.records.rows import ROWS_FILE, Row, load_rows
 from hf_power.schedule import LAW_NAMES, PAPER_OPTIMA, TOKENS_PER_BETA
 
 
@@ -20,7 +20,7 @@ def fit_sweep(
     source: Path,
     folder: Path | None = None,
     *,
-    schedule: str = "warmup_stable_decay",
+    schedule: str | None = None,
     batch_exponent: float | None = None,
     critical_batch: bool = False,
     columns: Mapping[str, str] | None = None,
@@ -31,7 +31,7 @@ def fit_sweep(
     Args:
         source: folder of a sweep, its sweep.jsonl, or a CSV of runs from elsewhere.
         folder: where to write; None: beside the rows.
-        schedule: whose optima make the law.
+        schedule: whose optima make the law; None: warmup_stable_decay of a sweep, and of a CSV the one that its column says.
         batch_exponent: hold the batch exponent at this; None: fit it.
         critical_batch: look for a batch above which the rate no longer grows.
         columns: of a CSV, our name -> theirs, see `hf_power.fit.rows.read_csv`.
@@ -48,13 +48,16 @@ def fit_sweep(
     problems: list[str] = []
     from_csv = source.suffix.lower() in (".csv", ".tsv")
     if from_csv:
-        rows = read_csv(source, columns, schedule=schedule, block_size=block_size)
+        rows, problems = read_csv(source, columns, schedule=schedule, block_size=block_size)
+        schedule = schedule or _only_schedule(rows, source)
     else:
         if columns or block_size:
             raise UserError(f"--columns and --block_size are for a CSV, got {source}: leave them out.")
         source = source / ROWS_FILE if source.is_dir() else source
         rows, problems = load_rows(source)
-    fit = fit_law(rows, schedule=schedule, batch_exponent=batch_exponent, critical_batch=critical_batch)
+    fit = fit_law(
+        rows, schedule=schedule or "warmup_stable_decay", batch_exponent=batch_exponent, critical_batch=critical_batch
+    )
     folder = source.parent if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     fit.save(folder)
@@ -72,6 +75,13 @@ def fit_sweep(
     return "\n".join(lines)
 
 
+def _only_schedule(rows: Sequence[Row], source: Path) -> str:
+    kinds = sorted({row.schedule for row in rows})
+    if len(kinds) > 1:
+        raise UserError(f"{source} has runs of the schedules {', '.join(kinds)}: pass --schedule, one of them.")
+    return kinds[0]
+
+
 def fit_text(fit: Fit) -> str:
     """The law with its intervals, the cells, what was not used and why, Power, the paper, validity and warnings."""
     blocks = [_law_lines(fit), _cell_lines(fit.cells)]
@@ -83,10 +93,11 @@ def fit_text(fit: Fit) -> str:
 def _law_lines(fit: Fit) -> list[str]:
     law, center = fit.law, fit.center
     batch = "min(beta, beta_crit)" if law.critical_batch_tokens else "beta"
+    blown_up = f" ({fit.num_blown_up} of them finished far above their cell's best)" if fit.num_blown_up else ""
     lines = [
         f"{fit.schedule}: lr = {law.a:.4g} * {batch}^{law.batch_exponent:.4g} * T^{law.b:.4g}   "
         f"(beta = tokens per step / {TOKENS_PER_BETA}, T = tokens)",
-        f"  {fit.num_rows} runs, {fit.num_diverged} diverged, {fit.num_failed} failed; R2 {fit.r2:.3f}, optima "
+        f"  {fit.num_rows} runs, {fit.num_diverged} diverged{blown_up}, {fit.num_failed} failed; R2 {fit.r2:.3f}, optima "
         f"scatter by {fit.residual_sd_octaves:.2f} octaves, {fit.degrees_of_freedom} degrees of freedom",
         "  parameter              value       95 % interval",
     ]

@@ -44,6 +44,8 @@ class Cell:
         min_loss: of the parabola, nats per token; the lowest mean where there is none.
         used: whether it has a bracketed optimum; if not, `reason` says why.
         law_lr, residual_octaves, regret: the law's rate here, log2 of the optimum over it, and the nats that it costs.
+        parameters: of the model; None if not known.
+        diverged: learning rates at which a run diverged, also with a finite loss, see `hf_power.fit.rows.by_cell`.
     """
 
     schedule: str
@@ -64,12 +66,15 @@ class Cell:
     law_lr: float | None = None
     residual_octaves: float | None = None
     regret: float | None = None
+    parameters: int | None = None
+    diverged: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
         """The cell in words."""
         width = f"width {self.width}, " if self.width else ""
-        return f"{self.schedule}, {width}{self.tokens_per_step:,} tokens per step, {self.tokens:,} tokens"
+        size = f"{self.parameters:,} parameters, " if self.parameters else ""
+        return f"{self.schedule}, {width}{size}{self.tokens_per_step:,} tokens per step, {self.tokens:,} tokens"
 
     def optimum(self) -> "Optimum":
         """Where the cell's parabola is lowest; a UserError where it has no optimum."""
@@ -208,6 +213,7 @@ class Fit(Record):
 
     Attributes:
         num_rows, num_diverged, num_failed: rows of the schedule, all and by status.
+        num_blown_up: those of the diverged that have a finite loss, see `hf_power.fit.rows.by_cell`.
         r2: share of the weighted variance of log2(optimum) that the law explains.
         residual_sd_octaves: scatter of the optima around the law.
         degrees_of_freedom: used cells less fitted parameters.
@@ -224,6 +230,7 @@ class Fit(Record):
     num_rows: int
     num_diverged: int
     num_failed: int
+    num_blown_up: int
     law: Law
     intervals: Intervals
     center: Center

@@ -31,7 +31,7 @@ def plot_cells(fit: Fit) -> "Figure":
 
     A point is the mean over seeds, with the sd between them; the curve is the cell's parabola over the runs that it was
     fitted to. In the strip below zero a bar is the 95 % interval of the optimum, a stroke the law's rate. Runs that are
-    higher than the panel are triangles at its top, a loss that is not finite is a cross there. Unused cells are gray.
+    higher than the panel are triangles at its top, diverged ones are crosses there. Unused cells are gray.
     """
     groups: dict[tuple[int, int], list[Cell]] = {}
     for cell in sorted(fit.cells, key=lambda cell: (cell.width, cell.tokens_per_step, cell.tokens)):
@@ -98,7 +98,7 @@ def _finite(cell: Cell) -> dict[float, float]:
 def _draw_cell(panel: "Axes", cell: Cell, style: _Style, top: float) -> None:
     color = style.color if cell.used else GRAY
     finite = _finite(cell)
-    for rate in cell.learning_rates:
+    for rate in (*cell.learning_rates, *cell.diverged):
         if rate not in finite:
             panel.plot(rate, 0.97 * top, "x", color=color, markersize=5)
     if not finite:

@@ -96,7 +96,18 @@ class Row:
 
 
 # The fields of a row from elsewhere.
-CSV = ("width", "schedule", "learning_rate", "tokens_per_step", "tokens", "loss", "seed", "status", "trunk")
+CSV = (
+    "width",
+    "parameters",
+    "schedule",
+    "learning_rate",
+    "tokens_per_step",
+    "tokens",
+    "loss",
+    "seed",
+    "status",
+    "trunk",
+)
 
 
 def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

@@ -70,6 +70,8 @@ def test_a_csv_gives_a_law_but_no_recipe(sweep, tmp_path, capsys, no_pictures):
         *columns,
         "--block_size",
         "64",
+        "--schedule",
+        "warmup_stable_decay",
         "--output_dir",
         str(tmp_path / "o"),
     ]
