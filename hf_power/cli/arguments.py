@@ -10,10 +10,15 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_power.data.text import option
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
+from hf_power.settings.sections import parse_tokens
+
+if TYPE_CHECKING:
+    from hf_power.fit.report import Elsewhere
 
 
 class ExitCode(enum.IntEnum):
@@ -188,11 +193,40 @@ class FitArguments:
         None, "whose optima make the law; default: warmup_stable_decay; of a CSV its column's"
     )
     batch_exponent: str = option("free", "free, or a number such as 1 to hold it at")
-    critical_batch: bool = option(False, "look for a batch above which the learning rate no longer grows")
+    critical_batch: str = option("growing", "the most to look for: none, a fixed one, or one growing with the tokens")
+    size: str | None = option(
+        None, "look for an exponent of parameters or width; default: as a CSV without muP has them"
+    )
     columns: list[str] = field(
         default_factory=list, metadata={"metavar": "OURS=THEIRS", "help": "columns of a CSV, see README"}
     )
     block_size: int | None = option(None, "tokens per sequence, for a CSV with batch in sequences")
+    base_width: int | None = option(None, "of muP, for a CSV; default: standard parameterization")
+    weight_decay: float | None = option(None, "of the runs of a CSV")
+    warmup_tokens: str | None = option(None, "of the runs of a CSV, e.g. 1B")
+    decay_ratio: float | None = option(None, "length of the tail over the run, of a CSV")
+    decay_shape: str | None = option(None, "of the tail, of a CSV")
+    model_type: str | None = option(None, "llama or mixtral, of a CSV")
+    tokenizer: str | None = option(None, "its fingerprint as in a recipe.json, of a CSV")
+
+    def __post_init__(self) -> None:
+        """Refuse words that are none of the choices."""
+        for name, choices in (
+            ("critical_batch", ("none", "fixed", "growing")),
+            ("size", (None, "parameters", "width")),
+        ):
+            if getattr(self, name) not in choices:
+                words = ", ".join(choice for choice in choices if choice)
+                raise UserError(f"--{name} must be one of {words}, got {getattr(self, name)!r}.")
+
+    def elsewhere(self) -> "Elsewhere":
+        """What a CSV cannot say."""
+        from hf_power.fit.report import Elsewhere
+
+        names = {"base_width", "weight_decay", "decay_ratio", "decay_shape", "model_type", "tokenizer", "block_size"}
+        warmup = None if self.warmup_tokens is None else parse_tokens(self.warmup_tokens, "--warmup_tokens")
+        values = {name: getattr(self, name) for name in names}
+        return Elsewhere(columns=self.column_names(), warmup_tokens=warmup, **values)
 
     def exponent(self) -> float | None:
         """The number to hold the batch exponent at; None where it is free."""

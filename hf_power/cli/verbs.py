@@ -122,8 +122,8 @@ def fit(arguments: FitArguments) -> int:
         schedule=arguments.schedule,
         batch_exponent=arguments.exponent(),
         critical_batch=arguments.critical_batch,
-        columns=arguments.column_names(),
-        block_size=arguments.block_size,
+        size=arguments.size,
+        elsewhere=arguments.elsewhere(),
     )
     print(text)
     return ExitCode.DONE

@@ -23,6 +23,7 @@ class RowLaw(TypedDict, total=False):
     b: Finite
     batch_exponent: Finite
     critical_batch_tokens: Finite | None
+    critical_batch_growth: Finite
 
 
 @dataclass(frozen=True, kw_only=True)

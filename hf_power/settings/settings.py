@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_power.compat import CHECKPOINTING, own_name, recorded_name
 from hf_power.data.text import DataArguments
+from hf_power.models import count_parameters
 from hf_power.mup.config import mup_config
 from hf_power.mup.rules import mup_init_, new_model
 from hf_power.recipe import Recipe
@@ -125,8 +126,11 @@ class Settings:
         if self.run.recipe is None:
             return None
         recipe = Recipe.load(self.run.recipe)
-        if not self.mup.mup:
-            raise UserError("mup is False in the settings, but a recipe's numbers hold under muP only: leave mup out.")
+        if self.mup.mup != (recipe.parameterization == "mup"):
+            what = "a recipe's numbers hold under muP only: leave mup out"
+            if self.mup.mup:
+                what = "the sweep of the recipe had standard parameterization: set mup to False"
+            raise UserError(f"mup is {self.mup.mup} in the settings, but {what}.")
         _agree("model_type", recipe.model_type or self.model.model_type, self.model.model_type)
         numbers, power = recipe.settings(), self.training.lr_scheduler_type == "power"
         if not power:
@@ -138,7 +142,7 @@ class Settings:
         self.given |= set(numbers)
         if power:
             kwargs = self.schedule_kwargs
-            for name, value in recipe.schedule_kwargs().items():
+            for name, value in recipe.schedule_kwargs(self.size_for(recipe)).items():
                 _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
                 kwargs[name] = value
             # The recipe's warmup and tail are each left out where the settings give one.
@@ -150,6 +154,12 @@ class Settings:
             self.training.lr_scheduler_kwargs = {**lengths, **kwargs}
             self.given |= {"lr_scheduler_kwargs"}
         return recipe
+
+    def size_for(self, recipe: Recipe) -> int | None:
+        """The size of the model that the recipe's law asks for; None where it has none."""
+        if recipe.size != "parameters":
+            return self.model.hidden_size if recipe.size else None
+        return count_parameters(self.model.config(vocab_size=self.data.vocab_size))["parameters"]
 
     def check(self) -> None:
         """Every check that needs no data and no weights.

@@ -12,7 +12,6 @@ from hf_power.records.errors import UserError
 from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
 from hf_power.records.schema import decode
-from hf_power.schedule import Law
 from hf_power.settings.settings import Settings
 from hf_power.sweep.grid import Grid, Sections, few_digits
 from hf_power.sweep.jobs import Group
@@ -57,7 +56,13 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
         raise UserError(f"seeds and tolerance must be positive, got {seeds} and {tolerance}: correct them.")
     require_matplotlib()
     recipe = Recipe.load(settings.run.recipe)
+    if recipe.parameterization == "standard":
+        raise UserError(
+            "verify tries a recipe under muP, but this one's sweep had standard parameterization: train at half, once and "
+            "twice the rate of hf-power plan instead."
+        )
     settings.apply_recipe()
+    recipe = replace(recipe, a=recipe.law.at(settings.size_for(recipe)).a, size=None, size_exponent=0.0)
     settings.check()
     folder = Path(settings.training.output_dir or "")
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,7 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
     if tokens < FEWEST_STEPS * batch:
         raise UserError(f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens.")
     values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
-    law = Law.from_dict(recipe.schedule_kwargs())
+    law = recipe.law
     return grid, Group("power", width, batch, (tokens,), grid.seeds, values, law)
 
 
