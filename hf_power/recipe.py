@@ -267,12 +267,8 @@ class Recipe:
 
     def factors(self, tokens: float, tokens_per_step: int, size: float | None = None) -> tuple[float, float]:
         """The ends of the 95 % interval over the rate, of any of the recipe's laws."""
-        spread = 0.0
-        if self.samples and tokens > 0:
-            draws = [Law(*draw[:5], self.size, draw[5]) for draw in self.samples]
-            spread = float(np.std([math.log2(draw.lr(tokens, tokens_per_step, size)) for draw in draws]))
-        half = 1.959964 * math.hypot(spread, self.scatter_octaves)
-        return 2**-half, 2**half
+        place = tokens, tokens_per_step, size
+        return predictive_factors(self.samples, self.size, self.scatter_octaves, place)
 
     def schedule_kwargs(self, size: float | None = None) -> dict[str, float]:
         """The law of a model of this size, as arguments of `get_power_schedule`."""
@@ -288,6 +284,28 @@ class Recipe:
         names = ("weight_decay", "preset", *MUP) if self.parameterization == "mup" else ("weight_decay",)
         numbers = {name: getattr(self, name) for name in names}
         return {"learning_rate": self.max_lr} | {name: value for name, value in numbers.items() if value is not None}
+
+
+def predictive_factors(
+    samples: Sequence[Sample],
+    kind: Literal["parameters", "width"] | None,
+    scatter_octaves: float,
+    place: tuple[float, float, float | None],
+) -> tuple[float, float]:
+    """The ends of the 95 % interval of a new cell's optimum, over the law's rate there.
+
+    ``2**(-+1.96 * sqrt(spread**2 + scatter_octaves**2))`` with the standard deviation of log2 of the draws' rates.
+
+    Args:
+        samples: draws of the law.
+        kind: what its size counts.
+        scatter_octaves: of cells around the law, Student's quantile over the normal one included.
+        place: tokens, tokens per step, and the size.
+    """
+    draws = [Law(*draw[:5], kind, draw[5]) for draw in samples] if place[0] > 0 else []
+    spread = float(np.std([math.log2(draw.lr(*place)) for draw in draws])) if draws else 0.0
+    half = 1.959964 * math.hypot(spread, scatter_octaves)
+    return 2**-half, 2**half
 
 
 def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+from hf_power.recipe import predictive_factors
 from hf_power.records.errors import UserError
 from hf_power.records.files import Record
 from hf_power.schedule import Law
@@ -286,3 +287,10 @@ class Fit(Record):
     width_exponent: Estimate | None
     power: PowerFit | None
     warnings: tuple[str, ...]
+
+    def predict(self, tokens: float, tokens_per_step: float, size: float | None = None) -> tuple[float, float, float]:
+        """The law's rate at a new cell, and the 95 % interval of the cell's optimum: of the law and of the scatter."""
+        place = tokens, tokens_per_step, size
+        rate = self.law.lr(*place)
+        low, high = predictive_factors(self.samples, self.law.size, self.scatter_octaves, place)
+        return rate, rate * low, rate * high

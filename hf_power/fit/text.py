@@ -1,10 +1,9 @@
 """A fit as text for people."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 
-from hf_power.fit.result import Cell, Center, Fit, PowerFit
+from hf_power.fit.result import Cell, Fit, PowerFit
 from hf_power.fit.validity import MAX_SD_OCTAVES
 from hf_power.schedule import PAPER_OPTIMA, TOKENS_PER_BETA
 
@@ -39,18 +38,13 @@ def _law_lines(fit: Fit) -> list[str]:
     middle = f"{center.size:,.0f} {law.size}, " if center.size else ""
     lines.append(
         f"  at the centre, {middle}{center.tokens:,.0f} tokens and {center.tokens_per_step:,.0f} tokens per step: "
-        f"{center.learning_rate:.3g} ({low:.3g} to {high:.3g}; a new cell's optimum {2 ** -_half(fit, center):.2f} to "
-        f"{2 ** _half(fit, center):.2f} times that)"
+        f"{center.learning_rate:.3g} ({low:.3g} to {high:.3g})"
     )
+    _, low, high = fit.predict(center.tokens, center.tokens_per_step, center.size)
+    lines.append(f"  the optimum of a new cell there: {low:.3g} to {high:.3g}, by the law's interval and the cells' scatter")
     if fit.width_exponent:
         lines.append("  exponent of the width {:+.3f} ({:+.3f} to {:+.3f}), 0 under muP".format(*fit.width_exponent))
     return [*lines, *_form_lines(fit)]
-
-
-def _half(fit: Fit, center: Center) -> float:
-    """Half of the 95 % interval of a new cell at the centre, octaves."""
-    half = math.log2(center.interval[1] / center.learning_rate)
-    return math.hypot(half, 1.96 * fit.scatter_octaves)
 
 
 def _form_lines(fit: Fit) -> list[str]:
