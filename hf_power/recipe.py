@@ -223,7 +223,11 @@ class Recipe:
             "proxies": {"tokens": sum(row.trained_tokens for row in rows), "flops": flops},
             **{name: value for name, value in about.items() if value},
         }
-        parts = {"intervals": intervals, "samples": found.samples[:MAX_SAMPLES], "validity": found.validity}
+        parts: dict[str, object] = {
+            "intervals": intervals,
+            "samples": found.samples[:MAX_SAMPLES],
+            "validity": found.validity,
+        }
         parts["scatter_octaves"] = found.scatter_octaves
         parts["laws"] = dict(laws or {}) | {found.schedule: found.law}
         return decode(cls, {**numbers, **parts, "provenance": provenance}, "recipe", _REMEDY, closed=True)

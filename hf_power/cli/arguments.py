@@ -10,7 +10,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_power.data.text import option
 from hf_power.records.errors import UserError
@@ -18,6 +18,7 @@ from hf_power.records.run import Run
 from hf_power.settings.sections import parse_tokens
 
 if TYPE_CHECKING:
+    from hf_power.fit.form import Critical, Size
     from hf_power.fit.report import Elsewhere
 
 
@@ -183,6 +184,16 @@ class SweepArguments:
             raise UserError(f"--workers must be at least 1, got {self.workers}.")
 
 
+_Word = TypeVar("_Word", bound=str)
+
+
+def _choice(option: str, given: str, choices: tuple[_Word, ...]) -> _Word:
+    for choice in choices:
+        if given == choice:
+            return choice
+    raise UserError(f"{option} must be one of {', '.join(choices)}, got {given!r}.")
+
+
 @dataclass(frozen=True)
 class FitArguments:
     """The law of a sweep."""
@@ -209,15 +220,15 @@ class FitArguments:
     model_type: str | None = option(None, "llama or mixtral, of a CSV")
     tokenizer: str | None = option(None, "its fingerprint as in a recipe.json, of a CSV")
 
-    def __post_init__(self) -> None:
-        """Refuse words that are none of the choices."""
-        for name, choices in (
-            ("critical_batch", ("none", "fixed", "growing")),
-            ("size", (None, "parameters", "width")),
-        ):
-            if getattr(self, name) not in choices:
-                words = ", ".join(choice for choice in choices if choice)
-                raise UserError(f"--{name} must be one of {words}, got {getattr(self, name)!r}.")
+    def most(self) -> "Critical":
+        """The most that is looked for of a critical batch."""
+        kinds: tuple[Critical, ...] = ("none", "fixed", "growing")
+        return _choice("--critical_batch", self.critical_batch, kinds)
+
+    def exponent_of(self) -> "Size | None":
+        """The size that an exponent is looked for."""
+        sizes: tuple[Size, ...] = ("parameters", "width")
+        return None if self.size is None else _choice("--size", self.size, sizes)
 
     def elsewhere(self) -> "Elsewhere":
         """What a CSV cannot say."""

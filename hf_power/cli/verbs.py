@@ -121,8 +121,8 @@ def fit(arguments: FitArguments) -> int:
         Path(arguments.output_dir) if arguments.output_dir else None,
         schedule=arguments.schedule,
         batch_exponent=arguments.exponent(),
-        critical_batch=arguments.critical_batch,
-        size=arguments.size,
+        critical_batch=arguments.most(),
+        size=arguments.exponent_of(),
         elsewhere=arguments.elsewhere(),
     )
     print(text)

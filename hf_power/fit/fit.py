@@ -22,6 +22,7 @@ from hf_power.fit.result import (
     PaperInside,
     PowerFit,
     RegretMap,
+    TriedForm,
     Validity,
 )
 from hf_power.fit.rows import by_cell, check_one_source, sha256_of
@@ -92,7 +93,7 @@ def fit_law(
         num_diverged=num_diverged,
         num_failed=sum(row.status == "failed" for row in chosen),
         num_blown_up=num_diverged - sum(row.status == "diverged" for row in chosen),
-        **_described(cells, fitted, optima),
+        **_described(cells, fitted, optima, next(each for each in tried if each.chosen)),
         forms=tried,
         by_size=_by_size(used, optima, form),
         width_exponent=width,
@@ -124,8 +125,10 @@ class _Described(TypedDict):
     validity: Validity
 
 
-def _described(cells: Sequence[FittedCell], fitted: FittedLaw, optima: Optima) -> _Described:
+def _described(cells: Sequence[FittedCell], fitted: FittedLaw, optima: Optima, taken: TriedForm) -> _Described:
     """What a fitted law says, as fit.json has it."""
+    # How far it was off at left-out cells says more of new ones than the residuals at cells that it was fitted to.
+    scatter = max(fitted.scatter, taken.held_out_rms_octaves)
     used = [cell for cell in cells if cell.used]
     samples = fitted.samples()[:_MAX_SAMPLES].tolist()
     law = fitted.law
@@ -135,7 +138,7 @@ def _described(cells: Sequence[FittedCell], fitted: FittedLaw, optima: Optima) -
         center=center_of(fitted, optima),
         r2=fitted.r2,
         residual_sd_octaves=fitted.scatter,
-        scatter_octaves=fitted.scatter * widening(fitted.freedom),
+        scatter_octaves=scatter * widening(fitted.freedom),
         degrees_of_freedom=fitted.freedom,
         paper=paper_inside(fitted, optima),
         cells=tuple(cell.against(law) for cell in cells),

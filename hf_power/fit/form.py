@@ -116,7 +116,7 @@ def choose_form(optima: Optima, forms: Sequence[Form]) -> tuple[Form, tuple[Trie
         The form, what was tried (the squared errors as root of their mean, in octaves), and sentences on what was not.
     """
     weights = least_squares(*_simple(optima, forms[0])).weights
-    groups = _groups(optima)
+    groups = groups_of(optima)
     tried, notes, errors, inside = [], [], [], []
     for form in forms:
         if len(optima.lr) - form.num_free < _MIN_FREEDOM or not _can_tell(optima, form, groups):
@@ -153,7 +153,7 @@ def _simple(optima: Optima, form: Form) -> tuple[Array, Array, Array]:
     return design, optima.lr - offset, optima.sd
 
 
-def _groups(optima: Optima) -> Array:
+def groups_of(optima: Optima) -> Array:
     """A number for each size and horizon, or for each cell where these are less than four."""
     kinds = np.round(np.stack([optima.size, optima.width, optima.tokens], axis=1) * 30)
     _, groups = np.unique(kinds, axis=0, return_inverse=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_power.fit.form import Form, best_caps
+from hf_power.fit.form import Form, best_caps, groups_of
 from hf_power.fit.optima import Optima, Parameters
 from hf_power.fit.result import Interval, Intervals
-from hf_power.fit.squares import Array, draw_optima, interval, least_squares, widening
+from hf_power.fit.squares import Array, draw_optima, interval, least_squares, shared_variance, widening
 from hf_power.schedule import TOKENS_PER_BETA, Law
 
 
@@ -113,7 +113,10 @@ def solve_law(optima: Optima, form: Form, generator: np.random.Generator) -> Fit
     cap = float(found[0, 3]), float(found[0, 4])
     design, offset = form.design(optima, cap)
     best = least_squares(design, optima.lr - offset, optima.sd)
-    y_draws = offset + draw_optima(best, optima.lr - offset, optima.errors, generator)
+    groups = groups_of(optima)
+    between = 2 + (form.size is not None) + (form.critical == "growing")
+    shared = groups, shared_variance(best.residuals, groups, between)
+    y_draws = offset + draw_optima(best, optima.lr - offset, optima.errors, generator, shared)
     # Each draw chooses its own cap, for which one is best is a part of what is not known.
     draws, _ = best_caps(form, optima, y_draws, best.weights[None], caps)
     mean = float(best.weights @ optima.lr / best.weights.sum())

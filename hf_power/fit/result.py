@@ -251,7 +251,7 @@ class Fit(Record):
         residual_sd_octaves: scatter of the optima around the law.
         degrees_of_freedom: used cells less fitted parameters.
         scatter_octaves: half of the 95 % interval of a new cell over 1.96, as far as it comes from the scatter of cells
-            around the law; the draws of `samples` come on top.
+            around the law, of left-out ones where that is larger; the draws of `samples` come on top.
         samples: bootstrap draws (a, b, batch_exponent, critical_batch_tokens, critical_batch_growth, size_exponent),
             scaled so that their central 95 % are the intervals.
         forms: the forms of the law that were tried, with their errors at left-out cells.

@@ -41,7 +41,9 @@ def _law_lines(fit: Fit) -> list[str]:
         f"{center.learning_rate:.3g} ({low:.3g} to {high:.3g})"
     )
     _, low, high = fit.predict(center.tokens, center.tokens_per_step, center.size)
-    lines.append(f"  the optimum of a new cell there: {low:.3g} to {high:.3g}, by the law's interval and the cells' scatter")
+    lines.append(
+        f"  the optimum of a new cell there: {low:.3g} to {high:.3g}, by the law's interval and the cells' scatter"
+    )
     if fit.width_exponent:
         lines.append("  exponent of the width {:+.3f} ({:+.3f} to {:+.3f}), 0 under muP".format(*fit.width_exponent))
     return [*lines, *_form_lines(fit)]

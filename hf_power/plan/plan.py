@@ -52,7 +52,7 @@ def make_plan(
     decay = recipe.weight_decay if weight_decay is None else weight_decay
     timescales = _timescales(schedule, total, decay)
     width = None if config is None else config.hidden_size
-    peaks = {name: recipe.peak_lr(total, per_step, name, size) for name in recipe.laws}
+    peaks: dict[str, float] = {name: recipe.peak_lr(total, per_step, name, size) for name in recipe.laws}
     low, high = recipe.factors(total, per_step, size)
     outside = warnings_for(recipe, tokens=total, tokens_per_step=per_step, width=width, weight_decay=decay, size=size)
     return Plan(
@@ -60,7 +60,7 @@ def make_plan(
         tokens_per_step=per_step,
         beta=beta(per_step),
         law=CappedLaw(
-            law.a, law.b, law.batch_exponent, law.critical_batch_tokens, law.critical_batch_growth, recipe.max_lr
+            law.a, law.b, law.batch_exponent, law.critical_batch_tokens, recipe.max_lr, law.critical_batch_growth
         ),
         intervals=recipe.intervals,
         warmup_tokens=schedule.warmup_tokens,

@@ -123,8 +123,8 @@ class CappedLaw:
     b: float
     batch_exponent: float
     critical_batch_tokens: float | None = field(metadata=UNTIL_KNOWN)
-    critical_batch_growth: float
     max_lr: float
+    critical_batch_growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,6 @@ class Plan(Record):
     cap_ends_tokens: int | None
     milestones: tuple[Point, ...]
     peak_lrs: dict[str, float]
-    peak_intervals: dict[str, tuple[float, float]]
     weight_decay: float | None = field(metadata=UNTIL_KNOWN)
     timescales: tuple[Timescale, ...]
     compute: Compute
@@ -211,3 +210,4 @@ class Plan(Record):
     curve: tuple[Point, ...]
     warnings: tuple[str, ...]
     scale: tuple[ScaleRow, ...] | None = field(default=None, metadata=UNTIL_KNOWN)
+    peak_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -428,7 +428,7 @@ def test_validity():
     assert fit.validity.tokens_per_step == (BATCHES[0], BATCHES[-1])
     beyond = fit.validity.extrapolates_to
     assert beyond.tokens == 16 * HORIZONS[-1]  # a precise sweep ends at the limit
-    samples = np.array(fit.samples)
+    samples = np.array([draw[:3] for draw in fit.samples])
     a, b, c = samples.T
     sds = [
         np.log2(a * (batch / 4096) ** c * tokens**b).std()
