@@ -123,7 +123,12 @@ def summed(places):
 
 
 def markdown(table):
-    lines = ["# The law on a public sweep", "", "`python benchmarks/public_sweeps/held_out.py PATH`, see README.md.", ""]
+    lines = [
+        "# The law on a public sweep",
+        "",
+        "`python benchmarks/public_sweeps/held_out.py PATH`, see README.md.",
+        "",
+    ]
     for fit in table["whole"]:
         law = {name: value for name, value in fit["law"].items() if value not in (None, 0, 0.0)}
         lines += [

@@ -56,6 +56,15 @@ class Form(NamedTuple):
         growths = (0.0,) if self.critical == "fixed" else GROWTHS
         return [(float(middle) - k * shift, k) for k in growths for middle in middles]
 
+    def finer(self, optima: Optima, cap: tuple[float, float]) -> list[tuple[float, float]]:
+        """The grid around one of its points, eight times as fine."""
+        if self.critical == "none":
+            return [_NO_CAP]
+        shift, step = float(optima.tokens.mean()) - REFERENCE, 1 / _CAPS_PER_OCTAVE[self.critical]
+        growths = cap[1] + (np.linspace(-0.1, 0.1, 17) if self.critical == "growing" else np.zeros(1))
+        middles = cap[0] + cap[1] * shift + np.linspace(-step, step, 17)
+        return [(float(middle - k * shift), float(k)) for k in growths for middle in middles]
+
     def design(self, optima: Optima, cap: tuple[float, float]) -> tuple[Array, Array]:
         """Design and offset of log2 lr: 1, log2 T, min(log2 beta, cap) unless c is held, and the size."""
         capped = np.minimum(optima.beta, cap[0] + cap[1] * (optima.tokens - REFERENCE))

@@ -110,6 +110,7 @@ def solve_law(optima: Optima, form: Form, generator: np.random.Generator) -> Fit
     caps = form.caps(optima)
     first = least_squares(form.design(optima, (math.inf, 0.0))[0], optima.lr, optima.sd).weights
     found, _ = best_caps(form, optima, optima.lr[None], first[None], caps)
+    found, _ = best_caps(form, optima, optima.lr[None], first[None], form.finer(optima, (found[0, 3], found[0, 4])))
     cap = float(found[0, 3]), float(found[0, 4])
     design, offset = form.design(optima, cap)
     best = least_squares(design, optima.lr - offset, optima.sd)

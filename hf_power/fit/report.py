@@ -10,7 +10,7 @@ from hf_power.fit.fit import fit_law, fit_laws
 from hf_power.fit.form import Critical, Size
 from hf_power.fit.result import FIT_FILE
 from hf_power.fit.text import fit_text
-from hf_power.plots.cells import plot_cells
+from hf_power.plots.cells import pages_of, plot_cells
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.plots.law import plot_law, plot_map
 from hf_power.recipe import FILE_NAME, Recipe
@@ -95,8 +95,9 @@ def fit_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     fit.save(folder)
     written = [FIT_FILE]
-    for name, plot in (("cells", plot_cells), ("law", plot_law), ("map", plot_map)):
-        save(plot(fit), folder / f"{name}.png")
+    pictures = [(name, plot_cells, part) for name, part in pages_of(fit).items()]
+    for name, plot, part in (*pictures, ("law", plot_law, fit), ("map", plot_map, fit)):
+        save(plot(part), folder / f"{name}.png")
         written.append(f"{name}.png")
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
     Recipe.from_fit(fit.to_json(), rows, laws, from_csv.told() if from_csv else None).save(folder / FILE_NAME)
