@@ -95,7 +95,7 @@ def fit_law(
         num_blown_up=num_diverged - sum(row.status == "diverged" for row in chosen),
         **_described(cells, fitted, optima, next(each for each in tried if each.chosen)),
         forms=tried,
-        by_size=_by_size(used, optima, form),
+        by_size=_by_size(used, optima, form) if size else (),
         width_exponent=width,
         power=power,
         warnings=tuple([*warnings_of(cells, fitted), *notes, *([no_power] if no_power else [])]),

@@ -128,7 +128,8 @@ def choose_form(optima: Optima, forms: Sequence[Form]) -> tuple[Form, tuple[Trie
     groups = groups_of(optima)
     tried, notes, errors, inside = [], [], [], []
     for form in forms:
-        if len(optima.lr) - form.num_free < _MIN_FREEDOM or not _can_tell(optima, form, groups):
+        poor = len(optima.lr) - form.num_free < _MIN_FREEDOM or not _can_tell(optima, form, groups)
+        if poor and form != forms[0]:
             continue
         caps = form.caps(optima)
         folds = weights * (groups != np.unique(groups)[:, None])
