@@ -16,7 +16,7 @@ from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
 from hf_power.records.run import Intervals, PowerScale, Sample, Validity
 from hf_power.records.schema import Finite, Json, Limit, Positive, PositiveNumber, check_fields, decode, encode, one_of
-from hf_power.schedule import DECAY_SHAPES, PAPER_LAW, PAPER_MAX_LR, PAPER_OPTIMA, TOKENS_PER_BETA, Law
+from hf_power.schedule import DECAY_SHAPES, PAPER_LAW, PAPER_MAX_LR, PAPER_OPTIMA, Law
 
 SCHEMA = 1
 FILE_NAME = "recipe.json"
@@ -45,23 +45,30 @@ class _Fit:
     samples: list[Sample]
     validity: Validity
     power: PowerScale | None
+    scatter_octaves: Finite = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What one sweep on small models found, to hold for every run after it.
 
-    The learning rate is ``min(max_lr, a * beta**batch_exponent * n**b)`` with n the tokens seen and
-    ``beta = min(tokens_per_step, critical_batch_tokens) / 4096`` (eq. 7 of Shen et al., arXiv:2408.13359, which has no
-    critical batch); muP carries it over widths. The defaults are the paper's.
+    The learning rate is ``min(max_lr, a * size**size_exponent * beta**batch_exponent * n**b)`` with n the tokens seen and
+    ``beta = min(tokens_per_step, B_crit) / 4096``, ``B_crit = critical_batch_tokens * (n / 1e9)**critical_batch_growth``
+    (eq. 7 of Shen et al., arXiv:2408.13359, which has neither a critical batch nor a size). Over widths muP carries it, or
+    under standard parameterization the size. The defaults are the paper's.
 
     Attributes:
         a: scale of the law, > 0.
         b: exponent of the tokens, < 0.
         batch_exponent: exponent of the batch.
-        critical_batch_tokens: batch above which the rate no longer rises, in tokens per step; None means that there is none.
+        critical_batch_tokens: batch at 1e9 tokens above which the rate no longer rises, in tokens per step; None means that
+            there is none.
+        critical_batch_growth: exponent of the tokens in the critical batch.
+        size: "parameters" or "width", what the size counts, as the sweep counted it; None where the law has none.
+        size_exponent: of the size.
+        parameterization: "mup", or "standard" where the proxies were not under muP.
         max_lr: eta_max, the cap, > 0.
-        weight_decay: AdamW's coefficient at base width; the law only holds for the one it was tuned with.
+        weight_decay: AdamW's coefficient at base width; the law only holds for the one it was tuned with. None: not known.
         model_type: "llama" or "mixtral", of the proxies; None for any.
         tokenizer: `hf_power.data.tokenizer.tokenizer_fingerprint` of the proxies' tokenizer; None for any.
         warmup_tokens: length of the proxies' warmup, in tokens; None for unknown.
@@ -73,9 +80,11 @@ class Recipe:
         attention_multiplier, base_intermediate_size, base_attention_width, base_head_dim, base_num_layers: arguments of
             `mup_config` that the proxies were given; None for its own choice.
         laws: schedule -> the law of the best peak of a schedule that knows its horizon (eq. 6).
-        intervals: 95 % of "a" (Power's own), "b", "batch_exponent" and "critical_batch_tokens", as [low, high].
-        samples: bootstrap draws [a, b, batch_exponent] of the fitted law, at most 500.
-        validity: what the fit has seen: "widths", "tokens_per_step" and "tokens" as [min, max], "extrapolates_to".
+        intervals: 95 % of "a" (Power's own) and of the law's other numbers, as [low, high].
+        samples: bootstrap draws of the fitted law, at most 500, see `hf_power.records.run.Sample`.
+        scatter_octaves: scatter of cells around the law, see `hf_power.fit.result.Fit`.
+        validity: what the fit has seen: "widths", "parameters", "tokens_per_step" and "tokens" as [min, max],
+            "extrapolates_to", "misfit".
         provenance: how the numbers were found (versions, data fingerprint, sweep).
     """
 
@@ -83,8 +92,12 @@ class Recipe:
     b: Finite = PAPER_LAW.b
     batch_exponent: Finite = PAPER_LAW.batch_exponent
     critical_batch_tokens: PositiveNumber | None = None
+    critical_batch_growth: Finite = 0.0
+    size: Literal["parameters", "width"] | None = None
+    size_exponent: Finite = 0.0
+    parameterization: Literal["mup", "standard"] = "mup"
     max_lr: Finite = PAPER_MAX_LR
-    weight_decay: Finite = 0.1
+    weight_decay: Finite | None = 0.1
     model_type: Annotated[str, one_of(PLAIN_FAMILIES)] | None = None
     tokenizer: str | None = None
     warmup_tokens: int | None = None
@@ -103,6 +116,7 @@ class Recipe:
     laws: dict[KnownHorizon, Law] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
     samples: Annotated[list[Sample], _FEW] = field(default_factory=list)
+    scatter_octaves: Finite = 0.0
     validity: Validity = field(default_factory=Validity)
     provenance: dict[str, Json] = field(default_factory=dict)
 
@@ -113,7 +127,7 @@ class Recipe:
                 "recipe: a, max_lr and base_width must be positive and b negative, got "
                 f"a={self.a}, b={self.b}, max_lr={self.max_lr}, base_width={self.base_width}."
             )
-        if not 0 <= self.decay_ratio <= 1 or (self.warmup_tokens or 0) < 0 or self.weight_decay < 0:
+        if not 0 <= self.decay_ratio <= 1 or (self.warmup_tokens or 0) < 0 or (self.weight_decay or 0) < 0:
             raise UserError(
                 "recipe: decay_ratio must lie between 0 and 1, warmup_tokens and weight_decay must not be negative, got "
                 f"{self.decay_ratio}, {self.warmup_tokens} and {self.weight_decay}."
@@ -127,7 +141,8 @@ class Recipe:
     @property
     def law(self) -> Law:
         """Power's own law, uncapped."""
-        return Law(self.a, self.b, self.batch_exponent, self.critical_batch_tokens)
+        critical = self.critical_batch_tokens, self.critical_batch_growth
+        return Law(self.a, self.b, self.batch_exponent, *critical, self.size, self.size_exponent)
 
     @property
     def proxies(self) -> dict[str, float]:
@@ -171,7 +186,11 @@ class Recipe:
 
     @classmethod
     def from_fit(
-        cls, fit: Mapping[str, object], rows: Sequence[Row], laws: Mapping[str, object] | None = None
+        cls,
+        fit: Mapping[str, object],
+        rows: Sequence[Row],
+        laws: Mapping[str, object] | None = None,
+        told: Mapping[str, object] | None = None,
     ) -> "Recipe":
         """The recipe of a fit and the rows of its sweep.
 
@@ -183,6 +202,7 @@ class Recipe:
             rows: of the sweep; the first one tells the proxies' settings, which are one for all (those of a sweep from
                 elsewhere tell none, and the defaults hold).
             laws: schedule -> law of further schedules, see `hf_power.fit.fit.fit_laws`.
+            told: fields of the recipe that neither says.
 
         Raises:
             UserError: a fit that makes no recipe, for example with b >= 0.
@@ -195,7 +215,8 @@ class Recipe:
         else:
             a, intervals["a"] = found.power["a"], found.power["interval"]
         caps = [row.max_lr for row in rows if row.schedule == "power" and row.max_lr is not None]
-        numbers = {**found.law.to_dict(), "a": a, **({"max_lr": max(caps)} if caps else {}), **_proxies_settings(rows)}
+        law = {f.name: getattr(found.law, f.name) for f in fields(Law)} | {"a": a}
+        numbers = {**law, **({"max_lr": max(caps)} if caps else {}), **_proxies_settings(rows), **(told or {})}
         flops = sum(row.trained_tokens * row.flops_per_token for row in rows)
         about = {name: getattr(rows[0], name) for name in ("data", "versions", "hardware", "settings")}
         provenance = {
@@ -204,7 +225,12 @@ class Recipe:
             "proxies": {"tokens": sum(row.trained_tokens for row in rows), "flops": flops},
             **{name: value for name, value in about.items() if value},
         }
-        parts = {"intervals": intervals, "samples": found.samples[:MAX_SAMPLES], "validity": found.validity}
+        parts: dict[str, object] = {
+            "intervals": intervals,
+            "samples": found.samples[:MAX_SAMPLES],
+            "validity": found.validity,
+        }
+        parts["scatter_octaves"] = found.scatter_octaves
         parts["laws"] = dict(laws or {}) | {found.schedule: found.law}
         return decode(cls, {**numbers, **parts, "provenance": provenance}, "recipe", _REMEDY, closed=True)
 
@@ -212,16 +238,19 @@ class Recipe:
         """Write recipe.json atomically."""
         write_json(path, {"schema": SCHEMA, **encode(self)})
 
-    def peak_lr(self, tokens: int, tokens_per_step: int, schedule: str = "warmup_stable_decay") -> float:
-        """The best peak of a schedule that knows its horizon, ``a * beta**c * tokens**b`` (eq. 6); max_lr is Power's cap.
+    def peak_lr(
+        self, tokens: int, tokens_per_step: int, schedule: str = "warmup_stable_decay", size: float | None = None
+    ) -> float:
+        """The best peak of a schedule that knows its horizon, by its law (eq. 6); max_lr is Power's cap.
 
         Args:
             tokens: T, the length of the run with its decay.
             tokens_per_step: tokens of one optimizer step over all processes.
             schedule: one that `laws` holds.
+            size: the model's parameters or width, where the recipe has a `size`.
 
         Raises:
-            UserError: the schedule was not fitted, or it is "power", which needs no horizon.
+            UserError: the schedule was not fitted, it is "power", which needs no horizon, or the size is missing.
         """
         if schedule == "power":
             raise UserError("power needs no horizon and so has no peak of its own: use lr_scheduler_type='power'.")
@@ -230,26 +259,26 @@ class Recipe:
                 f"the recipe has no law for {schedule}, only for {', '.join(self.laws) or 'power'}: sweep that schedule, "
                 "or give a learning_rate."
             )
-        return self.laws[schedule].lr(tokens, tokens_per_step)
+        return self.laws[schedule].lr(tokens, tokens_per_step, size)
 
-    def lr_interval(self, tokens: float, tokens_per_step: int) -> tuple[float, float]:
-        """95 % interval of Power's uncapped law after `tokens` tokens; without samples both ends are the law itself.
+    def lr_interval(self, tokens: float, tokens_per_step: int, size: float | None = None) -> tuple[float, float]:
+        """95 % interval for the best rate of Power's uncapped law after `tokens` tokens.
 
-        The samples are draws of the fitted law, which Power's own differs from by a factor: the 2.5 and 97.5 % quantiles
-        of the draws' rates over the median draw's, times the recipe's own rate.
+        It is predictive: of the law, by its draws, and of the scatter of cells around it. Without either both ends are the
+        law itself. The samples are draws of the fitted law, which Power's own differs from by a factor.
         """
-        rate = self.law.lr(tokens, tokens_per_step)
-        if not self.samples or not math.isfinite(rate):
-            return rate, rate
-        a, b, c = np.asarray(self.samples, dtype=float).T
-        batch = min(tokens_per_step, self.critical_batch_tokens or math.inf)
-        logs = np.log(a) + c * math.log(batch / TOKENS_PER_BETA) + b * math.log(tokens)
-        low, middle, high = np.quantile(logs, (0.025, 0.5, 0.975))
-        return rate * math.exp(low - middle), rate * math.exp(high - middle)
+        rate = self.law.lr(tokens, tokens_per_step, size)
+        low, high = self.factors(tokens, tokens_per_step, size)
+        return (rate * low, rate * high) if math.isfinite(rate) else (rate, rate)
 
-    def schedule_kwargs(self) -> dict[str, float]:
-        """The law, as arguments of `get_power_schedule`."""
-        return {name: value for name, value in self.law.to_dict().items() if value is not None}
+    def factors(self, tokens: float, tokens_per_step: int, size: float | None = None) -> tuple[float, float]:
+        """The ends of the 95 % interval over the rate, of any of the recipe's laws."""
+        place = tokens, tokens_per_step, size
+        return predictive_factors(self.samples, self.size, self.scatter_octaves, place)
+
+    def schedule_kwargs(self, size: float | None = None) -> dict[str, float]:
+        """The law of a model of this size, as arguments of `get_power_schedule`."""
+        return {name: value for name, value in self.law.at(size).to_dict().items() if value is not None}
 
     def lengths(self) -> dict[str, float | str]:
         """Warmup and tail, as arguments of `get_power_schedule`; a run may have others."""
@@ -258,8 +287,31 @@ class Recipe:
 
     def settings(self) -> dict[str, float | str]:
         """The same numbers under the names that pretraining gives them; a run may not contradict them."""
-        numbers = {name: getattr(self, name) for name in ("weight_decay", "preset", *MUP)}
+        names = ("weight_decay", "preset", *MUP) if self.parameterization == "mup" else ("weight_decay",)
+        numbers = {name: getattr(self, name) for name in names}
         return {"learning_rate": self.max_lr} | {name: value for name, value in numbers.items() if value is not None}
+
+
+def predictive_factors(
+    samples: Sequence[Sample],
+    kind: Literal["parameters", "width"] | None,
+    scatter_octaves: float,
+    place: tuple[float, float, float | None],
+) -> tuple[float, float]:
+    """The ends of the 95 % interval of a new cell's optimum, over the law's rate there.
+
+    ``2**(-+1.96 * sqrt(spread**2 + scatter_octaves**2))`` with the standard deviation of log2 of the draws' rates.
+
+    Args:
+        samples: draws of the law.
+        kind: what its size counts.
+        scatter_octaves: of cells around the law, Student's quantile over the normal one included.
+        place: tokens, tokens per step, and the size.
+    """
+    draws = [Law(*draw[:5], kind, draw[5]) for draw in samples] if place[0] > 0 else []
+    spread = float(np.std([math.log2(draw.lr(*place)) for draw in draws])) if draws else 0.0
+    half = 1.959964 * math.hypot(spread, scatter_octaves)
+    return 2**-half, 2**half
 
 
 def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
@@ -285,11 +337,18 @@ def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
 
 
 def warnings_for(
-    recipe: Recipe, *, tokens: int, tokens_per_step: int, width: int | None = None, weight_decay: float | None = None
+    recipe: Recipe,
+    *,
+    tokens: int,
+    tokens_per_step: int,
+    width: int | None = None,
+    weight_decay: float | None = None,
+    size: int | None = None,
 ) -> list[str]:
     """Sentences on where a run lies outside of what the recipe's fit has seen, with the factors.
 
-    An empty validity says nothing; a width (hidden_size) of None is unknown, a weight decay of None the recipe's.
+    An empty validity says nothing; a width (hidden_size) of None is unknown, a weight decay of None the recipe's, and the
+    size is the one that the recipe's law asks for.
     """
     found = []
     validity, reach = recipe.validity, recipe.validity.get("extrapolates_to", {})
@@ -303,16 +362,21 @@ def warnings_for(
             known = far is not None and value >= seen[0]  # A fit says nothing of a value below those that it has seen.
             reached = f", {side} the {far:,} up to which its fit is sure of the rate" if known else ""
             found.append(f"{value:,} {what} are {off} of the sweep{reached}.")
+    found += [f"{sentence}." for sentence in validity.get("misfit", [])]
     widths = [x for x in validity.get("widths", []) if x]  # A sweep from elsewhere that does not tell its width has 0.
     if width is not None and (off := _outside(width, widths)):
-        found.append(f"the width {width:,} is {off} of the sweep: muP alone carries the rate there.")
-    critical = recipe.critical_batch_tokens
+        carried = "muP" if recipe.parameterization == "mup" else "the law's size exponent" if recipe.size else "nothing"
+        alone = " alone" if recipe.parameterization == "mup" else ""
+        found.append(f"the width {width:,} is {off} of the sweep: {carried}{alone} carries the rate there.")
+    if recipe.size == "parameters" and size is not None and (off := _outside(size, validity.get("parameters", []))):
+        found.append(f"{size:,} parameters are {off} of the sweep: the law's size exponent carries the rate there.")
+    critical = recipe.law.critical_at(tokens)
     if critical is not None and tokens_per_step > critical:
         found.append(
             f"{tokens_per_step:,} tokens per step are {tokens_per_step / critical:.3g} times the critical batch, "
             f"{critical:,.0f}: the rate no longer rises with the batch, a smaller one learns as much per token."
         )
-    if weight_decay is not None and weight_decay != recipe.weight_decay:
+    if None not in (weight_decay, recipe.weight_decay) and weight_decay != recipe.weight_decay:
         found.append(
             f"weight decay is {weight_decay:g}, the sweep had {recipe.weight_decay:g}: the law only holds for its own."
         )

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from hf_power.records.errors import UserError
 
 TOKENS_PER_BETA = 4096  # The paper counts the batch in sequences of 4096 tokens (section 3).
 PAPER_MAX_LR = 0.02
-LAW_NAMES = ("a", "b", "batch_exponent", "critical_batch_tokens")
+LAW_NAMES = ("a", "b", "batch_exponent", "critical_batch_tokens", "critical_batch_growth")
+CRITICAL_AT_TOKENS = 1e9  # A critical batch that grows is named by its value at so many tokens.
 
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     # The paper names this shape (eq. 8) but never writes it; the formula is that of IBM's code.
@@ -27,17 +28,21 @@ def beta(tokens_per_step: float) -> float:
 
 @dataclass(frozen=True)
 class Law:
-    """The uncapped law of the learning rate, ``a * beta**batch_exponent * n**b`` (eq. 6 and 7), with n in tokens.
+    """The uncapped law of the learning rate, ``a * size**s * beta**c * n**b`` (eq. 6 and 7), with n in tokens.
 
-    ``beta = min(tokens_per_step, critical_batch_tokens) / 4096``; the paper has no critical batch. A law is not checked
-    when it is built, because a fit may find one that no run can follow; `Schedule` calls `check`.
+    ``beta = min(tokens_per_step, B_crit) / 4096`` with ``B_crit = critical_batch_tokens * (n / 1e9)**k``. The paper has
+    neither a critical batch nor a size; s = k = 0 is its form. A law is not checked when it is built, because a fit may
+    find one that no run can follow; `Schedule` calls `check`.
 
     Attributes:
         a: scale, > 0. 4.0 is the paper's scheduler constant, 4.6 belongs to its fit of WSD optima.
         b: exponent of the tokens, < 0.
         batch_exponent: c, exponent of the batch; 1 in the paper.
-        critical_batch_tokens: batch, in tokens per step, above which a larger one no longer raises the rate, > 0. None
-            means that there is none.
+        critical_batch_tokens: batch at 1e9 tokens, in tokens per step, above which a larger one no longer raises the
+            rate, > 0. None means that there is none.
+        critical_batch_growth: k, exponent of the tokens in the critical batch, >= 0.
+        size: "parameters" or "width", what the size counts; None where the law does not depend on it.
+        size_exponent: s; 0 without a size.
 
     >>> round(PAPER_OPTIMA.lr(10e12, tokens_per_step=4_194_304), 4)  # the paper's own example
     0.0011
@@ -47,20 +52,39 @@ class Law:
     b: float
     batch_exponent: float = 1.0
     critical_batch_tokens: float | None = None
+    critical_batch_growth: float = 0.0
+    size: Literal["parameters", "width"] | None = None
+    size_exponent: float = 0.0
 
-    def lr(self, tokens_seen: float, tokens_per_step: float) -> float:
-        """The learning rate that the law asks for, which is infinite at no tokens."""
+    def lr(self, tokens_seen: float, tokens_per_step: float, size: float | None = None) -> float:
+        """The learning rate that the law asks for, which is infinite at no tokens; a UserError without a size it needs."""
         if tokens_seen <= 0:
             return math.inf
-        critical = self.critical_batch_tokens
+        law = self.at(size)
+        critical = law.critical_at(tokens_seen)
         batch = beta(tokens_per_step if critical is None else min(tokens_per_step, critical))
-        return float(self.a * batch**self.batch_exponent * float(tokens_seen) ** self.b)
+        return float(law.a * batch**law.batch_exponent * float(tokens_seen) ** law.b)
+
+    def critical_at(self, tokens: float) -> float | None:
+        """The critical batch after so many tokens, in tokens per step; None where there is none."""
+        if self.critical_batch_tokens is None or not self.critical_batch_growth:
+            return self.critical_batch_tokens
+        return float(self.critical_batch_tokens * (tokens / CRITICAL_AT_TOKENS) ** self.critical_batch_growth)
+
+    def at(self, size: float | None) -> "Law":
+        """The law of one model, its size within the scale; a UserError without a size that the law needs."""
+        if self.size is None:
+            return self
+        if size is None or size <= 0:
+            raise UserError(f"the law depends on the model's {self.size}, got {size}: pass the model's size.")
+        return replace(self, a=self.a * float(size) ** self.size_exponent, size=None, size_exponent=0.0)
 
     def check(self) -> None:
         """Refuse numbers that no schedule can follow.
 
         Raises:
-            UserError: a number that is not finite, a or critical_batch_tokens <= 0, or b >= 0.
+            UserError: a number that is not finite, a or critical_batch_tokens <= 0, b >= 0, a critical batch that shrinks,
+                or a law that still depends on the size.
         """
         for name, value in self.to_dict().items():
             if value is not None or name != "critical_batch_tokens":
@@ -78,15 +102,21 @@ class Law:
                 f"critical_batch_tokens must be positive, got {self.critical_batch_tokens}: pass tokens per step, or None "
                 "for none."
             )
+        if self.critical_batch_growth < 0:
+            raise UserError(
+                f"critical_batch_growth must not be negative, got {self.critical_batch_growth}: pass 0 for none."
+            )
+        self.at(None)
 
     def to_dict(self) -> dict[str, float | None]:
-        """The four numbers under their names, in the order of LAW_NAMES."""
-        return asdict(self)
+        """The numbers of LAW_NAMES, as arguments of a schedule; the growth of a critical batch only where there is one."""
+        names = LAW_NAMES if self.critical_batch_growth else LAW_NAMES[:-1]
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Law":
-        """The law among the values, which may hold others too; records of older versions lack the critical batch."""
-        return cls(values["a"], values["b"], values["batch_exponent"], values.get("critical_batch_tokens"))
+        """The law among the values, which may hold others too; a number that is not there has its default."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None})
 
 
 PAPER_LAW = Law(4.0, -0.51)  # The schedule's own (eq. 7).
@@ -102,6 +132,7 @@ def power_lr(
     b: float = PAPER_LAW.b,
     batch_exponent: float = PAPER_LAW.batch_exponent,
     critical_batch_tokens: float | None = None,
+    critical_batch_growth: float = 0.0,
     warmup_tokens: float = 0,
     warmup_to: str = "law",
     decay_start_tokens: float | None = None,
@@ -124,7 +155,7 @@ def power_lr(
 
     Args:
         tokens_seen: tokens seen before the step, >= 0.
-        tokens_per_step, a, b, batch_exponent, critical_batch_tokens: see `Law`.
+        tokens_per_step, a, b, batch_exponent, critical_batch_tokens, critical_batch_growth: see `Law`.
         max_lr: eta_max, the cap.
         warmup_tokens: length of the linear warmup, in tokens as all others.
         warmup_to: "law" or "max".
@@ -140,7 +171,7 @@ def power_lr(
     >>> round(power_lr(5e8, tokens_per_step=4096 * 128, warmup_tokens=1e9), 5)  # half of .0132
     0.00658
     """
-    law = Law(a, b, batch_exponent, critical_batch_tokens)
+    law = Law(a, b, batch_exponent, critical_batch_tokens, critical_batch_growth)
 
     def eta(n: float) -> float:
         return min(max_lr, law.lr(n, tokens_per_step))
@@ -217,7 +248,17 @@ class Schedule:
     def cap_ends(self) -> int | None:
         """Tokens at which the law falls to max_lr; None unless that lies between the warmup and `end_of_law`."""
         # In logarithms, because a law that falls slowly meets the cap after more tokens than a float can hold.
-        log_tokens = math.log(self.law.lr(1, self.tokens_per_step) / self.max_lr) / -self.law.b
+        law, growth = self.law, self.law.critical_batch_growth
+        log_tokens = (
+            math.log(replace(law, critical_batch_growth=0.0).lr(1, self.tokens_per_step) / self.max_lr) / -law.b
+        )
+        if growth and law.critical_batch_tokens is not None:
+            # From here on the batch is below the critical one; before, the law goes as n**(b + c k), and may rise.
+            log_met = math.log(self.tokens_per_step / law.critical_batch_tokens) / growth + math.log(CRITICAL_AT_TOKENS)
+            log_tokens = math.log(law.a * beta(self.tokens_per_step) ** law.batch_exponent / self.max_lr) / -law.b
+            if log_tokens < log_met:
+                slope = law.b + law.batch_exponent * growth
+                log_tokens = log_met + (law.b * (log_met - log_tokens)) / -slope if slope < 0 else -math.inf
         inside = math.log(max(1, self.warmup_tokens)) < log_tokens <= math.log(max(1, self.end_of_law))
         return int(math.exp(log_tokens)) if inside else None
 

@@ -133,7 +133,7 @@ class PowerLR(LRScheduler):
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step: sequences x sequence length, over all data-parallel processes,
             accumulation included.
-        a, b, batch_exponent, critical_batch_tokens: see `Law`; the paper's by default.
+        a, b, batch_exponent, critical_batch_tokens, critical_batch_growth: see `Law`; the paper's by default.
         warmup_tokens: linear warmup, in tokens, instead of num_warmup_steps.
         warmup_to: "law": up to the law at the end of the warmup (eq. 8); "max": up to eta_max (Granite 3.0).
         decay_ratio: length of the tail as a ratio of the run, in [0, 1]; 0.1 by default, 0 for a trunk without a tail.
@@ -169,6 +169,7 @@ class PowerLR(LRScheduler):
         b: float = PAPER_LAW.b,
         batch_exponent: float = PAPER_LAW.batch_exponent,
         critical_batch_tokens: float | None = None,
+        critical_batch_growth: float = 0.0,
         warmup_tokens: int | None = None,
         warmup_to: str = "law",
         decay_ratio: float | None = None,
@@ -180,7 +181,7 @@ class PowerLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         unplanned = Schedule(
-            law=Law(a, b, batch_exponent, critical_batch_tokens),
+            law=Law(a, b, batch_exponent, critical_batch_tokens, critical_batch_growth),
             tokens_per_step=tokens_per_step,
             max_lr=_max_lr(optimizer),
             warmup_to=warmup_to,
@@ -313,8 +314,8 @@ def get_power_schedule(
         num_warmup_steps: linear warmup, in steps.
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step over all processes; None inside a Trainer, which finds it.
-        **kwargs: a, b, batch_exponent, critical_batch_tokens, warmup_tokens, warmup_to, decay_ratio, decay_tokens,
-            decay_start_tokens, decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
+        **kwargs: a, b, batch_exponent, critical_batch_tokens, critical_batch_growth, warmup_tokens, warmup_to, decay_ratio,
+            decay_tokens, decay_start_tokens, decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
 
     Returns:
         The scheduler; call step() once after each optimizer.step().

@@ -18,9 +18,9 @@ def main(arguments: FitArguments) -> int:
         Path(arguments.output_dir) if arguments.output_dir else None,
         schedule=arguments.schedule,
         batch_exponent=arguments.exponent(),
-        critical_batch=arguments.critical_batch,
-        columns=arguments.column_names(),
-        block_size=arguments.block_size,
+        critical_batch=arguments.most(),
+        size=arguments.exponent_of(),
+        elsewhere=arguments.elsewhere(),
     )
     print(text)
     return ExitCode.DONE

@@ -21,7 +21,7 @@ FULL = Recipe(
     base_num_layers=4,
     laws={"warmup_stable_decay": LAW, "cosine": LAW | {"a": 0.02, "critical_batch_tokens": None}},
     intervals={"a": [0.01, 0.015], "b": [-0.35, -0.25], "batch_exponent": [0.7, 0.7], "critical_batch_tokens": None},
-    samples=[[0.012, -0.3, 0.7], [0.014, -0.3, 0.7], [0.013, -0.3, 0.7]],
+    samples=[[a, -0.3, 0.7, None, 0.0, 0.0] for a in (0.012, 0.014, 0.013)],
     validity={
         "widths": [64, 128],
         "tokens_per_step": [2048, 16_384],

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from hf_power.fit.result import Cell, Center, Fit, Intervals, PaperInside, Reach, RegretMap, Validity
+from hf_power.fit.result import Cell, Center, Fit, Intervals, PaperInside, Reach, RegretMap, TriedForm, Validity
 from hf_power.schedule import Law
 
 BEST = 2.0**-7
@@ -48,15 +48,19 @@ FIT = Fit(
     num_rows=10,
     num_diverged=0,
     num_failed=0,
+    num_blown_up=0,
     law=LAW,
     intervals=Intervals((0.01, 0.04), (-0.35, -0.25), (0.6, 0.8), None),
     center=Center(8e6, 8192.0, 0.01, (0.009, 0.011)),
     r2=0.98,
     residual_sd_octaves=0.1,
+    scatter_octaves=0.12,
     degrees_of_freedom=6,
     paper=PaperInside(False, False, False, False),
     cells=(CELL,),
-    samples=((0.02, -0.3, 0.7),) * 3,
+    samples=((0.02, -0.3, 0.7, None, 0.0, 0.0),) * 3,
+    forms=(TriedForm("simple", 3, 0.1, True),),
+    by_size=(),
     map=RegretMap((), (), ()),
     validity=Validity((64,), (8192, 8192), (8_000_000, 8_000_000), Reach(8_000_000, 8192, 0.1)),
     width_exponent=None,

@@ -18,7 +18,7 @@ FIT |= {"num_failed": 1, "law": LAW}
 FIT |= {
     "intervals": {"a": [0.01, 0.017], "b": [-0.35, -0.25], "batch_exponent": [0.6, 0.8], "critical_batch_tokens": None}
 }
-FIT |= {"samples": [[0.013, -0.3, 0.7]] * 600, "validity": FULL.validity}
+FIT |= {"samples": [[0.013, -0.3, 0.7, None, 0.0, 0.0]] * 600, "validity": FULL.validity}
 FIT |= {"power": {"a": 0.0104, "interval": [0.0095, 0.0114], "b_drift": None, "batch_drift": None, "cells": []}}
 ROW = Row(
     id="a1",
@@ -91,9 +91,12 @@ def test_round_trip_by_file_and_folder(tmp_path):
         ({"intervals": {"b": None}}, ["intervals.b must be a list [low, high], got None"]),
         ({"intervals": {"a": [1, math.nan]}}, ["intervals.a[1] must be a finite number, got nan"]),
         ({"samples": {}}, ["samples must be a list of at most 500 draws, got {}"]),
-        ({"samples": [[1, -1, 1]] * 501}, ["samples must be a list of at most 500 draws"]),
-        ({"samples": [[1, -1]]}, ["samples[0] must be a list [a > 0, b, batch_exponent], got [1, -1]"]),
-        ({"samples": [[-1, -1, 1]]}, ["samples[0] must be a list [a > 0, b, batch_exponent], got [-1, -1, 1]"]),
+        ({"samples": [[1, -1, 1, None, 0.0, 0.0]] * 501}, ["samples must be a list of at most 500 draws"]),
+        ({"samples": [[1, -1]]}, ["samples[0] must be a list [a > 0, b, batch_exponent, critical batch, its growth"]),
+        (
+            {"samples": [[-1, -1, 1, None, 0.0, 0.0]]},
+            ["samples[0] must be a list [a > 0, b, batch_exponent", "got [-1, -1, 1, "],
+        ),
         ({"validity": {"width": 3}}, ["validity must be an object with keys out of widths"]),
         ({"validity": {"widths": 3}}, ["validity.widths must be a list, got 3"]),
         ({"validity": {"widths": ["64"]}}, ["validity.widths[0] must be a finite number, got '64'"]),
@@ -156,7 +159,7 @@ def test_interval_of_a_rate_is_that_of_its_draws():
     """log2 of the draws' a normal around the law with sd 0.1, b tied to it so that they agree at 2**20 tokens."""
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.1, 500)
-    samples = [[0.013 * 2**e, -0.3 - e / 20, 0.7] for e in noise]
+    samples = [[0.013 * 2**e, -0.3 - e / 20, 0.7, 4096.0 * 8, 0.0, 0.0] for e in noise]
     recipe = Recipe(a=0.0104, b=-0.3, batch_exponent=0.7, critical_batch_tokens=4096 * 8, samples=samples)
     rate = 0.0104 * 4**0.7 * 2.0 ** (-0.3 * 20)
     assert recipe.lr_interval(2**20, 4096 * 4) == pytest.approx((rate, rate), rel=1e-9)

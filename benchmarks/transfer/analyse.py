@@ -16,7 +16,7 @@ from picture import plot_transfer
 from scipy.stats import t as student
 
 from hf_power.fit.fit import fit_law
-from hf_power.fit.report import fit_text
+from hf_power.fit.text import fit_text
 from hf_power.plots.cells import plot_cells
 from hf_power.plots.figures import save
 from hf_power.plots.law import plot_law, plot_map

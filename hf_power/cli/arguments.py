@@ -10,10 +10,16 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_power.data.text import option
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
+from hf_power.settings.sections import parse_tokens
+
+if TYPE_CHECKING:
+    from hf_power.fit.form import Critical, Size
+    from hf_power.fit.report import Elsewhere
 
 
 class ExitCode(enum.IntEnum):
@@ -189,19 +195,60 @@ class SweepArguments:
             raise UserError(f"--workers must be at least 1, got {self.workers}.")
 
 
+_Word = TypeVar("_Word", bound=str)
+
+
+def _choice(option: str, given: str, choices: tuple[_Word, ...]) -> _Word:
+    for choice in choices:
+        if given == choice:
+            return choice
+    raise UserError(f"{option} must be one of {', '.join(choices)}, got {given!r}.")
+
+
 @dataclass(frozen=True)
 class FitArguments:
     """The law of a sweep."""
 
     sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, or a CSV"})
     output_dir: str | None = option(None, "of fit.json, recipe.json and the pictures; default: beside the rows")
-    schedule: str = option("warmup_stable_decay", "whose optima make the law")
+    schedule: str | None = option(
+        None, "whose optima make the law; default: warmup_stable_decay; of a CSV its column's"
+    )
     batch_exponent: str = option("free", "free, or a number such as 1 to hold it at")
-    critical_batch: bool = option(False, "look for a batch above which the learning rate no longer grows")
+    critical_batch: str = option("growing", "the most to look for: none, a fixed one, or one growing with the tokens")
+    size: str | None = option(
+        None, "look for an exponent of parameters or width; default: as a CSV without muP has them"
+    )
     columns: list[str] = field(
         default_factory=list, metadata={"metavar": "OURS=THEIRS", "help": "columns of a CSV, see README"}
     )
     block_size: int | None = option(None, "tokens per sequence, for a CSV with batch in sequences")
+    base_width: int | None = option(None, "of muP, for a CSV; default: standard parameterization")
+    weight_decay: float | None = option(None, "of the runs of a CSV")
+    warmup_tokens: str | None = option(None, "of the runs of a CSV, e.g. 1B")
+    decay_ratio: float | None = option(None, "length of the tail over the run, of a CSV")
+    decay_shape: str | None = option(None, "of the tail, of a CSV")
+    model_type: str | None = option(None, "llama or mixtral, of a CSV")
+    tokenizer: str | None = option(None, "its fingerprint as in a recipe.json, of a CSV")
+
+    def most(self) -> "Critical":
+        """The most that is looked for of a critical batch."""
+        kinds: tuple[Critical, ...] = ("none", "fixed", "growing")
+        return _choice("--critical_batch", self.critical_batch, kinds)
+
+    def exponent_of(self) -> "Size | None":
+        """The size that an exponent is looked for."""
+        sizes: tuple[Size, ...] = ("parameters", "width")
+        return None if self.size is None else _choice("--size", self.size, sizes)
+
+    def elsewhere(self) -> "Elsewhere":
+        """What a CSV cannot say."""
+        from hf_power.fit.report import Elsewhere
+
+        names = {"base_width", "weight_decay", "decay_ratio", "decay_shape", "model_type", "tokenizer", "block_size"}
+        warmup = None if self.warmup_tokens is None else parse_tokens(self.warmup_tokens, "--warmup_tokens")
+        values = {name: getattr(self, name) for name in names}
+        return Elsewhere(columns=self.column_names(), warmup_tokens=warmup, **values)
 
     def exponent(self) -> float | None:
         """The number to hold the batch exponent at; None where it is free."""

@@ -1,10 +1,13 @@
 """From the rows of a sweep to the law of the optimal learning rate.
 
-* rows.py: runs from elsewhere (`read_csv`), and whether runs may be fitted together (`check_one_source`).
+* table.py, elsewhere.py, units.py: the rows of a CSV (`read_csv`), as trackers and spreadsheets write them, in their units.
+* rows.py: which rows make a cell and have diverged, and whether they may be fitted together (`check_one_source`).
 * result.py: a cell of a sweep and its optimum (`Cell`), and the content of fit.json (`Fit`).
-* cells.py: the parabola of each cell (`fit_cells`).
-* law.py: weighted least squares, the critical batch, and a bootstrap of all of it (`FittedLaw`).
+* cells.py: the parabola of each cell (`fit_cells`); optima.py: the optima in log2.
+* squares.py: weighted least squares and intervals.
+* form.py: which form of the law left-out cells support (`choose_form`); law.py: the law of a form (`FittedLaw`).
+* misfit.py: where a law fails within its own cells, in words.
 * validity.py: what cells must have to carry a law, what follows from a law, and how far it may be trusted.
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
-* report.py: from files to files, with pictures (`fit_sweep`), and to text (`fit_text`).
+* report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`).
 """

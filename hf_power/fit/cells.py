@@ -2,16 +2,20 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_power.fit.result import FittedCell, Point, rates_near
+from hf_power.fit.rows import CellKey, by_cell
 from hf_power.records.rows import Row
 
 Array = NDArray[np.float64]
+
+# An optimum that lies so far within the last learning rate is bracketed, though noise has made the last loss the lowest.
+EDGE_OCTAVES = 0.5
 
 
 def fit_cells(rows: Sequence[Row]) -> list[FittedCell]:
@@ -20,21 +24,19 @@ def fit_cells(rows: Sequence[Row]) -> list[FittedCell]:
     It is fitted to all finished runs, weighted equally, with a min_loss for each seed (runs of one seed share their
     initialization and data, and a part of their luck), within two octaves of the learning rate with the lowest
     mean (and to its neighbours, where the spacing is wider): the loss rises faster towards divergence than towards small
-    rates, and a far flank would bend the parabola away from the optimum. A learning rate at which a run diverged counts
-    as higher than every finished one and is not in the parabola. The optimum is used if the lowest mean has a higher one
-    on both sides, the curvature is positive, and the optimum lies between those neighbours.
+    rates, and a far flank would bend the parabola away from the optimum. A learning rate at which a run diverged (also
+    with a finite loss, see `hf_power.fit.rows.by_cell`) is not in the parabola. The optimum is used if the curvature is
+    positive and the optimum lies within the learning rates of the parabola or the next diverged one above; where the
+    lowest mean is at the end of all rates, EDGE_OCTAVES within. Neighbours of the lowest mean need not bracket it: on a
+    fine grid noise alone decides which mean is lowest.
 
     The standard deviation is by the delta method, with the noise of a run pooled over the cells of the schedule, for the
     few runs of one cell tell little about their own scatter. Where no cell has more runs than the parabola has
     coefficients, it is that of a uniform distribution within half a step around the lowest mean.
 
-    Failed rows are passed over; the cells are sorted by schedule, width, batch and horizon.
+    Failed rows are passed over; the cells are sorted by schedule, width, parameters, batch and horizon.
     """
-    grouped: dict[tuple[str, int, int, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.status != "failed":
-            grouped[row.schedule, row.width, row.tokens_per_step, row.tokens].append(row)
-    measured = [_Parabola.of_rows(key, grouped[key]) for key in sorted(grouped)]
+    measured = [_Parabola.of_rows(key, inside) for key, inside in by_cell(rows).items()]
     cells = []
     for one in measured:
         same = [p for p in measured if p.cell.schedule == one.cell.schedule and p.cell.used]
@@ -57,7 +59,7 @@ class _Parabola:
     freedom: int = 0
 
     @classmethod
-    def of_rows(cls, key: tuple[str, int, int, int], rows: Sequence[Row]) -> "_Parabola":
+    def of_rows(cls, key: CellKey, rows: Sequence[Row]) -> "_Parabola":
         diverged = sorted({float(row.learning_rate) for row in rows if row.status == "diverged"})
         runs: dict[float, list[Row]] = defaultdict(list)
         # A learning rate at which one seed diverged is left out whole, because the seeds that finished were lucky.
@@ -66,28 +68,31 @@ class _Parabola:
                 runs[float(row.learning_rate)].append(row)
         rates = sorted(runs)
         losses = [[run.loss or 0.0 for run in runs[lr]] for lr in rates]
-        means = [sum(each) / len(each) for each in losses]
-        cell = FittedCell(*key, tuple(rates), tuple(means), tuple(map(len, losses)), _between_seeds(losses))
+        means = tuple(sum(each) / len(each) for each in losses)
+        cell = FittedCell(
+            schedule=key.schedule,
+            width=key.width,
+            parameters=key.parameters or None,
+            tokens_per_step=key.tokens_per_step,
+            tokens=key.tokens,
+            learning_rates=tuple(rates),
+            losses=means,
+            num_seeds=tuple(map(len, losses)),
+            loss_sd=_between_seeds(losses),
+            diverged=tuple(diverged),
+        )
         if len(rates) < 3:
             return cls(replace(cell, reason=f"only {len(rates)} learning rates finished, a parabola needs 3"))
-        lowest = means.index(min(means))
-        cell = replace(cell, min_loss=means[lowest])
-        above = [lr for lr in (*rates, *diverged) if lr > rates[lowest]]
-        if lowest == 0 or not above:
-            side, more = ("lowest", "lower") if lowest == 0 else ("highest", "higher")
-            reason = f"the loss is lowest at the {side} learning rate, {rates[lowest]:.3g}: run {more} ones"
-            return cls(replace(cell, reason=reason))
-        return cls._fit(cell, runs, lowest, (rates[lowest - 1], min(above)))
+        cell = replace(cell, min_loss=min(means))
+        near = rates_near(rates, means.index(min(means)))
+        return cls._fit(cell, [run for lr in near for run in runs[lr]], near)
 
     @classmethod
-    def _fit(
-        cls, cell: FittedCell, runs: Mapping[float, list[Row]], lowest: int, sides: tuple[float, float]
-    ) -> "_Parabola":
-        center = math.log2(cell.learning_rates[lowest])
-        near = rates_near(cell.learning_rates, lowest)
-        inside = [run for lr in near for run in runs[lr]]
+    def _fit(cls, cell: FittedCell, inside: Sequence[Row], near: Sequence[float]) -> "_Parabola":
+        rates, lowest = cell.learning_rates, cell.losses.index(min(cell.losses))
+        center = math.log2(rates[lowest])
         if len(near) < 3:
-            return cls(replace(cell, reason=f"only {len(near)} learning rates finished near the lowest loss"))
+            return cls(replace(cell, reason=_one_sided(cell) or "only 2 learning rates finished near the lowest loss"))
         z = np.log2([run.learning_rate for run in inside]) - center
         loss = np.array([run.loss for run in inside], dtype=np.float64)
         design = _design(z, [run.seed for run in inside])
@@ -103,13 +108,19 @@ class _Parabola:
             for run, x, r in zip(inside, z + center, scatter, strict=True)
         ]
         cell = replace(cell, points=tuple(points), curvature=p2)
-        low, high = (math.log2(lr) - center for lr in sides)
         if p2 <= 0:
-            return cls(replace(cell, reason="the losses do not curve upwards: run more seeds or wider learning rates"))
+            reason = "the losses do not curve upwards: run more seeds or wider learning rates"
+            return cls(replace(cell, reason=_one_sided(cell) or reason))
         best = -p1 / (2 * p2)
-        if not low <= best <= high:
-            reason = "the parabola's optimum lies beyond the neighbours of the lowest loss: run more seeds"
-            return cls(replace(cell, reason=reason))
+        low, high = _ends(cell, near)
+        if not low <= center + best <= high:
+            reason = "the parabola's optimum lies beyond the learning rates near the lowest loss: run more seeds"
+            return cls(replace(cell, reason=_one_sided(cell) or reason))
+        sides = [
+            rates[max(lowest - 1, 0)],
+            min([rate for rate in (*rates, *cell.diverged) if rate > rates[lowest]] or near),
+        ]
+        low, high = (math.log2(lr) - center for lr in sides)
         cell = replace(cell, optimum_lr=2 ** (center + best), min_loss=p0 - p1 * p1 / (4 * p2), used=True)
         half_step, variance = (center + low / 2, center + high / 2), _variance(p1, p2, inverse)
         return cls(cell, half_step, variance, float(residuals @ residuals), len(inside) - design.shape[1])
@@ -129,6 +140,24 @@ class _Parabola:
             half = float(stdtrit(freedom, 0.975)) * sd
             low, high = math.log2(self.cell.optimum_lr) - half, math.log2(self.cell.optimum_lr) + half
         return replace(self.cell, optimum_interval=(2**low, 2**high), optimum_sd_octaves=sd, noise_known=freedom > 0)
+
+
+def _one_sided(cell: FittedCell) -> str | None:
+    """Why the lowest mean has no higher one on both sides; None if it has."""
+    rates, lowest = cell.learning_rates, cell.losses.index(min(cell.losses))
+    if lowest > 0 and (lowest < len(rates) - 1 or max(cell.diverged, default=0.0) > rates[lowest]):
+        return None
+    side, more = ("lowest", "lower") if lowest == 0 else ("highest", "higher")
+    return f"the loss is lowest at the {side} learning rate, {rates[lowest]:.3g}: run {more} ones"
+
+
+def _ends(cell: FittedCell, near: Sequence[float]) -> tuple[float, float]:
+    """Between which log2 of the rate an optimum is used."""
+    rates, lowest = cell.learning_rates, cell.losses.index(min(cell.losses))
+    low, high = math.log2(near[0]), math.log2(near[-1])
+    if above := [rate for rate in cell.diverged if rate > rates[-1]]:
+        return low + EDGE_OCTAVES * (lowest == 0), max(high, math.log2(above[0])) if near[-1] == rates[-1] else high
+    return low + EDGE_OCTAVES * (lowest == 0), high - EDGE_OCTAVES * (lowest == len(rates) - 1)
 
 
 def _design(z: Array, seeds: Sequence[int]) -> Array:

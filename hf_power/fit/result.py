@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+from hf_power.recipe import predictive_factors
 from hf_power.records.errors import UserError
 from hf_power.records.files import Record
 from hf_power.schedule import Law
@@ -44,6 +45,8 @@ class Cell:
         min_loss: of the parabola, nats per token; the lowest mean where there is none.
         used: whether it has a bracketed optimum; if not, `reason` says why.
         law_lr, residual_octaves, regret: the law's rate here, log2 of the optimum over it, and the nats that it costs.
+        parameters: of the model; None if not known.
+        diverged: learning rates at which a run diverged, also with a finite loss, see `hf_power.fit.rows.by_cell`.
     """
 
     schedule: str
@@ -64,12 +67,19 @@ class Cell:
     law_lr: float | None = None
     residual_octaves: float | None = None
     regret: float | None = None
+    parameters: int | None = None
+    diverged: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
         """The cell in words."""
         width = f"width {self.width}, " if self.width else ""
-        return f"{self.schedule}, {width}{self.tokens_per_step:,} tokens per step, {self.tokens:,} tokens"
+        size = f"{self.parameters:,} parameters, " if self.parameters else ""
+        return f"{self.schedule}, {width}{size}{self.tokens_per_step:,} tokens per step, {self.tokens:,} tokens"
+
+    def size_of(self, law: Law) -> int | None:
+        """The size that a law asks for."""
+        return self.parameters if law.size == "parameters" else self.width
 
     def optimum(self) -> "Optimum":
         """Where the cell's parabola is lowest; a UserError where it has no optimum."""
@@ -93,7 +103,7 @@ class FittedCell(Cell):
 
     def against(self, law: Law) -> Cell:
         """The cell with a law's rate and, if it has an optimum, what the law is off and what that costs."""
-        lr = law.lr(self.tokens, self.tokens_per_step)
+        lr = law.lr(self.tokens, self.tokens_per_step, self.size_of(law))
         cell = replace(self, law_lr=lr)
         if self.optimum_lr is not None:
             cell = replace(cell, residual_octaves=math.log2(self.optimum_lr / lr), regret=self.regret_at(lr))
@@ -120,17 +130,39 @@ def rates_near(rates: Sequence[float], lowest: int) -> list[float]:
 
 FIT_FILE = "fit.json"
 Interval = tuple[float, float]  # The low and the high end of 95 %.
+# A draw of a law: a, b, batch_exponent, critical_batch_tokens, critical_batch_growth and size_exponent.
+Draw = tuple[float, float, float, float | None, float, float]
 Estimate = tuple[float, float, float]  # A value, and the ends of its 95 % interval.
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """95 % intervals of the law's numbers; a number that was held has both ends at its value."""
+    """95 % intervals of the law's numbers; a number that was held has both ends at its value, None stands for no number."""
 
     a: Interval
     b: Interval
     batch_exponent: Interval
-    critical_batch_tokens: Interval | None
+    critical_batch_tokens: Interval | None = None
+    critical_batch_growth: Interval | None = None
+    size_exponent: Interval | None = None
+
+
+class TriedForm(NamedTuple):
+    """A form of the law, and the root of its mean squared error at left-out cells, octaves; see `fit.form.choose_form`."""
+
+    name: str
+    num_parameters: int
+    held_out_rms_octaves: float
+    chosen: bool
+
+
+class OfSize(NamedTuple):
+    """The simple law of one size alone, or why there is none, and the scatter of its optima around it, octaves."""
+
+    size: int
+    law: Law | None
+    scatter_octaves: float | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,7 @@ class Center:
     tokens_per_step: float
     learning_rate: float
     interval: Interval
+    size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,12 +213,17 @@ class Reach:
 
 @dataclass(frozen=True)
 class Validity:
-    """What was measured (the smallest and the largest of used cells), and how far the law may be trusted beyond."""
+    """What was measured (the smallest and the largest of used cells), and how far the law may be trusted beyond.
+
+    `misfit` says where it fails inside the range, a sentence each; then nothing is claimed beyond.
+    """
 
     widths: tuple[int, ...]
     tokens_per_step: tuple[int, int]
     tokens: tuple[int, int]
     extrapolates_to: Reach
+    parameters: tuple[int, ...] = ()
+    misfit: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,11 +246,18 @@ class Fit(Record):
 
     Attributes:
         num_rows, num_diverged, num_failed: rows of the schedule, all and by status.
+        num_blown_up: those of the diverged that have a finite loss, see `hf_power.fit.rows.by_cell`.
         r2: share of the weighted variance of log2(optimum) that the law explains.
         residual_sd_octaves: scatter of the optima around the law.
         degrees_of_freedom: used cells less fitted parameters.
-        samples: bootstrap draws (a, b, batch_exponent), scaled so that their central 95 % are the intervals.
-        width_exponent: an exponent of the width, which is 0 under muP; None with one width.
+        scatter_octaves: half of the 95 % interval of a new cell over 1.96, as far as it comes from the scatter of cells
+            around the law, of left-out ones where that is larger; the draws of `samples` come on top.
+        samples: bootstrap draws (a, b, batch_exponent, critical_batch_tokens, critical_batch_growth, size_exponent),
+            scaled so that their central 95 % are the intervals.
+        forms: the forms of the law that were tried, with their errors at left-out cells.
+        by_size: the law of each size alone, where the law has or might have a size.
+        width_exponent: an exponent of the width beside those of the law, which is 0 under muP; None with one width, or
+            where the law has a size.
         power: None without cells of schedule "power".
     """
 
@@ -224,17 +269,28 @@ class Fit(Record):
     num_rows: int
     num_diverged: int
     num_failed: int
+    num_blown_up: int
     law: Law
     intervals: Intervals
     center: Center
     r2: float
     residual_sd_octaves: float
+    scatter_octaves: float
     degrees_of_freedom: int
     paper: PaperInside
     cells: tuple[Cell, ...]
-    samples: tuple[tuple[float, float, float], ...]
+    samples: tuple[Draw, ...]
+    forms: tuple[TriedForm, ...]
+    by_size: tuple[OfSize, ...]
     map: RegretMap
     validity: Validity
     width_exponent: Estimate | None
     power: PowerFit | None
     warnings: tuple[str, ...]
+
+    def predict(self, tokens: float, tokens_per_step: float, size: float | None = None) -> tuple[float, float, float]:
+        """The law's rate at a new cell, and the 95 % interval of the cell's optimum: of the law and of the scatter."""
+        place = tokens, tokens_per_step, size
+        rate = self.law.lr(*place)
+        low, high = predictive_factors(self.samples, self.law.size, self.scatter_octaves, place)
+        return rate, rate * low, rate * high

@@ -1,16 +1,13 @@
-"""The runs that a law is fitted to: those of one sweep, or of a CSV file from elsewhere."""
+"""Which runs may be fitted together, which make one cell, and a fingerprint of them."""
 
-import csv
-import difflib
 import hashlib
 import json
-import math
-import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from hf_power.records.errors import NotFoundError, UserError
+from hf_power.records.errors import UserError
 from hf_power.records.rows import Row
 
 
@@ -21,108 +18,63 @@ def sha256_of(rows: Sequence[Row]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read_csv(
-    path: str | os.PathLike[str],
-    columns: Mapping[str, str] | None = None,
-    *,
-    schedule: str = "warmup_stable_decay",
-    block_size: int | None = None,
-) -> list[Row]:
-    """The rows of a sweep from elsewhere, a CSV file with a header.
+# A finished run that is so far above another one of its cell, in nats per token, at no lower rate, has diverged. On public
+# sweeps losses are within 0.3 of their cell's best, or more than 1.5 above it.
+BLOWN_UP_NATS = 1.0
+# Horizons that differ by less than this share are one: batches round them to whole steps.
+SAME_HORIZON = 0.01
 
-    Args:
-        path: the file; of a .tsv the columns are parted by tabs.
-        columns: our name -> the file's column; a name left out is looked for as it is. learning_rate, loss (nats per
-            token; nan or inf is a diverged run), tokens, and tokens_per_step or batch (in sequences) are needed; width
-            (0 where it is missing), seed (repetitions of a run are counted where it is missing) and schedule are not.
-        schedule: of all rows, where the file has no column for it.
-        block_size: tokens of a sequence, with batch.
 
-    Returns:
-        Rows with the fields that the fit needs, each trunk one (schedule, width, batch, learning rate, seed).
+class CellKey(NamedTuple):
+    """What the runs of a cell share; `parameters` is 0 where it is not known."""
 
-    Raises:
-        NotFoundError: there is no such file.
-        UserError: an unknown or missing column, a value that is no number, or no row.
+    schedule: str
+    width: int
+    parameters: int
+    tokens_per_step: int
+    tokens: int
+
+
+def by_cell(rows: Sequence[Row]) -> dict[CellKey, list[Row]]:
+    """The rows of each cell but the failed ones, sorted by the cell.
+
+    A finished run becomes a diverged one if its loss is more than BLOWN_UP_NATS above that of a run of the cell at the
+    same or a lower learning rate. (At a rate far too low the loss is high, too, but at lower ones still higher.)
+    Horizons of one model and batch within SAME_HORIZON are one, named after the most frequent of them.
     """
-    if not Path(path).is_file():
-        raise NotFoundError(f"there is no sweep at {path}: pass a CSV file with a header.")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if Path(path).suffix.lower() == ".tsv" else ",")
-        names = _csv_columns(columns or {}, list(reader.fieldnames or []), block_size, str(path))
-        rows: list[Row] = []
-        seen: Counter[tuple[object, ...]] = Counter()
-        for record in reader:
-            where = f"line {reader.line_num} of {path}"
-            values = {
-                name: _csv_number(name, record[column], where) for name, column in names.items() if name != "schedule"
-            }
-            kind = record[names["schedule"]] if "schedule" in names else schedule
-            batch = values["batch"] * (block_size or 1) if "batch" in values else values["tokens_per_step"]
-            width, tokens, rate = round(values.get("width", 0)), round(values["tokens"]), values["learning_rate"]
-            key = (kind, width, round(batch), rate)
-            seed = round(values["seed"]) if "seed" in values else seen[(*key, tokens)]
-            seen[(*key, tokens)] += 1
-            finished = math.isfinite(values["loss"])
-            rows.append(
-                Row(
-                    width=width,
-                    schedule=kind,
-                    learning_rate=rate,
-                    tokens_per_step=round(batch),
-                    tokens=tokens,
-                    loss=values["loss"] if finished else None,
-                    status="finished" if finished else "diverged",
-                    seed=seed,
-                    trunk="/".join(str(part) for part in (*key, seed)),
-                )
-            )
-    if not rows:
-        raise UserError(f"{path} has no row below its header: pass a CSV file with one line per run.")
-    return rows
+    grouped: dict[tuple[str, int, int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.status != "failed":
+            grouped[row.schedule, row.width, row.parameters or 0, row.tokens_per_step].append(row)
+    cells: dict[CellKey, list[Row]] = {}
+    for key in sorted(grouped):
+        for horizon in horizons_of([row.tokens for row in grouped[key]]):
+            inside = [row for row in grouped[key] if row.tokens in horizon]
+            counts = Counter(row.tokens for row in inside)
+            name = min(counts, key=lambda tokens: (-counts[tokens], tokens))
+            cells[CellKey(*key, name)] = _mark_blown_up(inside)
+    return cells
 
 
-_CSV_NEEDED = ("learning_rate", "tokens_per_step", "tokens", "loss")
-_CSV_NAMES = (*_CSV_NEEDED, "batch", "width", "seed", "schedule")
+def horizons_of(tokens: Sequence[int]) -> list[list[int]]:
+    """Horizons in rising order, those that differ by no more than SAME_HORIZON from their smallest together."""
+    groups: list[list[int]] = []
+    for each in sorted(set(tokens)):
+        if groups and each <= groups[-1][0] * (1 + SAME_HORIZON):
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    return groups
 
 
-def _csv_columns(columns: Mapping[str, str], header: list[str], block_size: int | None, path: str) -> dict[str, str]:
-    """Our name -> the file's column, for all that the file has."""
-    unknown = sorted(set(columns) - set(_CSV_NAMES))
-    if unknown:
-        raise UserError(f"columns maps {unknown[0]!r}, which no row has: choose from {', '.join(_CSV_NAMES)}.")
-    names = {name: columns.get(name, name) for name in _CSV_NAMES if name in columns or name in header}
-    if "batch" in columns or "tokens_per_step" not in names:
-        names.pop("tokens_per_step", None)
-    else:
-        names.pop("batch", None)
-    if "batch" in names and not block_size:
-        raise UserError(f"{path} gives the batch in sequences: pass block_size, the tokens of a sequence.")
-    for name in _CSV_NEEDED:
-        if name not in names and not (name == "tokens_per_step" and "batch" in names):
-            names[name] = name
-    for name, column in names.items():
-        if column not in header:
-            near = difflib.get_close_matches(column, header, n=1)
-            hint = f"did you mean {near[0]!r} of" if near else "it has"
-            raise UserError(
-                f"{path} has no column {column!r} for {name}, {hint} {', '.join(header)}: map {name} to a column."
-            )
-    return names
-
-
-def _csv_number(name: str, text: str | None, where: str) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        raise UserError(f"{where}: {name} must be a number, got {text!r}; mend or remove the line.") from None
-    if name in ("loss", "learning_rate"):
-        good = name == "loss" or (math.isfinite(value) and value > 0)
-    else:
-        good = math.isfinite(value) and value == round(value) and value >= (0 if name in ("width", "seed") else 1)
-    if not good:
-        raise UserError(f"{where}: {name} must be positive and whole where it counts, got {text!r}; mend the line.")
-    return value
+def _mark_blown_up(rows: Sequence[Row]) -> list[Row]:
+    finished = sorted((row.learning_rate, row.loss) for row in rows if row.loss is not None)
+    marked = []
+    for row in rows:
+        least = min((loss for rate, loss in finished if rate <= row.learning_rate), default=0.0)
+        blown_up = row.loss is not None and row.loss > least + BLOWN_UP_NATS
+        marked.append(replace(row, status="diverged", loss=None) if blown_up else row)
+    return marked
 
 
 def check_one_source(rows: Sequence[Row]) -> None:

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_power.fit.law import FittedLaw, Optima, interval, slopes, widening
+from hf_power.fit.law import FittedLaw
+from hf_power.fit.optima import Optima
 from hf_power.fit.result import Cell, Center, Estimate, FittedCell, Interval, PaperInside, Reach, RegretMap, Validity
+from hf_power.fit.squares import interval, slopes, widening
 from hf_power.records.errors import UserError
 from hf_power.schedule import PAPER_OPTIMA, TOKENS_PER_BETA, beta
 
 
-def check_cells(cells: Sequence[Cell], *, batch_exponent: float | None = None, critical_batch: bool = False) -> None:
+def check_cells(cells: Sequence[Cell], *, batch_exponent: float | None = None, critical_batch: str = "none") -> None:
     """Raise a UserError, what was there and what to run, for cells of a schedule that cannot carry the law."""
     used = [cell for cell in cells if cell.used]
     horizons, batches = sorted({c.tokens for c in used}), sorted({c.tokens_per_step for c in used})
-    num_free = 2 + (batch_exponent is None) + critical_batch
+    num_free = 2 + (batch_exponent is None) + (critical_batch == "fixed")
     there = (
         f"{len(used)} of {len(cells)} cells have a bracketed optimum, at {len(horizons)} horizons and {len(batches)} "
         "batches"
@@ -34,7 +36,7 @@ def check_cells(cells: Sequence[Cell], *, batch_exponent: float | None = None, c
         )
     if batch_exponent is None and len(batches) < 2:
         raise UserError(f"{there}, too few to fit the batch exponent: run another batch, or hold batch_exponent at 1.")
-    if critical_batch and len(batches) < 4:
+    if critical_batch == "fixed" and len(batches) < 4:
         raise UserError(f"{there}, too few for a critical batch: run at least 4 batches, or do not ask for one.")
     if len(batches) > 1 and batch_exponent is None and abs(_correlation(used)) > 0.98:
         raise UserError(
@@ -76,10 +78,11 @@ _MAP_POINTS = 41
 
 def center_of(fitted: FittedLaw, optima: Optima) -> Center:
     """The rate at the geometric centre of the cells."""
-    tokens, log2_beta = float(optima.tokens.mean()), float(optima.beta.mean())
-    rate = fitted.log2_lr(tokens, log2_beta)
-    low, high = interval(rate, fitted.log2_lr_draws(tokens, log2_beta), fitted.freedom)
-    return Center(2**tokens, 2**log2_beta * TOKENS_PER_BETA, 2**rate, (2**low, 2**high))
+    place = tuple(float(x.mean()) for x in optima.places)
+    rate = fitted.log2_lr(*place)
+    low, high = interval(rate, fitted.log2_lr_draws(*place), fitted.freedom)
+    size = 2 ** place[2] if fitted.form.size else None
+    return Center(2 ** place[0], 2 ** place[1] * TOKENS_PER_BETA, 2**rate, (2**low, 2**high), size)
 
 
 def paper_inside(fitted: FittedLaw, optima: Optima) -> PaperInside:
@@ -90,54 +93,63 @@ def paper_inside(fitted: FittedLaw, optima: Optima) -> PaperInside:
 
     intervals = fitted.intervals
     a, b, c = (inside(getattr(PAPER_OPTIMA, name), getattr(intervals, name)) for name in ("a", "b", "batch_exponent"))
-    jointly = fitted.contains(PAPER_OPTIMA, float(optima.tokens.mean()), float(optima.beta.mean()))
-    return PaperInside(a, b, c, jointly)
+    return PaperInside(a, b, c, fitted.contains(PAPER_OPTIMA, *(float(x.mean()) for x in optima.places)))
 
 
-def regret_map(cells: Sequence[Cell], fitted: FittedLaw) -> RegretMap:
-    """Mean regret over (a, b): the fit and the paper with a margin, a as wide as the ridge of good pairs needs."""
-    log2_a, b, c, cap = fitted.parameters
-    optimum = np.log2([cell.optimum().lr for cell in cells])
+def regret_map(cells: Sequence[Cell], fitted: FittedLaw, optima: Optima) -> RegretMap:
+    """Mean regret over (a, b): the fit and the paper with a margin, a as wide as the ridge of good pairs needs.
+
+    The other numbers of the law are those of the fit.
+    """
+    found = fitted.parameters
     curvature = np.array([cell.optimum().curvature for cell in cells])
-    tokens = np.log2([cell.tokens for cell in cells])
-    capped = np.minimum(np.log2([beta(cell.tokens_per_step) for cell in cells]), cap)
-    low, high = fitted.interval(1)
-    bs = np.linspace(min(b, PAPER_OPTIMA.b, low) - 0.05, max(b, PAPER_OPTIMA.b, high) + 0.05, _MAP_POINTS)
-    ridge = log2_a + (b - bs[[0, -1]]) * tokens.mean()  # These have the same rate at the centre.
+    rest = found._replace(log2_a=0.0, b=0.0).log2_lr(*optima.places)
+    low, high = fitted.interval("b")
+    bs = np.linspace(min(found.b, PAPER_OPTIMA.b, low) - 0.05, max(found.b, PAPER_OPTIMA.b, high) + 0.05, _MAP_POINTS)
+    ridge = found.log2_a + (found.b - bs[[0, -1]]) * optima.tokens.mean()  # These have the same rate at the centre.
     ends = sorted([*ridge, math.log2(PAPER_OPTIMA.a)])
     log2_as = np.linspace(ends[0] - 1, ends[-1] + 1, _MAP_POINTS)
-    rate = log2_as[None, :, None] + bs[:, None, None] * tokens + c * capped
-    nats = (curvature * (rate - optimum) ** 2).mean(axis=2)
+    rate = log2_as[None, :, None] + bs[:, None, None] * optima.tokens + rest
+    nats = (curvature * (rate - optima.lr) ** 2).mean(axis=2)
     return RegretMap(tuple((2**log2_as).tolist()), tuple(bs.tolist()), tuple(tuple(row) for row in nats.tolist()))
 
 
-def validity_of(cells: Sequence[Cell], fitted: FittedLaw) -> Validity:
+def validity_of(cells: Sequence[Cell], fitted: FittedLaw, misfit: Sequence[str]) -> Validity:
     """What was measured, and how far the law may be trusted beyond.
 
-    The reach is the largest tokens and the largest batch, each with the other at its largest measured value, at which
-    the standard deviation of log2 of the law's rate is at most MAX_SD_OCTAVES, and no more than 16 times the largest
-    measured.
+    The reach is the largest tokens and the largest batch, each with the other at its largest measured value and the
+    largest size, at which the standard deviation of log2 of the law's rate is at most MAX_SD_OCTAVES, and no more than
+    16 times the largest measured. A law that misfits its own cells reaches nowhere beyond them.
     """
     tokens, batches = sorted(cell.tokens for cell in cells), sorted(cell.tokens_per_step for cell in cells)
     top, side = math.log2(tokens[-1]), math.log2(beta(batches[-1]))
+    kind = fitted.form.size
+    size = max(math.log2(getattr(cell, kind) or 1) for cell in cells) if kind else 0.0
 
     def sd(more_tokens: float, more_batch: float) -> float:
-        return widening(fitted.freedom) * float(fitted.log2_lr_draws(top + more_tokens, side + more_batch).std())
+        draws = fitted.log2_lr_draws(top + more_tokens, side + more_batch, size)
+        return widening(fitted.freedom) * float(draws.std())
 
-    steps = np.arange(0.0, MAX_EXTRAPOLATION_OCTAVES + 0.01, 0.25)
+    steps = np.arange(0.0, MAX_EXTRAPOLATION_OCTAVES + 0.01, 0.25) if not misfit else ()
     far = max((float(x) for x in steps if sd(x, 0.0) <= MAX_SD_OCTAVES), default=0.0)
     large = max((float(x) for x in steps if sd(0.0, x) <= MAX_SD_OCTAVES), default=0.0)
-    reach = Reach(round(tokens[-1] * 2**far), round(batches[-1] * 2**large), max(sd(far, 0.0), sd(0.0, large)))
-    widths = tuple(sorted({cell.width for cell in cells}))
-    return Validity(widths, (batches[0], batches[-1]), (tokens[0], tokens[-1]), reach)
+    known = max(sd(far, 0.0), sd(0.0, large)) if not misfit else fitted.scatter
+    return Validity(
+        widths=tuple(sorted({cell.width for cell in cells})),
+        tokens_per_step=(batches[0], batches[-1]),
+        tokens=(tokens[0], tokens[-1]),
+        extrapolates_to=Reach(round(tokens[-1] * 2**far), round(batches[-1] * 2**large), known),
+        parameters=tuple(sorted({cell.parameters for cell in cells if cell.parameters})),
+        misfit=tuple(misfit),
+    )
 
 
 def width_exponent(optima: Optima, fitted: FittedLaw, generator: np.random.Generator) -> Estimate | None:
     """Exponent of the width beside those of the law; None where the cells cannot tell it."""
-    _, _, c, cap = fitted.parameters
-    capped = np.minimum(optima.beta, cap)
+    found = fitted.parameters
+    capped = np.minimum(optima.beta, found.cap_at(optima.tokens))  # type: ignore[arg-type]
     columns, lr = [optima.width, optima.tokens, capped], optima.lr
-    if fitted.c_held:
-        columns, lr = columns[:2], lr - c * capped
-    found = slopes(columns, lr, optima.sd, optima.errors, generator)
-    return found[0] if found else None
+    if fitted.form.c is not None:
+        columns, lr = columns[:2], lr - found.c * capped
+    estimates = slopes(columns, lr, optima.sd, optima.errors, generator)
+    return estimates[0] if estimates else None

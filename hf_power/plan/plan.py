@@ -42,32 +42,39 @@ def make_plan(
     """
     machine = machine or Machine()
     per_step = target.tokens_per_step
-    numbers: dict[str, object] = {**recipe.law.to_dict(), **recipe.lengths(), "max_lr": recipe.max_lr}
+    planned = _planned(target)
+    size = planned.hidden_size if recipe.size == "width" else planned.parameters
+    law = recipe.law.at(size)
+    numbers: dict[str, object] = {**law.to_dict(), **recipe.lengths(), "max_lr": recipe.max_lr}
     schedule = plan_schedule(tokens_per_step=per_step, num_training_steps=target.steps, **numbers)
     total, config = target.total_tokens, target.config
-    planned = _planned(target)
     per_token = 6.0 * planned.parameters if config is None else flops_per_token(config, target.block_size)
     decay = recipe.weight_decay if weight_decay is None else weight_decay
     timescales = _timescales(schedule, total, decay)
     width = None if config is None else config.hidden_size
-    outside = warnings_for(recipe, tokens=total, tokens_per_step=per_step, width=width, weight_decay=decay)
+    peaks: dict[str, float] = {name: recipe.peak_lr(total, per_step, name, size) for name in recipe.laws}
+    low, high = recipe.factors(total, per_step, size)
+    outside = warnings_for(recipe, tokens=total, tokens_per_step=per_step, width=width, weight_decay=decay, size=size)
     return Plan(
         target=planned,
         tokens_per_step=per_step,
         beta=beta(per_step),
-        law=CappedLaw(recipe.a, recipe.b, recipe.batch_exponent, recipe.critical_batch_tokens, recipe.max_lr),
+        law=CappedLaw(
+            law.a, law.b, law.batch_exponent, law.critical_batch_tokens, recipe.max_lr, law.critical_batch_growth
+        ),
         intervals=recipe.intervals,
         warmup_tokens=schedule.warmup_tokens,
         decay_start_tokens=schedule.decay_start_tokens,
         decay_shape=schedule.decay_shape,
         cap_ends_tokens=schedule.cap_ends,
-        milestones=tuple(_point(recipe, schedule, n, what) for what, n in _named_points(schedule, total)),
-        peak_lrs={name: recipe.peak_lr(total, per_step, name) for name in recipe.laws},
+        milestones=tuple(_point(recipe, schedule, size, n, what) for what, n in _named_points(schedule, total)),
+        peak_lrs=peaks,
+        peak_intervals={name: (lr * low, lr * high) for name, lr in peaks.items()},
         weight_decay=decay,
         timescales=timescales,
         compute=_compute(per_token, target, machine),
         proxies=_proxy_cost(proxies, per_token * total),
-        curve=tuple(_point(recipe, schedule, n) for n in _curve_tokens(schedule, total)),
+        curve=tuple(_point(recipe, schedule, size, n) for n in _curve_tokens(schedule, total)),
         warnings=tuple([*_warnings(schedule, target.steps, timescales), *outside]),
     )
 
@@ -87,7 +94,7 @@ def _planned(target: Target) -> PlannedTarget:
     )
 
 
-def _timescales(schedule: Schedule, total: int, weight_decay: float) -> tuple[Timescale, ...]:
+def _timescales(schedule: Schedule, total: int, weight_decay: float | None) -> tuple[Timescale, ...]:
     if not weight_decay:
         return ()
     points = (("half", total // 2), ("decay starts", int(schedule.end_of_law)))
@@ -127,12 +134,12 @@ def _curve_tokens(schedule: Schedule, total: int) -> list[int]:
     return sorted(n for n in points if n <= total)
 
 
-def _point(recipe: Recipe, schedule: Schedule, tokens: int, what: str | None = None) -> Point:
+def _point(recipe: Recipe, schedule: Schedule, size: float | None, tokens: int, what: str | None = None) -> Point:
     """The rate and its 95 % interval; in warmup and tail, which are ratios of it, that of the rate at their end or start."""
     anchor = max(tokens, schedule.warmup_tokens)
     if schedule.decay_start_tokens is not None:
         anchor = min(anchor, schedule.decay_start_tokens)
-    low, high = (min(schedule.max_lr, rate) for rate in recipe.lr_interval(anchor, schedule.tokens_per_step))
+    low, high = (min(schedule.max_lr, rate) for rate in recipe.lr_interval(anchor, schedule.tokens_per_step, size))
     lr, top = schedule.lr(tokens), schedule.lr(anchor)
     return Point(what, tokens, lr, lr * (low / top), lr * (high / top))
 
@@ -185,7 +192,9 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"    {p.what:<14} {p.tokens:>20,} tokens   lr {p.lr:.3e}{between}")
     if plan.cap_ends_tokens is not None:
         lines.append(f"    the cap of {law.max_lr:g} ends at {plan.cap_ends_tokens:,} tokens")
-    lines += [f"  peak         {name}: lr {lr:.3e}" for name, lr in plan.peak_lrs.items()]
+    for name, lr in plan.peak_lrs.items():
+        low, high = plan.peak_intervals[name]
+        lines.append(f"  peak         {name}: lr {lr:.3e}" + (f"  ({low:.2e} to {high:.2e})" if low < high else ""))
     lines += [
         f"  timescale    {t.share_of_run:.3g} of the run ({t.what}), AdamW's with weight decay {plan.weight_decay:g}"
         for t in plan.timescales
@@ -237,5 +246,6 @@ def _duration(days: float) -> str:
 
 def _formula(law: Law | CappedLaw, max_lr: float) -> str:
     critical = law.critical_batch_tokens
-    batch = "beta" if critical is None else f"min(beta, {beta(critical):g})"
+    growth = f" * (n / 1e9)^{law.critical_batch_growth:g}" if law.critical_batch_growth else ""
+    batch = "beta" if critical is None else f"min(beta, {beta(critical):g}{growth})"
     return f"min({max_lr:g}, {law.a:g} * {batch}^{law.batch_exponent:g} * n^{law.b:g})"

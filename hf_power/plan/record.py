@@ -117,13 +117,14 @@ class PlannedTarget:
 
 @dataclass(frozen=True)
 class CappedLaw:
-    """The law of the recipe and its cap."""
+    """The law of the recipe, at the size of the target, and its cap."""
 
     a: float
     b: float
     batch_exponent: float
     critical_batch_tokens: float | None = field(metadata=UNTIL_KNOWN)
     max_lr: float
+    critical_batch_growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class Plan(Record):
         intervals: 95 %, of the law's numbers, as the recipe has them.
         decay_start_tokens: None without a tail.
         cap_ends_tokens: where the law falls to its cap; None unless that lies between warmup and tail.
-        peak_lrs: of schedules that know their horizon.
+        peak_lrs: of schedules that know their horizon; peak_intervals are the 95 % intervals of a new cell.
+        weight_decay: None where the recipe does not know that of its sweep.
         proxies: None where the recipe does not say what its sweep took.
         scale: the run on several numbers of devices; None where the target's config is not known.
     """
@@ -201,10 +203,11 @@ class Plan(Record):
     cap_ends_tokens: int | None
     milestones: tuple[Point, ...]
     peak_lrs: dict[str, float]
-    weight_decay: float
+    weight_decay: float | None = field(metadata=UNTIL_KNOWN)
     timescales: tuple[Timescale, ...]
     compute: Compute
     proxies: ProxyCost | None
     curve: tuple[Point, ...]
     warnings: tuple[str, ...]
     scale: tuple[ScaleRow, ...] | None = field(default=None, metadata=UNTIL_KNOWN)
+    peak_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)

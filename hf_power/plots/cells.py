@@ -4,6 +4,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MAX_PANELS = 20
 _AT_TOP = {"^": "higher than shown", "x": "diverged"}
 
 
@@ -27,27 +29,30 @@ class _Style(NamedTuple):
 
 
 def plot_cells(fit: Fit) -> "Figure":
-    """Loss over learning rate: a panel per width and batch, a U-curve per horizon, all above their own minimum.
+    """Loss over learning rate: a panel per model and batch, a U-curve per horizon, all above their own minimum.
 
     A point is the mean over seeds, with the sd between them; the curve is the cell's parabola over the runs that it was
     fitted to. In the strip below zero a bar is the 95 % interval of the optimum, a stroke the law's rate. Runs that are
-    higher than the panel are triangles at its top, a loss that is not finite is a cross there. Unused cells are gray.
+    higher than the panel are triangles at its top, diverged ones are crosses there. Unused cells are gray.
     """
-    groups: dict[tuple[int, int], list[Cell]] = {}
-    for cell in sorted(fit.cells, key=lambda cell: (cell.width, cell.tokens_per_step, cell.tokens)):
-        groups.setdefault((cell.width, cell.tokens_per_step), []).append(cell)
-    num_batches = len({batch for _, batch in groups})
+    groups: dict[tuple[int, int, int], list[Cell]] = {}
+    for cell in sorted(fit.cells, key=lambda cell: (*_model(cell), cell.tokens_per_step, cell.tokens)):
+        groups.setdefault((*_model(cell), cell.tokens_per_step), []).append(cell)
+    num_batches = len({batch for *_, batch in groups})
+    same_width = len({_model(cell) for cell in fit.cells}) == len({cell.width for cell in fit.cells})
     num_columns = num_batches if num_batches <= 5 else 4
     figure, panels = new_panels(len(groups), num_columns, (3.1, 2.9), "learning rate")
     top = 1.15 * max((_height(cell) for cell in fit.cells), default=0.0) or 0.1
     strip = 0.07 * top
     styles = _styles(fit, strip)
     notes = []
-    for panel, ((width, batch), group) in zip(panels, groups.items(), strict=True):
+    for panel, ((width, parameters, batch), group) in zip(panels, groups.items(), strict=True):
         panel.axhline(0, color=BLACK, linewidth=0.8)
         for cell in group:
             _draw_cell(panel, cell, styles[cell.tokens], top)
-        panel.set_title((f"width {width}, " if width else "") + f"{si(batch)} tokens per step", fontsize=9)
+        size = f"width {width}, " if width else ""
+        size = size if same_width else f"{si(parameters)} parameters, "
+        panel.set_title(f"{size}{si(batch)} tokens per step", fontsize=9)
         notes.append(_reasons(group))
         panel.text(0.5, 0.97, notes[-1], transform=panel.transAxes, ha="center", va="top", fontsize=7, color="0.35")
     _octaves(panels[0])
@@ -57,6 +62,24 @@ def plot_cells(fit: Fit) -> "Figure":
     figure.supylabel("loss above its minimum (nats per token)", fontsize=10)
     _add_legend(figure, panels, styles, all(cell.used for cell in fit.cells), ncols=max(3, 2 * num_columns))
     return figure
+
+
+def pages_of(fit: Fit) -> dict[str, Fit]:
+    """The fit with the cells of one picture each, by the picture's name: "cells", or where panels are many one per model."""
+    panels = {(*_model(cell), cell.tokens_per_step) for cell in fit.cells}
+    models = sorted({_model(cell) for cell in fit.cells})
+    if len(panels) <= MAX_PANELS or len(models) == 1:
+        return {"cells": fit}
+    return {
+        f"cells-{parameters or width}": replace(
+            fit, cells=tuple(c for c in fit.cells if _model(c) == (width, parameters))
+        )
+        for width, parameters in models
+    }
+
+
+def _model(cell: Cell) -> tuple[int, int]:
+    return cell.width, cell.parameters or 0
 
 
 def _styles(fit: Fit, strip: float) -> dict[int, _Style]:
@@ -98,7 +121,7 @@ def _finite(cell: Cell) -> dict[float, float]:
 def _draw_cell(panel: "Axes", cell: Cell, style: _Style, top: float) -> None:
     color = style.color if cell.used else GRAY
     finite = _finite(cell)
-    for rate in cell.learning_rates:
+    for rate in (*cell.learning_rates, *cell.diverged):
         if rate not in finite:
             panel.plot(rate, 0.97 * top, "x", color=color, markersize=5)
     if not finite:

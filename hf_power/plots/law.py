@@ -54,7 +54,7 @@ def plot_law(fit: Fit) -> "Figure":
     """Optimal learning rate over tokens with the law, and what is left of it in octaves.
 
     Bars are 95 % intervals above and standard deviations below; the bands are the central 95 % of the law's bootstrap
-    draws. The paper's law (Shen et al., arXiv:2408.13359, eq. 6) is dashed, for the same batches.
+    draws. A law with a size is drawn at the geometric mean of the sizes. The paper's law (Shen et al., arXiv:2408.13359, eq. 6) is dashed, for the same batches.
 
     Raises:
         UserError: a fit without a used cell.
@@ -78,7 +78,8 @@ def plot_law(fit: Fit) -> "Figure":
     _set_law_axes(panel, rest)
     law = fit.law
     beta = "min(beta, beta_crit)" if law.critical_batch_tokens else "beta"
-    formula = f"lr = {law.a:.3g} * {beta}^{law.batch_exponent:.3g} * tokens^{law.b:.3g}"
+    size = f"{law.size}^{law.size_exponent:.3g} * " if law.size else ""
+    formula = f"lr = {law.a:.3g} * {size}{beta}^{law.batch_exponent:.3g} * tokens^{law.b:.3g}"
     figure.suptitle(f"{formula}   ({fit.schedule}, R2 {fit.r2:.3f})", fontsize=11)
     handles = [handle(f"{si(batch)} tokens per step", color, "", "-") for batch, color in styles.colors.items()]
     handles += [handle(f"width {width}", BLACK, marker) for width, marker in styles.markers.items() if width]
@@ -120,10 +121,10 @@ def _aside(index: int, count: int) -> float:
 
 
 def _draw_law(panel: "Axes", fit: Fit, batch: int, tokens: _Array, color: Color) -> None:
-    panel.plot(tokens, [fit.law.lr(n, batch) for n in tokens], color=color, linewidth=1.8)
-    draws = [Law(a, b, c, fit.law.critical_batch_tokens) for a, b, c in fit.samples]
+    panel.plot(tokens, [fit.law.lr(n, batch, fit.center.size) for n in tokens], color=color, linewidth=1.8)
+    draws = [Law(*draw[:5], fit.law.size, draw[5]) for draw in fit.samples]
     if draws:
-        rates = [[draw.lr(n, batch) for n in tokens] for draw in draws]
+        rates = [[draw.lr(n, batch, fit.center.size) for n in tokens] for draw in draws]
         panel.fill_between(tokens, *np.percentile(rates, (2.5, 97.5), axis=0), color=color, alpha=0.18, linewidth=0)
 
 
@@ -137,7 +138,7 @@ def plot_map(fit: Fit) -> "Figure":
     panel = figure.subplots()
     a, b = _draw_regret(figure, panel, fit)
     if len(fit.samples) > 1:
-        draws = np.array(fit.samples)[:, :2]
+        draws = np.array([draw[:2] for draw in fit.samples])
         panel.plot(*draws.T, ".", color="white", markersize=2, alpha=0.6)
         panel.plot(*_ellipse(draws), color=RED, linewidth=1.8, label="95 % of the draws")
     for what, law, marker, color in (("fitted", fit.law, "o", RED), ("paper", PAPER_OPTIMA, "X", "white")):

@@ -143,7 +143,7 @@ def use_known_horizon(settings: Settings, recipe: Recipe, per_step: int) -> None
     args, schedule = settings.training, str(getattr(settings.training.lr_scheduler_type, "value", ""))
     tokens = int(settings.run.tokens or 0)
     if "learning_rate" not in settings.given:
-        args.learning_rate = recipe.peak_lr(tokens, per_step, schedule)
+        args.learning_rate = recipe.peak_lr(tokens, per_step, schedule, settings.size_for(recipe))
     if "warmup_steps" not in settings.given and recipe.warmup_tokens is not None:
         args.warmup_steps = round(recipe.warmup_tokens / per_step)
     if schedule == "warmup_stable_decay":

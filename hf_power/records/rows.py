@@ -23,6 +23,7 @@ class RowLaw(TypedDict, total=False):
     b: Finite
     batch_exponent: Finite
     critical_batch_tokens: Finite | None
+    critical_batch_growth: Finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,18 @@ class Row:
 
 
 # The fields of a row from elsewhere.
-CSV = ("width", "schedule", "learning_rate", "tokens_per_step", "tokens", "loss", "seed", "status", "trunk")
+CSV = (
+    "width",
+    "parameters",
+    "schedule",
+    "learning_rate",
+    "tokens_per_step",
+    "tokens",
+    "loss",
+    "seed",
+    "status",
+    "trunk",
+)
 
 
 def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypedDict
 
 from hf_power.records.files import Record
-from hf_power.records.schema import UNTIL_KNOWN, Amount, Count, Finite, Interval, Json, Limit, Positive
+from hf_power.records.schema import UNTIL_KNOWN, Amount, Count, Finite, Interval, Json, Limit, Positive, PositiveNumber
 
 SCHEMA = 1  # of every record; a file of another one is refused
 
@@ -89,6 +89,8 @@ class Intervals(TypedDict, total=False):
     b: Interval
     batch_exponent: Interval
     critical_batch_tokens: Interval | None
+    critical_batch_growth: Interval | None
+    size_exponent: Interval | None
 
 
 class PowerScale(TypedDict):
@@ -107,17 +109,24 @@ class Reach(TypedDict, total=False):
 
 
 class Validity(TypedDict, total=False):
-    """What a fit has seen: widths, and the least and largest batch and horizon."""
+    """What a fit has seen: sizes, the least and largest batch and horizon, and where its law misfits its own cells."""
 
     widths: list[Finite]
+    parameters: list[Finite]
     tokens_per_step: Interval
     tokens: Interval
     extrapolates_to: Reach
+    misfit: list[str]
 
 
-# A bootstrap draw of a fitted law: a, b and batch_exponent.
-_DRAW = Limit(lambda words: words.replace("a list", "a list [a > 0, b, batch_exponent]"), lambda draw: draw[0] > 0)
-Sample = Annotated[tuple[Finite, Finite, Finite], _DRAW]
+# A bootstrap draw of a fitted law: a, b, batch_exponent, and critical_batch_tokens, its growth and the size's exponent.
+_DRAW = Limit(
+    lambda words: words.replace(
+        "a list", "a list [a > 0, b, batch_exponent, critical batch, its growth, size_exponent]"
+    ),
+    lambda draw: draw[0] > 0,
+)
+Sample = Annotated[tuple[Finite, Finite, Finite, PositiveNumber | None, Finite, Finite], _DRAW]
 
 
 RUN_FILE = "run.json"
@@ -206,6 +215,7 @@ class ScheduleRecord(TypedDict, total=False):
     b: float | None
     batch_exponent: float | None
     critical_batch_tokens: Amount | None
+    critical_batch_growth: Amount
     tokens_per_step: Amount | None
     max_lr: float | None
     warmup_tokens: Amount | None

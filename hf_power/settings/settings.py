@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from hf_power.compat import CHECKPOINTING, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
-from hf_power.models import num_experts
+from hf_power.models import count_parameters, num_experts
 from hf_power.mup.config import mup_config
 from hf_power.mup.init import mup_init_, new_model
 from hf_power.recipe import Recipe
@@ -147,8 +147,11 @@ class Settings:
         if self.run.recipe is None:
             return None
         recipe = Recipe.load(self.run.recipe)
-        if not self.mup.mup:
-            raise UserError("mup is False in the settings, but a recipe's numbers hold under muP only: leave mup out.")
+        if self.mup.mup != (recipe.parameterization == "mup"):
+            what = "a recipe's numbers hold under muP only: leave mup out"
+            if self.mup.mup:
+                what = "the sweep of the recipe had standard parameterization: set mup to False"
+            raise UserError(f"mup is {self.mup.mup} in the settings, but {what}.")
         _agree("model_type", recipe.model_type or self.model.model_type, self.model.model_type)
         numbers, power = recipe.settings(), self.training.lr_scheduler_type == "power"
         if not power:
@@ -160,7 +163,7 @@ class Settings:
         self.given |= set(numbers)
         if power:
             kwargs = self.schedule_kwargs
-            for name, value in recipe.schedule_kwargs().items():
+            for name, value in recipe.schedule_kwargs(self.size_for(recipe)).items():
                 _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
                 kwargs[name] = value
             # The recipe's warmup and tail are each left out where the settings give one.
@@ -172,6 +175,12 @@ class Settings:
             self.training.lr_scheduler_kwargs = {**lengths, **kwargs}
             self.given |= {"lr_scheduler_kwargs"}
         return recipe
+
+    def size_for(self, recipe: Recipe) -> int | None:
+        """The size of the model that the recipe's law asks for; None where it has none."""
+        if recipe.size != "parameters":
+            return self.model.hidden_size if recipe.size else None
+        return count_parameters(self.model.config(vocab_size=self.data.vocab_size))["parameters"]
 
     def check(self) -> None:
         """Every check that needs no data and no weights.

@@ -214,7 +214,7 @@ def _schedules(schedules: object, where: str) -> dict[str, tuple[float, ...]]:
 def _law(law: object, where: str) -> Law:
     if not isinstance(law, dict) or set(law) != set(LAW_RANGES):
         raise UserError(f"{where} must have the keys {', '.join(LAW_RANGES)}, got {law!r}.")
-    return Law(**{name: _number(law[name], f"{where}.{name}", *ends) for name, ends in LAW_RANGES.items()})
+    return Law.from_dict({name: _number(law[name], f"{where}.{name}", *ends) for name, ends in LAW_RANGES.items()})
 
 
 def _check_settings(grid: Grid, source: str) -> None:

@@ -260,6 +260,8 @@ def row_law(law: Law) -> RowLaw:
     said: RowLaw = {"a": law.a, "b": law.b, "batch_exponent": law.batch_exponent}
     if law.critical_batch_tokens is not None:
         said["critical_batch_tokens"] = law.critical_batch_tokens
+    if law.critical_batch_growth:
+        said["critical_batch_growth"] = law.critical_batch_growth
     return said
 
 

@@ -12,7 +12,6 @@ from hf_power.records.errors import UserError
 from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
 from hf_power.records.schema import decode
-from hf_power.schedule import Law
 from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.settings import Settings
 from hf_power.sweep.grid import Grid, Sections, few_digits
@@ -59,7 +58,13 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
         raise UserError(f"seeds and tolerance must be positive, got {seeds} and {tolerance}: correct them.")
     require_matplotlib()
     recipe = Recipe.load(settings.run.recipe)
+    if recipe.parameterization == "standard":
+        raise UserError(
+            "verify tries a recipe under muP, but this one's sweep had standard parameterization: train at half, once and "
+            "twice the rate of hf-power plan instead."
+        )
     settings.apply_recipe()
+    recipe = replace(recipe, a=recipe.law.at(settings.size_for(recipe)).a, size=None, size_exponent=0.0)
     settings.check()
     # The runs are a sweep's; what moves their numbers in pretraining alone would be left out of them.
     refuse_in_a_sweep({name: getattr(settings.training, name) for name in MOVE_THE_WEIGHTS}, "verify")
@@ -109,7 +114,7 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
     if tokens < FEWEST_STEPS * batch:
         raise UserError(f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens.")
     values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
-    law = Law.from_dict(recipe.schedule_kwargs())
+    law = recipe.law
     return grid, Group("power", width, batch, (tokens,), grid.seeds, values, law)
 
 

@@ -55,7 +55,7 @@ def test_from_rows_to_recipe_to_plan(sweep, tmp_path, capsys):
     assert f"peak         warmup_stable_decay: lr {recipe.peak_lr(4_001_792, 4096):.3e}" in capsys.readouterr().out
 
 
-def test_a_csv_gives_a_law_but_no_recipe(sweep, tmp_path, capsys, no_pictures):
+def test_a_csv_gives_a_law_and_a_recipe_that_names_what_it_leaves_open(sweep, tmp_path, capsys, no_pictures):
     lines = ["lr,bs,D,val,N"]
     for r in rows_of(sweep):
         if r.schedule != "power":
@@ -70,13 +70,21 @@ def test_a_csv_gives_a_law_but_no_recipe(sweep, tmp_path, capsys, no_pictures):
         *columns,
         "--block_size",
         "64",
+        "--schedule",
+        "warmup_stable_decay",
+        "--base_width",
+        "32",
+        "--weight_decay",
+        "0.2",
         "--output_dir",
         str(tmp_path / "o"),
     ]
     assert run_verb("fit", argv) == 0
     assert Fit.load(tmp_path / "o").law.b == pytest.approx(-0.4, abs=0.01)
-    assert not (tmp_path / "o/recipe.json").exists()
-    assert "no recipe: a CSV does not say" in capsys.readouterr().out
+    recipe = Recipe.load(tmp_path / "o")
+    assert (recipe.base_width, recipe.weight_decay, recipe.parameterization) == (32, 0.2, "mup")
+    assert recipe.peak_lr(4_000_000, 4096) == pytest.approx(3 * 4_000_000**-0.4, rel=0.1)
+    assert "leaves open: --warmup_tokens, --decay_ratio, --tokenizer, --model_type" in capsys.readouterr().out
 
 
 def test_exponent_and_critical_batch_from_the_command_line(sweep, tmp_path, no_pictures):

@@ -60,7 +60,7 @@ def test_error_bars_are_the_interval_and_the_sd():
 
 def test_the_band_is_the_central_95_percent_of_the_draws():
     """Draws of a uniform from 0.01 to 0.03: 2.5 % and 97.5 % lie at 0.0105 and 0.0295."""
-    samples = [[a, -0.3, 0.7] for a in np.linspace(0.01, 0.03, 401)]
+    samples = [[a, -0.3, 0.7, None, 0.0, 0.0] for a in np.linspace(0.01, 0.03, 401)]
     panel, _ = plot_law(fit(cell(), samples=samples)).axes
     (path,) = panel.collections[0].get_paths()
     scale = 2**0.7 * path.vertices[:, 0] ** -0.3
@@ -128,7 +128,7 @@ def test_the_ellipse_holds_95_percent_of_the_draws():
     b = generator.normal(-0.3, 0.02, 4000)
     log2_a = math.log2(0.02) - (b + 0.3) * 23 + generator.normal(0, 0.1, 4000)
     samples = np.column_stack([2**log2_a, b, np.full(4000, 0.7)])
-    panel = plot_map(mapped(samples=samples.tolist())).axes[0]
+    panel = plot_map(mapped(samples=[[*draw, None, 0.0, 0.0] for draw in samples.tolist()])).axes[0]
     (outline,) = (line for line in panel.lines if line.get_label() == "95 % of the draws")
     x, y = outline.get_data()
     inside = matplotlib.path.Path(np.column_stack([np.log2(x), y])).contains_points(np.column_stack([log2_a, b]))

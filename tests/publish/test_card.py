@@ -57,7 +57,7 @@ RECIPE = Recipe(
     base_width=16,
     laws={"warmup_stable_decay": {"a": 2.3, "b": -0.5, "batch_exponent": 0.7, "critical_batch_tokens": 8192.0}},
     intervals={"a": [1.7, 2.31], "b": [-0.55, -0.45], "batch_exponent": [0.6, 0.81], "critical_batch_tokens": None},
-    samples=[[2.0, -0.5, 0.7], [2.1, -0.51, 0.7]],
+    samples=[[2.0, -0.5, 0.7, None, 0.0, 0.0], [2.1, -0.51, 0.7, None, 0.0, 0.0]],
     validity={
         "widths": [16],
         "tokens_per_step": [128, 1024],
