@@ -152,8 +152,7 @@ def evaluate_model(
         batch_size: blocks per process and step, >= 1.
         max_tokens: blocks spread evenly over the text with so many tokens in all, at least one; None for all.
         dtype: one of `hf_power.evaluate.results.DTYPES`; None for the one that the weights were saved in.
-        output: JSON file to write; by default eval.json in the folder. Results of `hf_power.evaluate.tasks.run_tasks` in it
-            stay if they are of the same weights.
+        output: JSON file to write, by default eval.json in the folder; it keeps results of tasks of the same weights.
 
     Returns:
         What was measured: metrics (loss in nats per token), num_tokens scored, and what made them.
