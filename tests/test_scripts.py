@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub import Hub, hub_environment
+from processes import PATIENCE
 from warm import python
 
 from hf_power.data.text import DataArguments, load_text
@@ -60,7 +61,7 @@ def launch(*command, **env):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
     )
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
@@ -127,7 +128,7 @@ def test_two_processes_push_once(recipe, tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=PATIENCE,
             check=False,
         )
     assert failed.returncode != 0
@@ -152,7 +153,7 @@ def test_a_stranger_s_causal_lm_script(corpus, tmp_path, how):
         "hf_power.run": ["-m", "hf_power.run", script],
         "accelerate launch -m hf_power.run": ["-m", "accelerate.commands.launch", "-m", "hf_power.run", script],
     }[how]
-    launch(python(), *before, *flags.split())
+    launch(python(stock=True), *before, *flags.split())
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "loss" in entry}
     per_step = 2 * 3 * 32

@@ -5,11 +5,11 @@ import math
 import os
 import platform
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE
 from sentences import refused
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -304,15 +304,16 @@ def test_metric_does_not_depend_on_order():
 @pytest.mark.slow
 def test_metric_loads_with_an_empty_cache_and_no_network(tmp_path):
     code = """
-import socket
+import socket, warnings
+warnings.simplefilter("error", DeprecationWarning)
+warnings.simplefilter("error", FutureWarning)
 def refuse(*_): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from hf_power.evaluate.heldout import load_metric
 print(load_metric().compute(nll=[2.0], num_tokens=[1], num_correct=[1], num_bytes=[4])["loss"])
 """
     env = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
-    flags = ["-W", "error::DeprecationWarning", "-W", "error::FutureWarning"]
-    out = subprocess.run([sys.executable, *flags, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([python(stock=True), "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert out.stdout.strip() == "2.0", out.stderr[-2000:]
 
 
