@@ -27,8 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ("-u", "-B", "-I", "-E", "-s")
-READ_AT_IMPORT = ("HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "GOMP_", "MKL_", "TORCH", "PYTHONHASHSEED")
-OF_LAUNCHERS = ("TORCHELASTIC_", "TORCH_NCCL_")  # what torchrun tells its ranks, which is read when they run
+READ_AT_IMPORT = ("HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "GOMP_", "MKL_", "PYTHONHASHSEED")
 STOCK = ["torch.distributed.run", "transformers.trainer", "accelerate.commands.launch", "datasets", "matplotlib.figure"]
 STOCK += [
     "evaluate",
@@ -73,9 +72,12 @@ os._exit(code)
 """
 
 
-def python(stock=False):
-    """The path of the executable, as a text; the server starts at the first call and ends with this process."""
-    return _clients()[stock]
+def python(stock=False, packages=""):
+    """The path of the executable, as a text; the server starts at the first call and ends with this process.
+
+    `packages` names a folder whose packages a server of its own imports in place of the installed ones.
+    """
+    return _clients(packages)[stock]
 
 
 def fork_workers():
@@ -85,7 +87,7 @@ def fork_workers():
 
 
 @functools.cache
-def _clients():
+def _clients(packages):
     folder, clients, listening = Path(tempfile.mkdtemp(prefix="warm-")), [], []
     for name in ("python", "stock-python"):
         address, client = str(folder / f"{name}-socket"), folder / name
@@ -95,7 +97,7 @@ def _clients():
         listening.append(socket.socket(socket.AF_UNIX))
         listening[-1].bind(address)
         listening[-1].listen(64)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(packages), str(ROOT), os.environ.get("PYTHONPATH")]))
     descriptors = [each.fileno() for each in listening]
     server = subprocess.Popen(
         [sys.executable, __file__, *map(str, descriptors), *clients],
@@ -186,8 +188,7 @@ def serve(descriptor, client, at_start):
 
 
 def read_at_import(environment):
-    names = (name for name in environment if name.startswith(READ_AT_IMPORT) and not name.startswith(OF_LAUNCHERS))
-    return {name: environment[name] for name in names}
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
 def hub_of(environment):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import warm
 import yaml
-from processes import PATIENCE, until
+from processes import PATIENCE, free_port, until
 from sentences import refused, says
 
 from hf_power.cli import run_verb
@@ -608,7 +608,7 @@ def test_processes_of_accelerate_share_a_folder(make_grid, tmp_path):
     """Two processes, each with its share of the groups in a worker: the rows of one, none of them trained twice."""
     grid = make_grid(widths=(16, 32), schedules={"power": (1.0, 2.0)}, law=LAW, max_extensions=1)
     path, folder = as_yaml(grid, tmp_path / "sweep.yaml"), tmp_path / "two"
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()), "-m")
     process = start(path, folder, launcher, ACCELERATE_USE_CPU="true")
     try:
         assert process.wait(timeout=PATIENCE) == 0, folder.with_suffix(".log").read_text()[-3000:]
