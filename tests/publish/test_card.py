@@ -1,7 +1,6 @@
 """The card says what the files say, all of it and nothing else, whatever the files hold."""
 
 import copy
-import functools
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from hf_power.publish.card import make_card, write_card
 from hf_power.records.files import write_json
 from hf_power.settings.settings import Settings
 
-jinja2 = pytest.importorskip("jinja2")
+pytest.importorskip("jinja2")
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
@@ -393,9 +392,7 @@ def keys_of(content, path=()):
         *(("exported", name) for name in ("run.json", "export.json", "config.json")),
     ],
 )
-def test_missing_facts_leave_no_trace(kind, name, request, monkeypatch):
-    # Hundreds of cards: their one template is compiled once.
-    monkeypatch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+def test_missing_facts_leave_no_trace(kind, name, request):
     folder = request.getfixturevalue(kind)
     whole = read(folder / name)
     for path in keys_of(whole):
