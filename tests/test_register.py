@@ -16,7 +16,7 @@ import torch
 import warm
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
-from processes import SHARED_BATCHES
+from processes import PATIENCE, SHARED_BATCHES
 from sentences import refused
 from transformers import (
     DataCollatorWithFlattening,
@@ -53,7 +53,7 @@ def python(code, *args, cwd, launcher=()):
     script = Path(cwd) / "script.py"
     script.write_text(code)
     command = [warm.python(stock=True), *launcher, str(script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from processes import PATIENCE
+from processes import PATIENCE, torchrun
 from sentences import refused
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -267,10 +267,7 @@ def test_two_processes_are_one(folder, data, held_out, tmp_path):
     )
     assert len(held_out) % 6  # blocks are repeated to fill the last batches
     arguments = [str(folder), json.dumps(dataclasses.asdict(data))]
-    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(script), *arguments, str(tmp_path / "two.json")]
-    subprocess.run(command, check=True, timeout=300, env=env, capture_output=True)
+    torchrun(script, *arguments, tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())
     one = evaluate_model(folder, data, batch_size=3, output=tmp_path / "one.json").to_json()
     assert two["processes"] == 2
