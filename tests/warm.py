@@ -13,6 +13,7 @@ else that these libraries read when they are imported, and in tests whose point 
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -233,7 +234,8 @@ def become(arguments, environment, folder, numbers, files, client):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False, buffering=1 if os.isatty(1) else -1)
+    by_lines = os.isatty(1) or "-u" in itertools.takewhile(FLAGS.__contains__, arguments)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False, buffering=1 if by_lines else -1)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False, buffering=1)
     os.chdir(folder)
     elsewhere = hub_of(environment) != hub_of(os.environ)
