@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import sysconfig
@@ -7,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import pytest
 import torch
 from hub import Hub, pointed_at
@@ -56,6 +58,14 @@ def sections(corpus):
         }
 
     return build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_template():
+    """The template of the card is compiled once, which takes half as long as all else in a push of a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
-"""What the tests of several processes share: how long they wait, a free port, and who shares a batch under which parallelism."""
+"""What the tests of processes share: how they start and wait, a free port, and who shares a batch under which parallelism."""
 
+import os
 import socket
+import subprocess
 import time
 
 import pytest
+from warm import ROOT, python
 
 SHARED_BATCHES = pytest.mark.parametrize(
     ("sizes", "data_parallel"),
@@ -29,6 +32,25 @@ def until(happened):
     while not happened():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+def said_by(*arguments, fails=False, stock=False, **environment):
+    """What Python says with these arguments, with its imports done, in the folder of the project.
+
+    `fails` says that it must end with an error, `stock` that hf_power is not imported yet.
+    """
+    base = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [python(stock), *(str(part) for part in arguments)]
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    out = subprocess.run(command, **streams, cwd=ROOT, timeout=PATIENCE, env=base | environment, check=False)
+    assert (out.returncode != 0) == fails, out.stdout[-3000:] + out.stderr[-3000:]
+    return out.stdout + out.stderr
+
+
+def torchrun(*command, processes=2, fails=False, **environment):
+    """What so many processes on CPUs say under torchrun; its --standalone would cost a second."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port()]
+    return said_by(*launcher, *command, fails=fails, **{"ACCELERATE_USE_CPU": "true", **environment})
 
 
 _HELD = []  # the sockets of the ports that were given out

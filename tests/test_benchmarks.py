@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
+from warm import python
 
 pytestmark = pytest.mark.elsewhere
 
@@ -22,7 +23,7 @@ def test_a_sitting_is_measured_part_by_part_and_goes_on(tmp_path, corpus):
     """A dry run in the image's versions; a second one measures only what the first one lacks."""
     if not IMAGE.exists():
         pytest.skip("make test installs the packages of the GPU image, which are not here")
-    environment = os.environ | {"PYTHONPATH": str(IMAGE), "PYTHON": sys.executable, "SECONDS_IN_ALL": "3000"}
+    environment = os.environ | {"PYTHONPATH": str(IMAGE), "PYTHON": python(packages=IMAGE), "SECONDS_IN_ALL": "3000"}
     command = [ROOT / "benchmarks/on_accelerator.sh", tmp_path / "rows", "--dry_run", "--dataset", corpus]
     command += ["--rounds", "1", "--steps", "1", "--warmup", "1"]
 
@@ -55,12 +56,12 @@ def test_a_sitting_is_measured_part_by_part_and_goes_on(tmp_path, corpus):
     added = sitting()[len(kept) :]
     assert {row.get("of", row["part"]) for row in added} == {"coordinates"}
 
-    report = subprocess.run([sys.executable, RUN, "report", "--folder", tmp_path / "rows", "--dry_run"], **TEXT)
+    report = subprocess.run([python(), RUN, "report", "--folder", tmp_path / "rows", "--dry_run"], **TEXT)
     for part in PARTS:
         assert f"**{part}" in report.stdout, report.stderr
 
 
-TEXT = {"capture_output": True, "text": True, "timeout": 100}
+TEXT = {"capture_output": True, "text": True, "timeout": PATIENCE}
 
 
 @pytest.mark.slow
@@ -72,6 +73,6 @@ TEXT = {"capture_output": True, "text": True, "timeout": 100}
     ],
 )
 def test_without_a_device_or_rows_the_script_says_so(tmp_path, part, message):
-    out = subprocess.run([sys.executable, RUN, part, "--folder", tmp_path], **TEXT)
+    out = subprocess.run([python(), RUN, part, "--folder", tmp_path], **TEXT)
     assert out.returncode == 1
     assert out.stderr.strip().endswith(message)

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import yaml
 from examples import synthetic_rows
+from warm import fork_workers
 
 import hf_power
 from hf_power.cli import main
@@ -174,6 +175,7 @@ def place(sections, tmp_path_factory):
     verified = {k: v for k, v in training.items() if k in ("per_device_train_batch_size", "disable_tqdm")}
     verified |= {"output_dir": "page"}
     place.write("big.yaml", {"model": model, "data": DATA, "run": base["run"] | {"tokens": 5120}, "training": verified})
+    fork_workers()
     place.run("verify", "big.yaml", "--recipe", "hand.json", "--tolerance", "0.1", said="verify")
     return place
 

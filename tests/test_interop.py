@@ -7,12 +7,11 @@ import json
 import math
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from processes import free_port
+from processes import PATIENCE, free_port
 from transformers import LlamaConfig, LlamaForCausalLM
+from warm import ROOT, python
 
 from hf_power.data.text import DataArguments, load_text
 from hf_power.data.tokenizer import load_tokenizer
@@ -22,7 +21,7 @@ pytestmark = [pytest.mark.elsewhere, pytest.mark.slow]
 RUN = ["-m", "hf_power.run"]
 ACCELERATE = ["-m", "accelerate.commands.launch"]
 LAUNCHERS = pytest.mark.parametrize("launcher", [[], ACCELERATE], ids=["python", "accelerate"])
-CPUS = Path(__file__).parent.parent / "scripts" / "accelerate" / "cpu.yaml"
+CPUS = ROOT / "scripts" / "accelerate" / "cpu.yaml"
 CAP, BLOCK, BATCH, ACCUMULATION, STEPS = 0.02, 32, 2, 3, 10
 TOKENS = BLOCK * BATCH * ACCUMULATION  # of one optimizer step
 
@@ -80,8 +79,8 @@ def rates(tmp_path):
     def launch(*command, processes=1, **environment):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "RATES": str(tmp_path / "rates.txt")}
         env |= {"PYTHONPATH": str(tmp_path / "site"), "HF_HOME": str(tmp_path / "home"), **environment}
-        arguments = [sys.executable, *(str(part) for part in command)]
-        out = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+        arguments = [python(stock=True), *(str(part) for part in command)]
+        out = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=PATIENCE)
         assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
         files = sorted(tmp_path.glob("rates.txt*"))
         assert len(files) == processes

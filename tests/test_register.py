@@ -9,7 +9,6 @@ import os
 import pickle
 import random
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import warm
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
-from processes import SHARED_BATCHES
+from processes import PATIENCE, SHARED_BATCHES
 from sentences import refused
 from transformers import (
     DataCollatorWithFlattening,
@@ -52,12 +51,12 @@ def fresh_accelerate():
 
 
 def python(code, *args, cwd, launcher=()):
-    """Run code in a fresh interpreter, or under a launcher; its standard output."""
+    """Run code where hf_power is not imported yet, under a launcher or without one; its standard output."""
     environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(cwd) / "script.py"
     script.write_text(code)
-    command = [warm.python() if launcher else sys.executable, *launcher, str(script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    command = [warm.python(stock=True), *launcher, str(script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,7 +1,7 @@
 import subprocess
-import sys
 
 import pytest
+from warm import python
 
 pytestmark = pytest.mark.slow  # a process each
 
@@ -25,14 +25,14 @@ def script(tmp_path):
 def test_a_script_that_does_not_know_of_us(script, module):
     """It runs as __main__, with its own arguments, and finds the modules beside it."""
     target = ["-m", "train"] if module else [str(script)]
-    command = [sys.executable, "-m", "hf_power.run", *target, "--x", "1"]
+    command = [python(stock=True), "-m", "hf_power.run", *target, "--x", "1"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parent)
     assert out.stdout.strip() == "__main__ ['--x', '1'] power"
 
 
 @pytest.mark.parametrize("argv", [[], ["missing.py"]])
 def test_no_script(argv):
-    out = subprocess.run([sys.executable, "-m", "hf_power.run", *argv], capture_output=True, text=True)
+    out = subprocess.run([python(stock=True), "-m", "hf_power.run", *argv], capture_output=True, text=True)
     assert out.returncode == 1
     got = argv[0] if argv else "nothing"
     assert out.stderr.strip().endswith(f"needs a script to run, got {got}: python -m hf_power.run SCRIPT.py ARGS.")

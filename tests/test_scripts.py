@@ -1,14 +1,12 @@
 """The scripts under the real launchers, and a stranger's script that knows nothing of hf_power."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from hub import Hub, hub_environment
-from warm import python
+from processes import said_by, torchrun
 
 from hf_power.data.text import DataArguments, load_text
 from hf_power.data.tokenizer import load_tokenizer
@@ -54,17 +52,7 @@ if __name__ == "__main__":
 """
 
 
-def launch(*command, **env):
-    out = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-    )
-    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
-    return out.stdout
+ACCELERATE = ["-m", "accelerate.commands.launch"]
 
 
 @pytest.fixture(scope="module")
@@ -77,30 +65,28 @@ def recipe(sections, tmp_path_factory):
 
 @pytest.mark.slow
 def test_accelerate_launch_pretrain_and_anneal(recipe):
-    out = launch(python(), "-m", "accelerate.commands.launch", "scripts/pretrain.py", recipe / "tiny.yaml")
+    out = said_by(*ACCELERATE, "scripts/pretrain.py", recipe / "tiny.yaml")
     assert "12 steps" in out
     assert "held-out loss" in out
-    command = ["scripts/anneal.py", "--from", recipe / "one" / "checkpoint-8", "--tokens", "256"]
-    launch(python(), "-m", "accelerate.commands.launch", *command)
+    said_by(*ACCELERATE, "scripts/anneal.py", "--from", recipe / "one" / "checkpoint-8", "--tokens", "256")
     assert (recipe / "one-anneal-8" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_accelerate_launch_evaluate_and_the_scripts_around_it(recipe, tmp_path):
     run = tmp_path / "run"
-    launch(python(), "scripts/pretrain.py", recipe / "tiny.yaml", "--output_dir", run)
-    launch(python(), "-m", "accelerate.commands.launch", "scripts/evaluate_model.py", run, "--batch_size", "3")
+    said_by("scripts/pretrain.py", recipe / "tiny.yaml", "--output_dir", run)
+    said_by(*ACCELERATE, "scripts/evaluate_model.py", run, "--batch_size", "3")
     one = json.loads((run / "eval.json").read_text())
-    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch(*torchrun, "scripts/evaluate_model.py", run, ACCELERATE_USE_CPU="true")
+    torchrun("scripts/evaluate_model.py", run)
     two = json.loads((run / "eval.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-6)
-    assert "llama in float32" in launch(python(), "scripts/export.py", run, "--to", "llama")
+    assert "llama in float32" in said_by("scripts/export.py", run, "--to", "llama")
     with Hub() as hub:
         flags = ["--repo", "tester/plain", "--license", "mit"]
         environment = hub_environment(hub, tmp_path / "home") | {"PYTHONWARNINGS": "ignore"}
-        launch(python(), "scripts/publish.py", tmp_path / "run-llama", *flags, **environment)
+        said_by("scripts/publish.py", tmp_path / "run-llama", *flags, **environment)
         weights = hub.files("tester/plain")["model.safetensors"]
     assert weights == (tmp_path / "run-llama" / "model.safetensors").read_bytes()
 
@@ -108,30 +94,19 @@ def test_accelerate_launch_evaluate_and_the_scripts_around_it(recipe, tmp_path):
 @pytest.mark.slow
 def test_two_processes_push_once(recipe, tmp_path):
     """The first process pushes; with the Hub down the run is finished all the same, and the launcher fails."""
-    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = ["--use_cpu", "True", "--per_device_train_batch_size", "2", "--push_to_hub", "True", "--license", "mit"]
+    flags = ["--per_device_train_batch_size", "2", "--push_to_hub", "True", "--license", "mit"]
     flags += ["--hub_strategy", "all_checkpoints"]
     with Hub() as hub:
         environment = hub_environment(hub, tmp_path / "home") | {"PYTHONWARNINGS": "ignore"}
-        flags += ["--output_dir", tmp_path / "r"]
-        out = launch(*torchrun, "scripts/pretrain.py", recipe / "tiny.yaml", *flags, **environment)
+        command = ["scripts/pretrain.py", recipe / "tiny.yaml", *flags, "--output_dir"]
+        out = torchrun(*command, tmp_path / "r", **environment)
         assert out.count("tester/r: complete") == 1
         assert set(hub.repos["tester/r"].branches) == {
             *("main", "trunk-512-tokens", "trunk-1.024k-tokens", "decay-1.536k-tokens")
         }
         hub.down()
-        command = [*torchrun, "scripts/pretrain.py", recipe / "tiny.yaml", *flags, "--output_dir", tmp_path / "down"]
-        failed = subprocess.run(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-    assert failed.returncode != 0
-    assert "NOT complete; the model is safe in" in failed.stderr
+        failed = torchrun(*command, tmp_path / "down", fails=True, **environment)
+    assert "NOT complete; the model is safe in" in failed
     assert (tmp_path / "down" / "model.safetensors").read_bytes() == (tmp_path / "r" / "model.safetensors").read_bytes()
 
 
@@ -148,11 +123,11 @@ def test_a_stranger_s_causal_lm_script(corpus, tmp_path, how):
     flags += " --lr_scheduler_type power --learning_rate 0.02 --max_steps 10 --logging_steps 1 --disable_tqdm True"
     flags += " --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --save_strategy no --report_to none"
     before = {
-        "one import": [script],
-        "hf_power.run": ["-m", "hf_power.run", script],
-        "accelerate launch -m hf_power.run": ["-m", "accelerate.commands.launch", "-m", "hf_power.run", script],
+        "one import": [],
+        "hf_power.run": ["-m", "hf_power.run"],
+        "accelerate launch -m hf_power.run": [*ACCELERATE, "-m", "hf_power.run"],
     }[how]
-    launch(python(), *before, *flags.split())
+    said_by(*before, script, *flags.split(), stock=True)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "loss" in entry}
     per_step = 2 * 3 * 32

@@ -2,9 +2,9 @@ import hashlib
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
+from warm import python
 
 from hf_power.checkpoints.seal import (
     MANIFEST,
@@ -101,9 +101,10 @@ def slow(path):
 checkpoint.sha256 = slow
 checkpoint.seal(Path(sys.argv[1]))
 """
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([python(), "-c", code, str(folder)], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"middle\n"
         process.kill()
+        assert process.stdout.read() == b""  # The output ends when the process is gone.
     assert process.returncode == -signal.SIGKILL
     assert newest_intact(run)[0].name == "checkpoint-100"
     assert remove_leftovers(run) == ["checkpoint-200"]

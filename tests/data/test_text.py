@@ -1,7 +1,5 @@
 import json
-import os
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import datasets
 import pytest
 from datasets import Dataset
 from transformers import HfArgumentParser
+from warm import python
 
 from hf_power.data import text as text_module
 from hf_power.data.order import fingerprint
@@ -62,13 +61,7 @@ def test_python_stdlib_fingerprint_is_the_same_in_another_process(cache, tmp_pat
         "from hf_power.data.order import fingerprint\nfrom hf_power.data.text import DataArguments, load_text\n"
         f"print(fingerprint(load_text(DataArguments(data_cache_dir={str(tmp_path / 'other')!r}))[0]))"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-    )
+    there = subprocess.run([python(), "-c", script], capture_output=True, text=True, check=True)
     assert there.stdout.split()[-1] == here
 
 

@@ -5,11 +5,11 @@ import math
 import os
 import platform
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE, torchrun
 from sentences import refused
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
@@ -267,10 +267,7 @@ def test_two_processes_are_one(folder, data, held_out, tmp_path):
     )
     assert len(held_out) % 6  # blocks are repeated to fill the last batches
     arguments = [str(folder), json.dumps(dataclasses.asdict(data))]
-    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(script), *arguments, str(tmp_path / "two.json")]
-    subprocess.run(command, check=True, timeout=300, env=env, capture_output=True)
+    torchrun(script, *arguments, tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())
     one = evaluate_model(folder, data, batch_size=3, output=tmp_path / "one.json").to_json()
     assert two["processes"] == 2
@@ -304,15 +301,16 @@ def test_metric_does_not_depend_on_order():
 @pytest.mark.slow
 def test_metric_loads_with_an_empty_cache_and_no_network(tmp_path):
     code = """
-import socket
+import socket, warnings
+warnings.simplefilter("error", DeprecationWarning)
+warnings.simplefilter("error", FutureWarning)
 def refuse(*_): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from hf_power.evaluate.heldout import load_metric
 print(load_metric().compute(nll=[2.0], num_tokens=[1], num_correct=[1], num_bytes=[4])["loss"])
 """
     env = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
-    flags = ["-W", "error::DeprecationWarning", "-W", "error::FutureWarning"]
-    out = subprocess.run([sys.executable, *flags, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([python(stock=True), "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert out.stdout.strip() == "2.0", out.stderr[-2000:]
 
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import sys
 
@@ -82,6 +83,16 @@ def questions(tmp_path_factory):
     return folder, rows
 
 
+@pytest.fixture(scope="module")
+def one_index():
+    """lm_eval reads thousands of files for the names of its tasks: here once for a folder of further tasks."""
+    from lm_eval import tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+        yield
+
+
 def ranked(folder, questions):
     """Share of questions whose answer has the largest log-likelihood, in float64, one choice at a time."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).double(), AutoTokenizer.from_pretrained(folder)
@@ -100,6 +111,7 @@ def ranked(folder, questions):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_index")
 def test_accuracy_against_ranking_by_hand(folder, questions, data):
     place, rows = questions
     evaluated = evaluate_model(folder, data)
@@ -130,6 +142,7 @@ def test_accuracy_against_ranking_by_hand(folder, questions, data):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_index")
 def test_tasks_that_cannot_be_run(folder, questions):
     with refused(ValueError, "there is no task 'which_valve'", "did you mean which_value"):
         run_tasks(folder, Tasks(["which_valve"], questions[0]))
@@ -138,14 +151,15 @@ def test_tasks_that_cannot_be_run(folder, questions):
     with refused(ValueError, "the task which_value is in which_value and in both"):
         run_tasks(folder, Tasks(["which_value", "both"], questions[0]))
     with refused(ImportError, "the task minerva_math needs a package that is missing"):
-        run_tasks(folder, Tasks(["minerva_math"]))
+        run_tasks(folder, Tasks(["minerva_math"], questions[0]))
 
 
 @pytest.mark.slow
-def test_the_paper_s_tasks_are_known_to_lm_eval():
+@pytest.mark.usefixtures("one_index")
+def test_the_paper_s_tasks_are_known_to_lm_eval(questions):
     from lm_eval.tasks import TaskManager
 
-    known = set(TaskManager().all_tasks)
+    known = set(TaskManager(include_path=str(questions[0])).all_tasks)
     assert all(set(tasks) <= known for tasks in NAMED_TASKS.values())
     assert len(PAPER_TASKS) == 8  # six, one of them twice, and WikiText
 

@@ -21,6 +21,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
 )
+from warm import python
 
 import hf_power.export.export
 import hf_power.export.fold
@@ -557,7 +558,7 @@ print(after - before, peak() - before)
 @pytest.mark.parametrize("kind", ["tied", "moe"])
 def test_loads_where_hf_power_is_not_installed(kind, exported, tmp_path):
     folder, plain, _ = exported(kind)
-    subprocess.run([sys.executable, "-c", ALONE, plain, tmp_path / "logits.pt"], check=True)
+    subprocess.run([python(stock=True), "-c", ALONE, plain, tmp_path / "logits.pt"], check=True)
     name, found = torch.load(tmp_path / "logits.pt")
     assert name == {"tied": "LlamaForCausalLM", "moe": "MixtralForCausalLM"}[kind]
     expected = logits(folder, torch.float32)
@@ -580,7 +581,7 @@ def test_folding_holds_one_shard_at_a_time(kind, tmp_path):
     total = 4 * model.num_parameters()
     assert total > 200e6
     (tmp_path / "plain").mkdir()
-    command = [sys.executable, "-c", MEMORY, tmp_path / "run", tmp_path / "plain", to]
+    command = [python(), "-c", MEMORY, tmp_path / "run", tmp_path / "plain", to]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     folded, loaded = map(int, out.split())
     print(f"folding {folded / 1e6:.0f} MB, loading {loaded / 1e6:.0f} MB of {total / 1e6:.0f} MB")

@@ -71,7 +71,7 @@ def prepare(folder, steps=STEPS, save_steps=SAVE_STEPS):
         },
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    sweep = {"widths": [16, 32], "tokens_per_step": [64], "tokens": [4096, 8192, 16384], "seeds": [0], "max_lr": 0.03}
+    sweep = {"widths": [16, 32], "tokens_per_step": [64], "tokens": [1024, 2048, 4096], "seeds": [0], "max_lr": 0.03}
     sweep |= {"schedules": {"warmup_stable_decay": [0.01, 0.02]}, "warmup_tokens": 128, "decay_ratio": 0.25}
     proxies = run | {"training": {"weight_decay": 0.1, "use_cpu": True}, "sweep": sweep | {"max_extensions": 0}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(proxies))

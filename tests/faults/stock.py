@@ -1,7 +1,6 @@
 """The stock Trainer and hf_power under the same fault, in this process or in one of their own that can be killed.
 
-Children are forked from a process that has imported everything and trained nothing, because each takes five seconds to
-start otherwise.
+Children are forked from a process that has imported everything and trained nothing (warm.py).
 """
 
 import io
@@ -17,13 +16,13 @@ import torch
 import transformers
 from processes import PATIENCE, free_port, until
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from warm import fork_workers
 
 from hf_power.cli import run_verb
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hf_power.pretrain.run", "datasets", "transformers.trainer"])
 STEPS = 12
-HANGS = 20  # seconds that a process which waits for another one that is gone is given before it is said to hang
+HANGS = 5  # seconds that a process which waits for another one that is gone is given before it is said to hang
 
 
 def stock(folder, callbacks=(), hidden_size=8, family="llama", experts=None, **given):
@@ -116,6 +115,7 @@ def run(what, faults=(), said=None, env=None, **given):
 
 def child(what, *faults, **given):
     """A started process of `run`; each fault is the name of a function above and its arguments."""
+    fork_workers()
     process = CONTEXT.Process(target=run, args=(what, faults), kwargs=given, daemon=True)
     process.start()
     return process

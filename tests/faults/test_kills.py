@@ -2,20 +2,21 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 
 import campaign
 import inject
 import pytest
+from processes import free_port
+from warm import fork_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]
-STEPS, SAVE_STEPS = 120, 10
-IMPORTED = ["hf_power.pretrain.run", "inject", "datasets", "matplotlib.pyplot"]
-IMPORTED += ["transformers.models.granite.modeling_granite"]
+STEPS, SAVE_STEPS = 60, 5
 BY_CLOCK = [
-    {"place": campaign.START, "delay": 2.0, "target": "process"},
-    {"place": campaign.TRAIN, "delay": 0.3, "target": "process group"},
+    {"place": campaign.START, "delay": 0.3, "target": "process"},
+    {"place": campaign.TRAIN, "delay": 0.1, "target": "process group"},
 ]
 
 
@@ -23,10 +24,10 @@ class Forked:
     """hf-power without its start-up: what campaign asks of a Popen, from a server that has imported everything."""
 
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(IMPORTED)
 
-    def __init__(self, verb, fault, out):
-        self.process = self.server.Process(target=run_forked, args=(verb, fault, out))
+    def __init__(self, verb, fault, out, target=None):
+        fork_workers()
+        self.process = self.server.Process(target=target or run_forked, args=(verb, fault, out))
         self.process.start()
         self.pid, self.args = self.process.pid, verb
 
@@ -43,6 +44,10 @@ class Forked:
 
 def run_forked(verb, fault, out):
     os.setsid()
+    run(verb, fault, out)
+
+
+def run(verb, fault, out):
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -56,6 +61,33 @@ def run_forked(verb, fault, out):
     from hf_power.cli import run_verb
 
     sys.exit(run_verb(verb[0], verb[1:]))
+
+
+def two_forked(verb, fault, out):
+    """A launcher and its two ranks: when one has ended with an error, it ends the other."""
+    return Forked([*verb, "--per_device_train_batch_size", "2"], fault, out, run_two)
+
+
+def run_two(verb, fault, out):
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    os.environ["MASTER_PORT"] = str(free_port())
+    ranks = []
+    for rank in ("0", "1"):
+        if not (pid := os.fork()):
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            run(verb, fault, out)
+        ranks.append(pid)
+    failed = False
+    while ranks:
+        ended, status = os.wait()
+        ranks.remove(ended)
+        if status and not failed:
+            failed = True
+            for other in ranks:
+                os.kill(other, signal.SIGTERM)
+    sys.exit(failed)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +126,13 @@ def test_every_place_is_tried():
 
 
 @pytest.mark.parametrize(
-    ("launch", "faults", "limit"),
-    [(Forked, EARLY + SAVES, 3), (Forked, SEALS + LATE, 1), (campaign.start_one, BY_CLOCK, 3)],
+    ("faults", "limit"),
+    [(EARLY + SAVES, 3), (SEALS + LATE, 1), (BY_CLOCK, 3)],
     ids=["data and saves", "seals and the end", "by the clock"],
 )
-def test_killed_again_and_again_it_ends_the_same(base, request, launch, faults, limit):
+def test_killed_again_and_again_it_ends_the_same(base, request, faults, limit):
     out = base / request.node.callspec.id.replace(" ", "_")
-    rows = killed(launch, campaign.pretrain(out, limit), faults, out)
+    rows = killed(Forked, campaign.pretrain(out, limit), faults, out)
     holds(rows, campaign.differences(out, base / "whole", limit))
 
 
@@ -122,8 +154,8 @@ def test_a_sweep_killed_while_it_writes(base):
 
 
 def test_two_processes_lose_one(base):
-    campaign.whole_run(campaign.start_two, campaign.pretrain(base / "two", 3), base / "two")
+    campaign.whole_run(two_forked, campaign.pretrain(base / "two", 3), base / "two")
     out = base / "two_killed"
-    fault = {"place": campaign.TRAIN, "delay": 0.5, "target": "rank 0"}
-    rows = killed(campaign.start_two, campaign.pretrain(out, 3), [fault], out)
+    fault = {"place": campaign.TRAIN, "delay": 0.1, "target": "rank 0"}
+    rows = killed(two_forked, campaign.pretrain(out, 3), [fault], out)
     holds(rows, campaign.differences(out, base / "two", 3, campaign.TOLERANCE))

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import PATIENCE, until
+from processes import torchrun, until
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stock import HANGS, STEPS, Poison, child, ended, pair, stock
-from warm import python
 
 from hf_power.checkpoints.seal import checkpoints, problems
 from hf_power.pretrain import run as train
@@ -223,18 +222,8 @@ def test_sigterm_to_one_of_two_processes_under_torchrun(tmp_path):
     given = {"what": str(tmp_path / "run"), "faults": [fault], "save_steps": 100, "said": str(tmp_path / "said")}
     folder = Path(__file__).parent
     path = os.pathsep.join(str(part) for part in (folder.parent, folder.parent.parent))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(folder / "stock.py"), json.dumps(given)],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "Signal 15 (SIGTERM) received by PID" in done.stderr
+    said = torchrun(folder / "stock.py", json.dumps(given), fails=True, PYTHONPATH=path)
+    assert "Signal 15 (SIGTERM) received by PID" in said
     assert "5.9" in (tmp_path / "said").read_text()
     assert names(tmp_path / "run") == []
 

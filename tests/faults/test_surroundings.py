@@ -120,7 +120,9 @@ def test_text_that_vanishes_under_a_run_is_still_mapped(whole, sections, corpus,
 def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.jsonl"
     shutil.copy(corpus, text)
-    given = sections(tmp_path / "run", resume_from_checkpoint="true", tokens=400 * 128, logging_steps=100)
+    given = sections(
+        tmp_path / "run", resume_from_checkpoint="true", tokens=400 * 128, logging_steps=100, save_steps=50
+    )
     given["data"] |= {"dataset": str(text), "streaming": True, "num_proc": None}
     given["data"]["tokenizer"] = str(tmp_path / "tokenizer")
     monkeypatch.setattr("hf_power.data.text.STREAM_EVAL_DOCUMENTS", 10)

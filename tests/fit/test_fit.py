@@ -540,13 +540,6 @@ SMALL = {"curvature": 0.028, "steps": three_to_five}  # 3 batches x 3 horizons x
 
 
 @pytest.mark.slow
-def test_intervals_cover_in_a_few_draws():
-    covered, width = coverage(40, **SMALL)
-    assert (covered >= 0.85).all()
-    assert width < 2.5
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -2,16 +2,13 @@
 
 import copy
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from processes import PATIENCE
+from processes import torchrun
 from safetensors.torch import load_file
 from transformers import Trainer
-from warm import python
 
 from hf_power.checkpoints.seal import problems
 from hf_power.pretrain import run as train
@@ -237,17 +234,7 @@ def test_one_bad_process_of_two_skips_the_step_on_both(sections, tmp_path):
     given = sections(tmp_path / "run", save_strategy="no", per_device_train_batch_size=2, use_cpu=True)
     (tmp_path / "two.py").write_text(TWO)
     (tmp_path / "given.json").write_text(json.dumps(given))
-    root = Path(__file__).parents[2]
-    out = subprocess.run(
-        [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(tmp_path / part) for part in ("two.py", "given.json", "weights")],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=False,
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
+    torchrun(*(tmp_path / part for part in ("two.py", "given.json", "weights")))
     one, two = (torch.load(tmp_path / f"weights-{i}.pt") for i in (0, 1))
     assert equal(one, two)
     assert all(weight.isfinite().all() for weight in one.values())

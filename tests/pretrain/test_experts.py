@@ -260,10 +260,10 @@ def test_the_benchmark_of_the_proxy_runs(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import moe_proxy
 
-    found = moe_proxy.measure(tokens=5 * 1024, scales=(16.0,), seeds=(1,), longer_seeds=(1,))
+    found = moe_proxy.measure(tokens=2 * 1024, scales=(16.0,), seeds=(1,), longer_seeds=(1,))
     dense, moe = found["rows"][-2:]
     assert moe["active_parameters"] - dense["active_parameters"] == 2 * 8 * 64  # the routers
-    assert [part["tokens"] for part in found["at_tokens"]] == [5 * 1024, 20 * 1024]
+    assert [part["tokens"] for part in found["at_tokens"]] == [2 * 1024, 8 * 1024]
     assert found["at_tokens"][1]["difference"] == moe["held_out_loss"] - dense["held_out_loss"]
     json.dumps(found)
     del sys.modules["moe_proxy"]

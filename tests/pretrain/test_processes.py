@@ -1,10 +1,7 @@
 """Several processes on gloo: the same global batch gives the same losses, however the run is split, stopped or sharded."""
 
 import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +10,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from hub import Hub, hub_environment
-from processes import PATIENCE, free_port
+from processes import free_port, said_by, torchrun
 from safetensors.torch import load_file
 from sentences import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from warm import python
+from warm import ROOT
 
 from hf_power.checkpoints.seal import problems
 from hf_power.data.order import collate_blocks
@@ -27,9 +24,9 @@ from hf_power.pretrain import run as train
 from hf_power.pretrain.anneal import anneal
 from hf_power.settings.settings import Settings
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "accelerate"
-STEPS = 50
+STEPS = 24
+HALF = f"checkpoint-{STEPS // 2}"
 
 # scripts/pretrain.py where accelerate shards on a CPU too. Of itself it drops the FSDP plugin there without a word
 # (AcceleratorState.__init__ keeps it for the types MULTI_GPU, MULTI_NPU ... only); everything else is as it is on GPUs.
@@ -94,25 +91,10 @@ sys.exit(run_verb("pretrain"))
 """
 
 
-def launch(*command, fails=False, **env):
-    """Output of a command; ACCELERATE_USE_CPU because `use_cpu` of a config file does not reach several processes."""
-    base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    out = subprocess.run(
-        [python(), "-m", *(str(part) for part in command)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=PATIENCE,
-        env=base | env,
-        check=False,
-    )
-    assert (out.returncode != 0) == fails, out.stdout[-3000:] + out.stderr[-3000:]
-    return out.stdout + out.stderr
-
-
 def accelerate(config, *command, **env):
+    """Output of a command; ACCELERATE_USE_CPU because `use_cpu` of a config file does not reach several processes."""
     where = ["--config_file", CONFIGS / config, "--main_process_port", free_port()]
-    return launch("accelerate.commands.launch", *where, *command, **env)
+    return said_by("-m", "accelerate.commands.launch", *where, *command, ACCELERATE_USE_CPU="true", **env)
 
 
 def sharded(base, *flags, processes=2, state="FULL_STATE_DICT", **env):
@@ -217,11 +199,9 @@ def test_held_out_loss_counts_each_block_once(base, two):
 
 @pytest.mark.slow
 def test_accumulation_and_activation_checkpointing_under_torchrun(base):
-    launch(
-        *("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "scripts/pretrain.py"),
-        *(base / "tiny.yaml", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"),
-        *("--activation_checkpointing", "True", "--output_dir", base / "accumulated"),
-    )
+    flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    flags += ["--activation_checkpointing", "True", "--output_dir", base / "accumulated"]
+    torchrun("scripts/pretrain.py", base / "tiny.yaml", *flags)
     same(base / "accumulated", base / "one")
 
 
@@ -242,9 +222,9 @@ def test_anneal_on_two_processes(base, two):
     """The trunk's checkpoint is of one process or of two, the tail of two or of one."""
     tail = ["--tokens", "512", "--output_dir", base / "tail-two"]
     # the settings of a checkpoint are those of its run: 2 blocks on each of two processes
-    accelerate("cpu.yaml", "scripts/anneal.py", "--from", two / "checkpoint-25", *tail)
-    anneal(base / "one" / "checkpoint-25", "512", str(base / "tail-one"))
-    same(base / "tail-two", base / "tail-one", 2e-5, steps=25 + 4)
+    accelerate("cpu.yaml", "scripts/anneal.py", "--from", two / HALF, *tail)
+    anneal(base / "one" / HALF, "512", str(base / "tail-one"))
+    same(base / "tail-two", base / "tail-one", 2e-5, steps=STEPS // 2 + 4)
 
 
 @pytest.mark.slow
@@ -354,7 +334,7 @@ def test_shards_resume_with_activation_checkpointing_and_on_one_process(base, tw
 def test_sharded_checkpoints_end_in_a_whole_model(base):
     sharded(base, ["--output_dir", base / "sharded"], state="SHARDED_STATE_DICT")
     same(base / "sharded", base / "one")
-    assert not (base / "sharded" / "checkpoint-25" / "model.safetensors").exists()
+    assert not (base / "sharded" / HALF / "model.safetensors").exists()
     folder = stopped(base / "sharded", base / "sharded-one")
     resume = ["--resume_from_checkpoint", "true", "--output_dir", folder]
     sharded(base, resume, processes=1, state="SHARDED_STATE_DICT")
@@ -379,7 +359,7 @@ def test_a_push_of_shards_is_refused(base, tmp_path):
         environment = hub_environment(hub, tmp_path / "home") | {"PYTHONWARNINGS": "ignore"}
         out = sharded(base, flags, state="SHARDED_STATE_DICT", fails=True, **environment)
     assert "FSDP is set to save SHARDED_STATE_DICT" in out
-    assert not (tmp_path / "run" / "checkpoint-25").exists()
+    assert not (tmp_path / "run" / HALF).exists()
 
 
 @pytest.mark.slow
@@ -394,12 +374,9 @@ def test_deepspeed_zero_3_is_the_same_run(base):
     (base / "zero.yaml").write_text(yaml.safe_dump(sections))
 
     def train_under_zero():
-        launch(
-            *("torch.distributed.run", "--standalone", "--nproc_per_node", "1", "scripts/pretrain.py"),
-            *(base / "zero.yaml", "--deepspeed", base / "zero.json", "--output_dir", base / "zero"),
-            *("--resume_from_checkpoint", "true"),
-            **{"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        flags = ["--deepspeed", base / "zero.json", "--output_dir", base / "zero", "--resume_from_checkpoint", "true"]
+        env = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+        torchrun("scripts/pretrain.py", base / "zero.yaml", *flags, processes=1, **env)
 
     train_under_zero()
     assert list((base / "zero" / f"checkpoint-{STEPS}").glob("global_step*/zero_pp_rank_0*"))

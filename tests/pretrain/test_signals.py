@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -21,21 +20,42 @@ from hf_power.settings.settings import Settings
 pytestmark = pytest.mark.slow  # a process each
 
 ROOT = Path(__file__).parents[2]
-STEPS = 400
-# Each process writes its id, so that a test can find it under a launcher.
+STEPS, HELD = 40, 25
+# Each process writes its id, so that a test can find it under a launcher; waits in a step after the first checkpoint until it
+# may go on; and notes the signals that it has handled. So nothing here depends on how busy the machine is.
 SCRIPT = """
-import os, sys
-open(os.path.join(sys.argv.pop(), f"pid{os.environ.get('RANK', '0')}"), "w").write(str(os.getpid()))
+import os, signal, sys, time
+from pathlib import Path
+from transformers import Trainer
+
+folder, rank = Path(sys.argv.pop()), os.environ.get("RANK", "0")
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+install, train = signal.signal, Trainer.training_step
+
+def noting(number, handler):
+    def note(*given):
+        handler(*given)
+        (folder / f"noted{rank}").touch()
+    return install(number, note if callable(handler) else handler)
+
+def held(self, *given, **named):
+    if self.state.global_step == HELD:
+        (folder / f"held{rank}").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+    return train(self, *given, **named)
+
+signal.signal, Trainer.training_step = noting, held
 from hf_power.cli import run_verb
 sys.exit(run_verb("pretrain"))
-"""
+""".replace("HELD", str(HELD))
 
 
 @pytest.fixture(scope="module")
 def whole(sections, tmp_path_factory):
     """The folder with the settings and the run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("signals")
-    given = sections(folder / "whole", tokens=STEPS * 128, logging_steps=50, save_steps=20, save_total_limit=3)
+    given = sections(folder / "whole", tokens=STEPS * 128, logging_steps=5, save_steps=20, save_total_limit=3)
     (folder / "run.yaml").write_text(yaml.safe_dump(given))
     (folder / "script.py").write_text(SCRIPT)
     train.pretrain(Settings.from_dict(given))
@@ -52,14 +72,16 @@ def start(folder, out, *launcher, batch=4):
     )
 
 
-def once_saved(process, out):
-    """Wait for the first checkpoint."""
-    until(lambda: checkpoints(out) or process.poll() is not None)
-    assert process.poll() is None, process.stderr.read()
-
-
-def ended(process):
+def interrupt(process, folder, numbers, rank=0, alone=False):
+    """Send signals to the process, or to one rank alone, while the ranks are held in a step; what is said until the end."""
     try:
+        until(lambda: (folder / f"held{rank}").exists() or process.poll() is not None)
+        assert process.poll() is None, process.stderr.read()
+        for number in numbers:
+            os.kill(int((folder / f"pid{rank}").read_text()) if alone else process.pid, number)
+            until((folder / f"noted{rank}").exists)
+            (folder / f"noted{rank}").unlink()
+        (folder / "go").touch()
         return process.communicate(timeout=PATIENCE)[1]
     finally:
         process.kill()
@@ -83,11 +105,7 @@ def goes_on(folder, out, *flags):
 def test_a_signal_saves_and_the_run_goes_on_exactly(whole, tmp_path, numbers):
     out = tmp_path / "run"
     process = start(whole, out)
-    once_saved(process, out)
-    for number in numbers:
-        process.send_signal(number)
-        time.sleep(0.05)
-    said = ended(process)
+    said = interrupt(process, tmp_path, numbers)
     assert process.returncode == 128 + numbers[0]
     assert f"stopped by {numbers[0].name} after step " in said.splitlines()[-1]
     mine, undisturbed = goes_on(whole, out)
@@ -102,9 +120,7 @@ def test_two_processes_stop_at_the_same_step(whole, tmp_path, target):
     config = ROOT / "scripts/accelerate/cpu.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", free_port()]
     process = start(whole, out, *launcher, batch=2)
-    once_saved(process, out)
-    os.kill(process.pid if target == "launcher" else int((tmp_path / "pid1").read_text()), signal.SIGTERM)
-    said = ended(process)
+    said = interrupt(process, tmp_path, [signal.SIGTERM], rank=1, alone=target == "one process")
     assert process.returncode not in (0, None)
     assert "stopped by SIGTERM after step " in said, said[-5000:]
     assert len({line.split("after step ")[1].split(":")[0] for line in said.splitlines() if "stopped by" in line}) == 1
@@ -113,8 +129,7 @@ def test_two_processes_stop_at_the_same_step(whole, tmp_path, target):
     assert mine["status"] == "finished"
     points = [[p["step"] for p in run["loss_curve"] if "loss" in p] for run in (mine, undisturbed)]
     assert points[0] == points[1]
-    # Sums of another order grow over 400 steps; test_processes.py compares resumed runs over 50.
-    assert mine["held_out_loss"] == pytest.approx(undisturbed["held_out_loss"], abs=0.02)
+    assert mine["held_out_loss"] == pytest.approx(undisturbed["held_out_loss"], abs=1e-4)
 
 
 def test_a_signal_in_the_last_step_changes_nothing(sections, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sentences import refused
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from warm import python
 
 from hf_power import Recipe, power_lr
 from hf_power.checkpoints.seal import seal
@@ -121,7 +122,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained({str(folder)!r}), AutoTo
 torch.load({str(folder / "training_args.bin")!r}, weights_only=False).to_dict()
 torch.save(model(**tokenizer("def f(x):", return_tensors="pt", return_token_type_ids=False)).logits, sys.argv[1])
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "logits.pt")], check=True)
+    subprocess.run([python(stock=True), "-c", code, str(tmp_path / "logits.pt")], check=True)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     here = model(**tokenizer("def f(x):", return_tensors="pt", return_token_type_ids=False)).logits
     torch.testing.assert_close(here, torch.load(tmp_path / "logits.pt"), rtol=1e-5, atol=1e-6)  # threads may differ

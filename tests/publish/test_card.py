@@ -102,7 +102,7 @@ def card(folder, **options):
 
 
 def header(text):
-    return yaml.safe_load(text.split("---\n")[1])
+    return yaml.load(text.split("---\n")[1], Loader=yaml.CSafeLoader)
 
 
 def prose(text):

@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,9 @@ import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from hub import hub_environment
+from processes import until
 from sentences import refused
+from warm import python
 
 from hf_power.cli import run_verb
 from hf_power.pretrain import run as train
@@ -245,16 +245,17 @@ def test_killed_in_mid_push_and_completed(hub, pushing, tmp_path):
     path, folder = pushing(save_total_limit=1)
     hub.fault("slow", match="^PUT ", seconds=60, after=2)
     code = "import sys; from hf_power.cli import run_verb; sys.exit(run_verb('pretrain'))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], env=hub_environment(hub, tmp_path / "home"), stderr=subprocess.DEVNULL
-    )
+    environment = hub_environment(hub, tmp_path / "home")
+    command = [python(), "-c", code, str(path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        while not ((folder / "checkpoint-12").exists() and list((folder / ".push").glob("main@12"))):
-            assert process.poll() is None
-            threading.Event().wait(0.05)
+        until(
+            lambda: ((folder / "checkpoint-12").exists() and list((folder / ".push").glob("main@12"))) or process.poll()
+        )
+        assert process.poll() is None
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # Its output ends when the run is gone.
     hub.clear()
     shutil.rmtree(folder / "checkpoint-12")  # even so
     assert publish(folder, "tester/run", license="apache-2.0").complete

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from warm import python
 
 from hf_power.records.machine import hardware, versions
 
@@ -32,9 +33,8 @@ print(after - before > 50_000)
 )
 def test_tune_cpu(env, threads):
     """In a process of its own: a freed block of 64 MB stays with the process, and threads are those of the cores."""
-    out = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, check=True, env={**os.environ, **env}
-    )
+    environment = {**os.environ, **env}
+    out = subprocess.run([python(), "-c", CODE], capture_output=True, text=True, check=True, env=environment)
     first, kept = out.stdout.splitlines()
     assert first == f"{{'cpu_threads': {threads}, 'keeps_freed_memory': True}} {threads} False"
     assert kept == "True"

@@ -2,7 +2,9 @@ import json
 import math
 
 import pytest
+import yaml
 from sentences import refused
+from warm import fork_workers
 
 from hf_power import Recipe
 from hf_power.cli import parse_settings, run_verb
@@ -99,8 +101,7 @@ def one_coord_check():
 
 def arguments(sections, tmp_path, recipe):
     """Command line of a verification that takes seconds."""
-    import yaml
-
+    fork_workers()
     made = sections(tmp_path / "page", tokens=40 * 128)
     made["training"] = {"output_dir": str(tmp_path / "page"), "per_device_train_batch_size": 4, "disable_tqdm": True}
     del made["mup"]
