@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from hf_power.cli.arguments import EXIT_CODES, EvaluateArguments
 from hf_power.compat import own_flags
 from hf_power.data.text import DataArguments
 from hf_power.records.errors import UserError, refused_by, shown
+from hf_power.records.files import parse_json
 from hf_power.settings.arguments import unknown_setting
 from hf_power.settings.read import flatten, load_yaml
 from hf_power.settings.sections import SECTIONS, TRAINING_DEFAULTS, Tokens, unknown_key
@@ -148,6 +150,10 @@ class SettingsParser(Parser):
         """What the verb has beside the settings, and the settings; the command line wins over the file."""
         files = [word for word in argv[:1] if not word.startswith("-")]
         words = self.spelled(own_flags(argv[len(files) :]))
+        for name, value in itertools.pairwise(words):
+            # TrainingArguments would say what is wrong with it, and not with which argument.
+            if name.startswith("--") and name.endswith(("_kwargs", "_config")) and value.startswith("{"):
+                parse_json(value.encode(errors="replace"), name, "write it with double quotes")
         values = load_yaml(files[0]) if files else {}
         self.set_defaults(**values)
         # TrainingArguments checks its values as it is built, which is here.

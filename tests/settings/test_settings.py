@@ -131,6 +131,8 @@ def test_lengths_of_the_schedule_may_have_units(recipe_yaml):
         Settings.from_dict({"training": {"lr_scheduler_kwargs": {"warmup_tokens": "soon"}}})
     with refused(ValueError, "lr_scheduler_kwargs must be a mapping such as", "'a=16'"):
         parse_settings(["--lr_scheduler_kwargs", "a=16"])
+    with refused(ValueError, "--lr_scheduler_kwargs is not JSON", "write it with double quotes"):
+        parse_settings(["--lr_scheduler_kwargs", "{'a': 16}"])
 
 
 def test_settings_survive_run_json(recipe_yaml):
