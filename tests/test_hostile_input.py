@@ -286,7 +286,7 @@ def test_anneal_from_a_broken_record(tmp_path, capsys, change, part):
 def test_a_shard_beyond_its_folder_is_not_exported(tmp_path, capsys):
     config = CONFIG | {"model_type": "granite"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"")
     index = {"weight_map": {"model.norm.weight": "../x.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     argv = ["export", tmp_path, "--to", "llama", "--output_dir", tmp_path / "out"]

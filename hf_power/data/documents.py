@@ -55,24 +55,26 @@ def read_documents(files: Sequence[str], column: str, counts: Counts) -> Iterato
         UserError: a file that is damaged or in which no row has the column, or more bad lines than the limit of the counts.
     """
     for file in files:
-        found, without, value = False, 0, None
+        found, without = False, 0
+        missing: Absent | None = None
         for line, value in _undamaged(file, column):
             counts.read += 1
             if isinstance(value, str) and (fault := fault_of(value)) is not None:
                 value = Bad(fault.why)
-            absent = isinstance(value, Absent)
-            found, without = found or not absent, without + absent
-            if isinstance(value, Absent) and without == ROWS_WITHOUT_TEXT and not found:
-                break
-            if value is None or value == "" or absent:
+            found = found or not isinstance(value, Absent | Bad)
+            if isinstance(value, Absent):
+                missing, without = value, without + 1
+                if without == ROWS_WITHOUT_TEXT and not found:
+                    break
+            if value is None or value == "" or isinstance(value, Absent):
                 counts.empty += 1
             elif isinstance(value, str):
                 yield value
             else:
                 why = value.why if isinstance(value, Bad) else f"{column} is {kind_in_words(value)} and no text"
                 counts.skip(file, line, why)
-        if isinstance(value, Absent) and not found:
-            _refuse_column(file, column, value)
+        if missing is not None and not found:
+            _refuse_column(file, column, missing)
 
 
 def _undamaged(file: str, column: str) -> Iterator[Row]:

@@ -104,6 +104,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(name, line, said, read):
         ("x.arrow", b"nothing", ("x.arrow cannot be read beyond line 0",)),
         ("x.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ("x.txt is a pointer of Git LFS",)),
         ("x.jsonl", '{"id": 1}\n' * 5, ("x.jsonl has no column 'text': pass --text_column with one of id, or",)),
+        ("x.jsonl", '{"id": 1}\n{broken', ("x.jsonl has no column 'text': pass --text_column with one of id, or",)),
         ("x.csv", "id;text\n1;a\n", ("x.csv has no column 'text': pass --text_column with one of id;text, or",)),
     ],
 )

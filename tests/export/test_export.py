@@ -361,12 +361,17 @@ def shorten(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def empty_index(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
 LAYER = "model.layers.1."
 DAMAGES = {
     "no_config": (lambda f: (f / "config.json").unlink(), ("is no model", "config.json")),
     "no_json": (lambda f: (f / "config.json").write_text("model"), ("config.json is no config of a model",)),
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), ("is no model", "weights are missing")),
-    "no_shards": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ("holds no tensors", "saved whole")),
+    "no_shards": (empty_index, ("there is no ", "model.safetensors", "saved as safetensors")),
     "half_saved": (shorten, ("model.safetensors cannot be read as safetensors",)),
     "seal": (break_seal, ("cannot be used", "generation_config.json has", "instead of")),
     "family": (change_config(model_type="gpt2"), ("type 'gpt2'", "cannot be exported")),

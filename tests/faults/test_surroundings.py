@@ -125,7 +125,6 @@ def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsy
     )
     given["data"] |= {"dataset": str(text), "streaming": True, "num_proc": None}
     given["data"]["tokenizer"] = str(tmp_path / "tokenizer")
-    monkeypatch.setattr("hf_power.data.text.STREAM_EVAL_DOCUMENTS", 10)
     from hf_power.data.text import load_text
     from hf_power.data.tokenizer import load_tokenizer
 

@@ -245,15 +245,8 @@ def test_other_kinds_of_runs_learn(change, sections, tmp_path):
     for section, values in change.items():
         sec[section] |= values
     if change.get("data"):
-        import hf_power.data.text
-
-        sec["data"]["num_proc"] = None
-        hf_power.data.text.STREAM_EVAL_DOCUMENTS, before = 10, hf_power.data.text.STREAM_EVAL_DOCUMENTS
-    try:
-        run = train.pretrain(Settings.from_dict(sec)).to_json()
-    finally:
-        if change.get("data"):
-            hf_power.data.text.STREAM_EVAL_DOCUMENTS = before
+        sec["data"] |= {"num_proc": None, "eval_fraction": 0.2}
+    run = train.pretrain(Settings.from_dict(sec)).to_json()
     assert run["tokens_seen"] == 24 * 128
     assert losses(run)[max(losses(run))] < losses(run)[1]
 
