@@ -251,10 +251,10 @@ class _Probe:
 
     def scales_embeddings(self) -> bool:
         """Whether what enters the first block is the embedding times sqrt(hidden_size)."""
-        embedding = self.model.get_input_embeddings()
-        name = next(n for n, p in self.model.named_parameters(remove_duplicate=False) if p is embedding.weight)
-        rows = embedding.weight.detach()[self.tokens]
-        once, twice = (self._first_input({name: embedding.weight.detach() * k}) for k in (1, 2))
+        weight = cast("torch.Tensor", self.model.get_input_embeddings().weight)
+        name = next(n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight)
+        rows = weight.detach()[self.tokens]
+        once, twice = (self._first_input({name: weight.detach() * k}) for k in (1, 2))
         # Positions drop out of the difference, and so does all where a norm follows the embedding.
         change = (twice - once).flatten().float()
         if change.shape != rows.flatten().shape:

@@ -175,11 +175,11 @@ class MupAdamW:
 def _multiply_gradient_(tensor: torch.Tensor, multiplier: float) -> None:
     """Multiply every gradient that a backward pass gives this tensor, in place of what an earlier call asked for."""
     if tensor in _HOOKS:
-        _HOOKS.pop(tensor).remove()
+        _HOOKS.pop(tensor).remove()  # type: ignore[no-untyped-call]
     if multiplier != 1.0:
 
-        @torch.utils.hooks.unserializable_hook
+        @torch.utils.hooks.unserializable_hook  # type: ignore[untyped-decorator]
         def hook(gradient: torch.Tensor) -> torch.Tensor:
             return gradient * multiplier
 
-        _HOOKS[tensor] = tensor.register_hook(hook)
+        _HOOKS[tensor] = tensor.register_hook(hook)  # type: ignore[no-untyped-call]

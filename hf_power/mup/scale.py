@@ -9,13 +9,27 @@ from hf_power.models import head_dim
 from hf_power.records.errors import UserError
 
 # Attributes that grow with hidden_size. A config has some of them, and their aliases are the same attribute.
-HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "kv_n_heads", "decoder_attention_heads")
+HEADS: tuple[str, ...] = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "kv_n_heads",
+    "decoder_attention_heads",
+)
 HEADS += ("swa_num_attention_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
-MLPS = ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "dff", "dim_ff")
+MLPS: tuple[str, ...] = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "dff",
+    "dim_ff",
+)
 MLPS += ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size")
 MLPS += ("moe_shared_expert_intermediate_size", "intermediate_size_mlp", "dense_intermediate_size")
 MLPS += ("expert_ffn_hidden_size", "prefix_dense_intermediate_size", "mlp_intermediate_size")
-RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "word_embed_proj_dim")
+RANKS: tuple[str, ...] = ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "word_embed_proj_dim")
 GROWING = ("hidden_size", *HEADS, *MLPS, *RANKS)
 # The number of experts, which is the output of a router and never grows.
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

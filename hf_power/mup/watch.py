@@ -1,6 +1,7 @@
 """What a coordinate check looks at in a model: the outputs of its parts, under names that all families share."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -62,10 +63,11 @@ def watched(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if final is not None:
         model.get_submodule(final).register_forward_hook(keep("final norm", scale))
     if is_tied(model) and mup_record(model) is None:
-        first = model.get_input_embeddings().weight.detach().clone()
+        weight = cast("torch.Tensor", model.get_input_embeddings().weight)
+        first = weight.detach().clone()
 
-        def of_update(head: nn.Linear, args: tuple[torch.Tensor], _output: torch.Tensor) -> None:
-            outputs["tied logits"] = nn.functional.linear(args[0], head.weight - first).detach().float()
+        def of_update(_head: nn.Module, args: tuple[torch.Tensor], _output: torch.Tensor) -> None:
+            outputs["tied logits"] = nn.functional.linear(args[0], weight - first).detach().float()
 
         model.get_output_embeddings().register_forward_hook(of_update)
     return outputs

@@ -44,7 +44,7 @@ def config_of_mapping(values: dict[str, object]) -> PreTrainedConfig:
             "give both."
         )
     with refused_by("model_config"):
-        config: PreTrainedConfig = AutoConfig.for_model(**values)
+        config: PreTrainedConfig = AutoConfig.for_model(**values)  # type: ignore[arg-type]
     return config
 
 
