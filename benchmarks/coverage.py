@@ -90,14 +90,20 @@ def markdown(rows, draws):
     whole = [row for row in rows if "b" in row]
     names = [name for name, value in whole[0].items() if isinstance(value, bool)]
     lines = ["# Coverage of the 95 % intervals", "", f"`python benchmarks/coverage.py --draws {draws}`", ""]
-    lines += ["| sweeps | refused | misfit said | " + " | ".join(names) + " |", "|---|---:|---:|" + "---:|" * len(names)]
+    lines += [
+        "| sweeps | refused | misfit said | " + " | ".join(names) + " |",
+        "|---|---:|---:|" + "---:|" * len(names),
+    ]
     for kind in KINDS:
         mine = [row for row in rows if row["kind"] == kind]
         fitted = [row for row in mine if "b" in row]
         shares = [f"{sum(row[name] for row in fitted) / len(fitted):.1%}" for name in names]
         said = sum(row["misfit"] > 0 for row in fitted)
         lines.append(f"| {kind} | {len(mine) - len(fitted)} | {said} | " + " | ".join(shares) + " |")
-    lines += ["", "A new cell's optimum departs from the law by .08 octaves, as those that are fitted do; T and B are its horizon"]
+    lines += [
+        "",
+        "A new cell's optimum departs from the law by .08 octaves, as those that are fitted do; T and B are its horizon",
+    ]
     lines += ["and batch over the sweep's middle ones."]
     return "\n".join(lines) + "\n"
 

@@ -23,6 +23,7 @@ ORDER = [
     "mup",
     "coordinates",
     "recipe",
+    "beyond",
     "data",
     "checkpoints",
     "settings",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
+from hf_power.beyond import warnings_for
 from hf_power.checkpoints.locate import weight_files
 from hf_power.data.text import PYTHON_STDLIB
 from hf_power.models import FAMILIES, count_parameters
@@ -29,7 +30,7 @@ from hf_power.publish.sources import (
     read_sources,
     safe_text,
 )
-from hf_power.recipe import Recipe, warnings_for
+from hf_power.recipe import Recipe
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import replaced
 from hf_power.records.run import Data, Run
@@ -175,7 +176,7 @@ def make_card(
     4 significant digits. Derived ones: beta = tokens_per_step / 4096, perplexity = exp(loss), training FLOPs =
     flops_per_token * tokens_seen, tokens per second = tokens_seen / train_seconds, tokens per parameter = tokens_seen /
     active parameters, passes over the data = tokens_seen / train_tokens, the parameter counts of config.json, and the
-    factors of `hf_power.recipe.warnings_for`.
+    factors of `hf_power.beyond.warnings_for`.
 
     Args:
         folder: output of pretrain, anneal or export, or a checkpoint-N folder.
