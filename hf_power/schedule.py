@@ -160,8 +160,7 @@ def power_lr(
         warmup_tokens: length of the linear warmup, in tokens as all others.
         warmup_to: "law" or "max".
         decay_start_tokens: where the tail begins; None means that there is no tail.
-        decay_tokens: length of the tail; 0 drops to the floor at once.
-        decay_shape: "exponential", "linear", "1-sqrt" or "cosine"; f(0) = 1, f(1) = 0.
+        decay_tokens: length of the tail; 0 drops to the floor at once. decay_shape: see DECAY_SHAPES; f(0) = 1, f(1) = 0.
         min_lr_ratio: floor of the tail, as a ratio of the rate at which the tail begins.
 
     >>> power_lr(0, tokens_per_step=4096 * 128)

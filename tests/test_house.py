@@ -24,6 +24,7 @@ ORDER = [
     "register",
     "coordinates",
     "recipe",
+    "beyond",
     "data",
     "checkpoints",
     "settings",

@@ -70,7 +70,7 @@ def whole(rows, name, options):
         "intervals": fit.intervals.__dict__,
         "r2": fit.r2,
         "scatter_octaves": fit.residual_sd_octaves,
-        "forms": [form._asdict() for form in fit.forms],
+        "forms": [vars(form) for form in fit.forms],
         "misfit": fit.validity.misfit,
     }
 

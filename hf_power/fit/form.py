@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -154,7 +155,7 @@ def choose_form(optima: Optima, forms: Sequence[Form]) -> tuple[Form, tuple[Trie
             "no critical batch: the best one does not lie within the batches, above the second-smallest batch, "
             f"{second:,} tokens per step, run smaller or larger batches"
         )
-    records = tuple(record._replace(chosen=i == chosen) for i, (_, record, _) in enumerate(tried))
+    records = tuple(replace(record, chosen=i == chosen) for i, (_, record, _) in enumerate(tried))
     return tried[chosen][0], records, notes
 
 

@@ -147,7 +147,8 @@ class Intervals:
     size_exponent: Interval | None = None
 
 
-class TriedForm(NamedTuple):
+@dataclass(frozen=True)
+class TriedForm:
     """A form of the law, and the root of its mean squared error at left-out cells, octaves; see `fit.form.choose_form`."""
 
     name: str
@@ -156,7 +157,8 @@ class TriedForm(NamedTuple):
     chosen: bool
 
 
-class OfSize(NamedTuple):
+@dataclass(frozen=True)
+class OfSize:
     """The simple law of one size alone, or why there is none, and the scatter of its optima around it, octaves."""
 
     size: int
