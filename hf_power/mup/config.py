@@ -49,9 +49,9 @@ def mup_config(
     attention_multiplier: float | None = None,
     initializer_range: float | None = None,
 ) -> PreTrainedConfig:
-    """A Granite/GraniteMoe config that is the given Llama/Mixtral config under muP, with m = hidden_size / base_width::
+    """A Granite/GraniteMoe config that is the given Llama/Mixtral config under muP.
 
-        logits_scaling       = m
+        logits_scaling       = m = hidden_size / base_width
         attention_multiplier = 1 / head_dim                        presets "paper" and "ibm"
                              = sqrt(base_head_dim) / head_dim      preset "power_of_two", or with base_head_dim
         residual_multiplier  = preset's  (* base_num_layers / num_hidden_layers with base_num_layers: CompleteP)
