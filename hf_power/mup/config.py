@@ -51,9 +51,7 @@ def mup_config(
 ) -> PreTrainedConfig:
     """A Granite/GraniteMoe config that is the given Llama/Mixtral config under muP.
 
-    With d = hidden_size and m = d / base_width::
-
-        logits_scaling       = m
+        logits_scaling       = m = hidden_size / base_width
         attention_multiplier = 1 / head_dim                        presets "paper" and "ibm"
                              = sqrt(base_head_dim) / head_dim      preset "power_of_two", or with base_head_dim
         residual_multiplier  = preset's  (* base_num_layers / num_hidden_layers with base_num_layers: CompleteP)
@@ -63,12 +61,10 @@ def mup_config(
         config: LlamaConfig or MixtralConfig; it is not changed.
         base_width: d_base, the hidden_size at which muP changes nothing.
         base_intermediate_size: MLP width at base_width; by default in proportion, intermediate_size / m.
-        base_attention_width: heads x head size at base_width, the fan-in of the attention's output; by default in
-            proportion. Give it where head_dim is explicit and the number of heads does not grow with hidden_size.
+        base_attention_width: heads x head size at base_width, o_proj's fan-in; by default in proportion.
         base_head_dim: head size at which attention logits have Llama's scale.
         base_num_layers: depth at which residual_multiplier has its preset value; None leaves depth alone.
-        preset: "paper", "ibm" (IBM's code: one m for all hidden matrices, weight decay not corrected, router as a
-            hidden matrix, output projections' init additionally / sqrt(2 * layers), eps not scaled) or "power_of_two".
+        preset: "paper", "power_of_two" or "ibm", with the rules of IBM's code (`hf_power.mup.rules.IBM_RULES`).
         embedding_multiplier, residual_multiplier, attention_multiplier, initializer_range: win over the preset.
 
     Returns:

@@ -43,7 +43,8 @@ RULES = {
     "constant vector": Rule(None, 0, None, 0),
     "constant matrix": Rule(0.0, 0, 0, 0),
 }
-# IBM's training code takes a router for a hidden matrix and corrects neither weight decay nor eps.
+# IBM's training code takes a router for a hidden matrix, has one m for all hidden matrices, corrects neither weight decay nor
+# eps, and divides the init of output projections by sqrt(2 * layers) as well.
 IBM_RULES = {
     "embedding": Rule(0.0, 0, 0, 0),
     "hidden": Rule(0.5, 1, 0, 0),
