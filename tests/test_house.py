@@ -24,7 +24,6 @@ ORDER = [
     "register",
     "coordinates",
     "recipe",
-    "beyond",
     "data",
     "checkpoints",
     "settings",

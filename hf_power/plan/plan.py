@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hf_power.beyond import warnings_for
 from hf_power.models import count_parameters, flops_per_token
 from hf_power.plan.record import CappedLaw, Compute, Plan, PlannedTarget, Point, ProxyCost, Timescale
 from hf_power.plan.target import Machine, Target
-from hf_power.recipe import Recipe
+from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.run import Run
 from hf_power.schedule import Law, Schedule, beta
 from hf_power.scheduler import plan_schedule

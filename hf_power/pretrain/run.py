@@ -11,7 +11,6 @@ from typing import NoReturn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from hf_power.beyond import warnings_for
 from hf_power.checkpoints.callback import SealCheckpoints, output_folder
 from hf_power.data.order import collate_blocks
 from hf_power.data.text import require_datasets
@@ -48,6 +47,7 @@ from hf_power.pretrain.stops import StopOnSignal, StoppedBySignalError, full_dis
 from hf_power.pretrain.trainer import Guards, PowerTrainer
 from hf_power.publish.push import PushGuard, refuse_sharded
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
+from hf_power.recipe import warnings_for
 from hf_power.records.errors import UserError, shown
 from hf_power.records.files import LOCK, free_bytes, only_one, refuse_at_work
 from hf_power.records.machine import refuse_alone, tune_cpu

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from hf_power.beyond import warnings_for
 from hf_power.checkpoints.locate import weight_files
 from hf_power.data.text import PYTHON_STDLIB
 from hf_power.models import FAMILIES, count_parameters
@@ -30,7 +29,7 @@ from hf_power.publish.sources import (
     read_sources,
     safe_text,
 )
-from hf_power.recipe import Recipe
+from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import replaced
 from hf_power.records.run import Data, Run

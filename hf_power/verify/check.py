@@ -4,11 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from hf_power.beyond import warnings_for
 from hf_power.coordinates import CoordCheck, coord_check
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.plots.runs import plot_coord_check
-from hf_power.recipe import Recipe
+from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.errors import UserError
 from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions

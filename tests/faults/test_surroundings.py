@@ -123,7 +123,7 @@ def test_a_stream_that_breaks_off(sections, corpus, tmp_path, monkeypatch, capsy
     given = sections(
         tmp_path / "run", resume_from_checkpoint="true", tokens=400 * 128, logging_steps=100, save_steps=50
     )
-    given["data"] |= {"dataset": str(text), "streaming": True, "num_proc": None}
+    given["data"] |= {"dataset": str(text), "streaming": True, "num_proc": None, "eval_fraction": 0.2}
     given["data"]["tokenizer"] = str(tmp_path / "tokenizer")
     from hf_power.data.text import load_text
     from hf_power.data.tokenizer import load_tokenizer

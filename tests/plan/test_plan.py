@@ -2,16 +2,15 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from sentences import refused
 from transformers import LlamaConfig, MixtralConfig
 
 from hf_power import Recipe, power_lr
-from hf_power.beyond import warnings_for
 from hf_power.models import flops_per_token
 from hf_power.plan.plan import describe_run, make_plan, plan_text
 from hf_power.plan.target import Machine, Target
+from hf_power.recipe import warnings_for
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
 from hf_power.scheduler import plan_schedule

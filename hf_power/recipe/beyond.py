@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_power.recipe import Recipe
+from hf_power.recipe.recipe import Recipe
 
 
 def warnings_for(
