@@ -143,8 +143,7 @@ def evaluate_model(
     """Loss, perplexity, accuracy and bits per byte of a causal language model on held-out text, into eval.json.
 
     The text is packed as in pretraining, with the model's own tokenizer; the first token of each block is context only.
-    Under accelerate, on any number of processes, each holds the whole model. Neither their number nor the batch size
-    changes the numbers beyond the rounding of the model's own matrix products.
+    Under accelerate each process holds the whole model; neither their number nor the batch size changes more than rounding.
 
     Args:
         model: folder of a model (run, checkpoint, export), or a Hub repository.
@@ -166,7 +165,6 @@ def evaluate_model(
     with accelerator.main_process_first():
         folder, about = find_model(model)
     about["weights_sha256"] = weights_sha256(folder)
-    # All that can be wrong with the arguments is said before the text is packed and the model is loaded.
     path = output_path(folder, about, output)
     vocab_size = _vocab_size(folder, data.block_size)
     with alone_at(path, accelerator.is_main_process):

@@ -93,7 +93,6 @@ def run_tasks(
     _check(tasks, batch_size, dtype)
     state = PartialState()
     refuse_alone(state.num_processes)  # type: ignore[has-type]  # accelerate sets it where mypy does not see it.
-    # One process downloads models and data, and the others find them in its cache.
     with state.main_process_first():
         folder, about = find_model(model)
     about["weights_sha256"] = weights_sha256(folder)
