@@ -569,7 +569,7 @@ def test_scale_width_does_not_trip_over_rounding(width, heads, to, to_heads):
         (llama(32), 30, ("num_attention_heads 8 of width 32 would become 7.5 at width 30", "steps of the head size 4")),
         (gqa(32), 4, ("num_key_value_heads 4 of width 32 would become 0.5 at width 4", "keep it whole")),
         (llama(32, intermediate_size=33), 16, ("intermediate_size 33 of width 32 would become 16.5", "choose widths")),
-        (llama(32), 0, ("num_attention_heads 8 of width 32 would become 0 at width 0",)),
+        (llama(32), 0, ("hidden_size 32 of width 32 would become 0 at width 0",)),
     ],
 )
 def test_scale_width_refuses_what_does_not_divide(plain, to, parts):
@@ -605,12 +605,24 @@ def test_errors(config, kwargs, parts):
         mup_config(config, **kwargs)
 
 
-@pytest.mark.parametrize("act", [lambda m: mup_param_groups(m, lr=1.0), mup_init_, lambda m: MupAdamW()(m, lr=1.0)])
+@pytest.mark.parametrize("act", [lambda m: mup_param_groups(m, lr=1.0), lambda m: MupAdamW()(m, lr=1.0)])
 @pytest.mark.parametrize("make", [lambda: AutoModelForCausalLM.from_config(llama(32)), lambda: nn.Linear(2, 2)])
 def test_model_without_mup_is_refused(act, make):
     model = make()
-    with refused(ValueError, f"{type(model).__name__} was not built from a muP config", ".from_config(mup_config"):
+    with refused(ValueError, f"{type(model).__name__} was not made under muP", "mup_init_(model, base_width="):
         act(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: AutoModelForCausalLM.from_config(llama(32)), "mup_init_ needs the base of LlamaForCausalLM"),
+        (lambda: nn.Linear(2, 2), "mup_init_ takes a model of transformers for causal language modeling, got Linear"),
+    ],
+)
+def test_what_cannot_be_initialized_under_mup_is_refused(make, said):
+    with refused(ValueError, said):
+        mup_init_(make())
 
 
 def test_presets_are_those_of_the_paper_and_powers_of_two():

@@ -62,7 +62,6 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
             f"the config of {config.model_type} has no hidden_size, so that it cannot be scaled: if it is of several models, "
             "take that of the text alone."
         )
-    factor = hidden_size / config.hidden_size
     scaled = copy.deepcopy(config)
     known = [name for part in _parts(config) for name in GROWING if getattr(part, name, None) is not None]
     for name in fixed:
@@ -81,7 +80,7 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
         sizes = {name: getattr(old, name, None) for name in GROWING if name not in fixed}
         for name, size in sizes.items():
             if size is not None and not isinstance(size, bool):
-                setattr(new, name, _scaled(name, size, factor, config, hidden_size))
+                setattr(new, name, _scaled(name, size, config, hidden_size))
     return scaled
 
 
@@ -99,10 +98,10 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield from (part for _, part in sorted(vars(config).items()) if isinstance(part, PreTrainedConfig))
 
 
-def _scaled(name: str, size: object, factor: float, config: PreTrainedConfig, hidden_size: int) -> object:
+def _scaled(name: str, size: object, config: PreTrainedConfig, hidden_size: int) -> object:
     if isinstance(size, list | tuple):
-        return type(size)(_scaled(name, each, factor, config, hidden_size) for each in size)
-    value = size * factor  # type: ignore[operator]
+        return type(size)(_scaled(name, each, config, hidden_size) for each in size)
+    value = size * hidden_size / config.hidden_size  # type: ignore[operator]
     if (value < 1 and size) or value != int(value):
         steps = f"steps of the head size {head_size(config):g}" if head_size(config) else "steps"
         raise UserError(

@@ -88,11 +88,6 @@ def train_run(start: Start) -> Run:
     require_datasets()
     figures.require_matplotlib()
     _check_engine(args)
-    if settings.data.streaming and args.dataloader_num_workers > 1:
-        raise UserError(
-            f"dataloader_num_workers is {args.dataloader_num_workers}, but the order of a stream's blocks holds for one "
-            "reading process, so a resume would read others: pass 0 or 1, or leave streaming out."
-        )
     per_step = tokens_per_step(settings)
     if start.recipe is not None and args.lr_scheduler_type != "power":
         use_known_horizon(settings, start.recipe, per_step)

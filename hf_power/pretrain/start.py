@@ -192,7 +192,6 @@ def run_data(start: Start, run: Run) -> RunData:
     from datasets import IterableDataset
 
     settings = start.settings
-    _refuse_uncounted(settings)
     tokenizer = _known_tokenizer(start)
     if tokenizer is not None:
         # What it does not fit to is said before the data are touched.
@@ -211,15 +210,6 @@ def run_data(start: Start, run: Run) -> RunData:
     steps = max(1, settings.training.max_steps - run.steps)
     stop = first + steps * run.tokens_per_step // block
     return RunData(BlockStream(packed.train, seed=seed, start=first, stop=stop), tokenizer, packed)
-
-
-def _refuse_uncounted(settings: Settings) -> None:
-    """Raise a UserError where lines would be skipped in processes that cannot tell this one how many they were."""
-    if settings.data.streaming and settings.data.skip_bad_lines and settings.training.dataloader_num_workers:
-        raise UserError(
-            f"skip_bad_lines={settings.data.skip_bad_lines} of a stream is counted in one process, got "
-            f"dataloader_num_workers={settings.training.dataloader_num_workers}: set it to 0, or streaming to false."
-        )
 
 
 def _known_tokenizer(start: Start) -> PreTrainedTokenizerBase | None:

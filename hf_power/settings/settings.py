@@ -214,6 +214,11 @@ class Settings:
                 f"label_smoothing_factor is {args.label_smoothing_factor}, but the smoothed loss leaves out the experts' "
                 "balancing loss: leave it out."
             )
+        if self.data.streaming and self.data.skip_bad_lines and args.dataloader_num_workers:
+            raise UserError(
+                f"skip_bad_lines={self.data.skip_bad_lines} of a stream is counted in one process, got "
+                f"dataloader_num_workers={args.dataloader_num_workers}: set it to 0, or streaming to false."
+            )
         if self.data.streaming and args.dataloader_num_workers > 1:
             raise UserError(
                 f"dataloader_num_workers is {args.dataloader_num_workers}, but the order of a stream holds for one reading "

@@ -476,7 +476,6 @@ def test_the_table_says_everything():
             {},
             ["too few to fit the batch exponent"],
         ),
-        (sweep(**EXACT), {"critical_batch": True}, ["too few for a critical batch: run at least 4 batches"]),
     ],
 )
 def test_too_little_is_refused(rows, arguments, parts):

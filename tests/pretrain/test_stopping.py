@@ -107,6 +107,4 @@ def test_a_stream_for_several_readers_is_refused(place, workers):
     }
     code, said = place.train({"settings": settings}, "stream")
     assert (code, place.texts_read) == (2, 0)
-    assert (
-        f"dataloader_num_workers is {workers}, but the order of a stream's blocks holds for one reading process" in said
-    )
+    assert f"dataloader_num_workers is {workers}, but the order of a stream holds for one reading process" in said

@@ -342,9 +342,9 @@ def test_another_schedule_is_named_with_its_peak(sections, tmp_path):
 def test_stages_of_the_decay(annealed):
     change(annealed / "run.json", kind="pretrain", parent=None)
     assert "It is **decayed**: its learning rate was decayed from 1,024 tokens on." in card(annealed)
-    change(annealed / "run.json", tokens_seen=1536)
+    change(annealed / "run.json", tokens_seen=1536, weights_tokens=1536)
     assert "It is being decayed: its learning rate decays from 1,024 tokens on." in card(annealed)
-    change(annealed / "run.json", tokens_seen=1024)
+    change(annealed / "run.json", tokens_seen=1024, weights_tokens=1024)
     assert "It is a **trunk**" in card(annealed)
 
 
