@@ -11,6 +11,11 @@ from transformers import Trainer, TrainingArguments
 
 from hf_power.records.errors import UserError
 
+try:
+    from transformers import PreTrainedConfig as PreTrainedConfig
+except ImportError:  # transformers 4 has it under another name; this can go when the floor is 5.0.
+    from transformers import PretrainedConfig as PreTrainedConfig  # noqa: F401
+
 # transformers 5.22 and older call gradient_checkpointing what 5.23 calls activation_checkpointing, in the Trainer's
 # arguments and in the model's methods. People write either name, the Trainer gets its own, and run.json has the new one;
 # the name and the three functions below can go when the floor is 5.23.
@@ -85,15 +90,23 @@ def logits_first(routed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 
 def _record_router_logits() -> None:
-    """The GraniteMoe of transformers 5.17 drops its router's logits, so its balancing loss raises an error.
+    """The GraniteMoe of transformers 5.0 to 5.17 drops its router's logits, so its balancing loss raises an error.
 
     5.18 records them in the way that is done here, so this can go when the floor is 5.18.
     """
-    from transformers.models.granitemoe.modeling_granitemoe import GraniteMoePreTrainedModel, GraniteMoeTopKRouter
-    from transformers.utils.output_capturing import OutputRecorder
+    from transformers.models.granitemoe import modeling_granitemoe as module
 
-    recorded = GraniteMoePreTrainedModel._can_record_outputs
-    recorded.setdefault("router_logits", OutputRecorder(GraniteMoeTopKRouter, index=2))
+    recorded = getattr(module.GraniteMoePreTrainedModel, "_can_record_outputs", None)
+    if recorded is None:  # transformers 4 collects them by hand.
+        return
+    try:
+        from transformers.utils.output_capturing import OutputRecorder
+    except ImportError:  # 5.0 and 5.1
+        from transformers.utils.generic import OutputRecorder
+    # Up to 5.12 the router is of another class and gives its logits last of five values.
+    new = getattr(module, "GraniteMoeTopKRouter", None)
+    recorder = OutputRecorder(module.GraniteMoeTopKGating, index=4) if new is None else OutputRecorder(new, index=2)
+    recorded.setdefault("router_logits", recorder)
 
 
 if CHECKPOINTING == OLD:

@@ -20,7 +20,7 @@ from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from hf_power.compat import uncounted_sharers
-from hf_power.records.errors import UserError
+from hf_power.records.errors import MissingPackageError, UserError
 from hf_power.scheduler import PowerLR, get_power_schedule
 
 NAME = "power"
@@ -36,7 +36,8 @@ def register_power_scheduler() -> None:
     teaches Trainer.create_scheduler to find tokens_per_step. Calling it again changes nothing.
 
     Raises:
-        RuntimeError: if another package has registered "power", or transformers lacks a part that this builds on.
+        RuntimeError: if another package has registered "power".
+        MissingPackageError: if transformers lacks a part that this builds on.
     """
     check_parts(TRAINER_PARTS)
     known = NAME in SchedulerType._value2member_map_
@@ -60,12 +61,12 @@ def register_power_scheduler() -> None:
 
 
 def check_parts(names: Iterable[str]) -> None:
-    """Find a changed part of transformers at import, not in the middle of a run: a RuntimeError."""
+    """Find at import, not in the middle of a run, that transformers lacks a part: a MissingPackageError."""
     for part in names:
         if not hasattr(Trainer, part):
-            raise RuntimeError(
-                f"hf_power builds on Trainer.{part}, which transformers {transformers.__version__} does not have: install "
-                "a version that setup.cfg allows, e.g. transformers==5.23.0."
+            raise MissingPackageError(
+                f"this part of hf_power builds on Trainer.{part}, which transformers {transformers.__version__} does not "
+                "have: the schedule, muP, fit and plan need transformers 4.56 or newer, hf-power's own training 5.3."
             )
 
 

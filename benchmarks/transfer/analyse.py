@@ -238,7 +238,7 @@ def markdown(table):
     lines += ["|---|" + "---:|" * len(cells)]
     by = {(r["method"], r["width"], r["tokens_per_step"], r["tokens"]): r for r in table["unknown_horizon"]}
     for method in dict.fromkeys(r["method"] for r in table["unknown_horizon"]):
-        lines.append(f"| {method} | " + " | ".join(f"{by[method, *c]['regret']:.4f}" for c in cells) + " |")
+        lines.append(f"| {method} | " + " | ".join(f"{by[(method, *c)]['regret']:.4f}" for c in cells) + " |")
     lines += ["", "| tuning compute | FLOP |", "|---|---:|"]
     lines += [f"| {what} | {flops:.2e} |" for what, flops in sorted(table["compute"].items())]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,6 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -52,6 +51,8 @@ def speed_up_(model: PreTrainedModel, args: TrainingArguments, block_size: int) 
     """
     attend_to_blocks_(model)
     if num_experts(model.config) and model.config._experts_implementation == "grouped_mm":
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_mm_under_autocast)
         model.set_experts_implementation(EXPERTS)
     chunks = loss_chunks(args.per_device_train_batch_size * block_size, model.config.vocab_size)
@@ -206,6 +207,8 @@ def grouped_mm_under_autocast(experts: nn.Module, hidden_states: torch.Tensor, *
 
     Under bf16 with fp32 weights the stock path multiplies experts, most of a mixture's FLOPs, in fp32.
     """
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

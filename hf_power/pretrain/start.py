@@ -162,7 +162,7 @@ def steps_to_come(run: Run) -> int:
 
 def now() -> str:
     """The time in UTC, in ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _preview(settings: Settings, run: Run) -> Schedule | None:

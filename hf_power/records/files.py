@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar, cast
+from typing import ClassVar, TypeVar, cast
+
+from typing_extensions import Self
 
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.schema import Json, decode, encode
@@ -166,8 +168,11 @@ def flush(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def git_blob_id(path: Path) -> str:
