@@ -26,8 +26,9 @@ from statistics import fmean, linear_regression
 from typing import Any, TypedDict
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import PLAIN_FAMILIES, head_dim
 from hf_power.mup.config import mup_config
 from hf_power.mup.controls import Control, control_of

@@ -6,7 +6,9 @@ from typing import cast
 
 import torch
 import transformers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from hf_power.compat import PreTrainedConfig
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from hf_power.cli.arguments import CoordCheckArguments
 from hf_power.cli.parser import parse_settings
+from hf_power.compat import PreTrainedConfig
 from hf_power.coordinates import CoordCheck, coord_check
 from hf_power.models import PLAIN_FAMILIES
 from hf_power.mup.controls import CONTROLS

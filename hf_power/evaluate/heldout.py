@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_power.checkpoints.locate import find_model, weights_sha256
+from hf_power.compat import PreTrainedConfig
 from hf_power.data.order import collate_blocks, spread_blocks
 from hf_power.data.packing import pack
 from hf_power.data.text import PYTHON_STDLIB, DataArguments, load_text

@@ -15,9 +15,8 @@ from typing import NamedTuple, cast
 import safetensors
 import torch
 import transformers
-from transformers import PreTrainedConfig
 
-from hf_power.compat import logits_first
+from hf_power.compat import PreTrainedConfig, logits_first
 from hf_power.export.fold import Conversion, fold_factors, write_weights
 from hf_power.export.source import Source, find_source, read_donor, stored_dtype, tensor_files
 from hf_power.models import FAMILIES, MULTIPLIERS, ROUTER_MODULES, head_dim

@@ -26,8 +26,8 @@ from typing import Protocol
 import safetensors
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import MULTIPLIERS, Family, kind_of, num_experts
 from hf_power.records.files import write_json
 

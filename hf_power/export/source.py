@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-from transformers import PreTrainedConfig
 
 from hf_power.checkpoints.locate import find_model, shards
+from hf_power.compat import PreTrainedConfig
 from hf_power.export.fold import WEIGHTS, Reader, mup_name, plain_names
 from hf_power.models import FAMILIES, MULTIPLIERS, Family, head_dim, kind_of, num_experts
 from hf_power.records.errors import NotFoundError, UserError, refused_by

@@ -7,8 +7,7 @@ checkpoint loads everywhere without custom code.
 import copy
 import math
 
-from transformers import PreTrainedConfig
-
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import FAMILIES, PLAIN_FAMILIES, head_dim
 from hf_power.mup.rules import MupRecord
 from hf_power.records.errors import UserError

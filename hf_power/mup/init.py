@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import kind_of
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
 from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record

@@ -11,9 +11,10 @@ from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.mup.rules import RECORD, RULES, Factors
 from hf_power.mup.scale import num_outputs_of_routers, scale_width
 from hf_power.records.errors import UserError, refused_by

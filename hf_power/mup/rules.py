@@ -8,8 +8,9 @@ import math
 from typing import NamedTuple, TypedDict
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import kind_of
 from hf_power.records.errors import UserError
 

@@ -3,8 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 
-from transformers import PreTrainedConfig
-
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import head_dim
 from hf_power.records.errors import UserError
 

@@ -2,8 +2,7 @@
 
 import copy
 
-from transformers import PreTrainedConfig
-
+from hf_power.compat import PreTrainedConfig
 from hf_power.mup.scale import HEADS, MLPS, NUM_EXPERTS, RANKS
 from hf_power.records.errors import UserError, refused_by
 

@@ -39,8 +39,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers import PreTrainedConfig
-
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import count_parameters, head_dim, num_experts
 from hf_power.plan.target import Layout, Machine, check_choice, check_positive
 

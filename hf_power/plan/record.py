@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedConfig
-
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import flops_per_token
 from hf_power.plan.footprint import footprint
 from hf_power.plan.target import SHARDINGS, Layout, Machine, Target, check_positive

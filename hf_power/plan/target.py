@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
-
+from hf_power.compat import PreTrainedConfig
 from hf_power.models import usual_utilisation
 from hf_power.records.errors import UserError
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.mup.scale import scale_width
 from hf_power.mup.shrink import shrink
 from hf_power.records.errors import NotFoundError, UserError, refused_by, shown

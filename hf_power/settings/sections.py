@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.data.text import DataArguments
 from hf_power.models import FAMILIES, PLAIN_FAMILIES
 from hf_power.records.errors import UserError, refused_by, shown

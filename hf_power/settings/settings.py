@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from hf_power.compat import CHECKPOINTING, own_name, recorded_name
+from hf_power.compat import CHECKPOINTING, PreTrainedConfig, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
 from hf_power.models import count_parameters, num_experts

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import embedding
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_power.compat import PreTrainedConfig
 from hf_power.data.order import Block, BlockStream
 from hf_power.plan.footprint import activation_bytes
 from hf_power.records.run import Data
