@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_power.coordinates import coord_check
     from hf_power.mup.config import mup_config
     from hf_power.mup.init import mup_init_
-    from hf_power.mup.optimizer import MupAdamW, mup_param_groups
+    from hf_power.mup.optimizer import MupAdamW, mup_adamw, mup_param_groups
     from hf_power.recipe import Recipe
 
 # Whoever imports hf_power for its schedule pays for nothing else: the other public names are loaded when they are asked for.
@@ -22,6 +22,7 @@ _WHERE = {
     "Recipe": "recipe",
     "SealCheckpoints": "checkpoints.callback",
     "coord_check": "coordinates",
+    "mup_adamw": "mup.optimizer",
     "mup_config": "mup.config",
     "mup_init_": "mup.init",
     "mup_param_groups": "mup.optimizer",
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "coord_check",
     "get_power_schedule",
+    "mup_adamw",
     "mup_config",
     "mup_init_",
     "mup_param_groups",

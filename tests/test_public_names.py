@@ -15,6 +15,7 @@ NAMES = [
     "__version__",
     "coord_check",
     "get_power_schedule",
+    "mup_adamw",
     "mup_config",
     "mup_init_",
     "mup_param_groups",

@@ -45,7 +45,7 @@ def find_source(model: str | os.PathLike[str], to: Family) -> Source:
     family = FAMILIES.get(str(kind))
     if family is None:
         raise UserError(
-            f"{folder} is a model of type {kind!r}, which cannot be exported: pass one of {', '.join(FAMILIES)}."
+            f"{folder / 'config.json'} is of model_type {kind!r}, which cannot be exported: pass one of {', '.join(FAMILIES)}."
         )
     if to.model_type != family.twin:
         raise UserError(

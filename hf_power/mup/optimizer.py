@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -124,6 +125,13 @@ class MupAdamW:
     Under FSDP2 and DeepSpeed's ZeRO 3 such hooks are not called, and the norm is that of the stored tensors.
     """
 
+    def __init__(self, *parameters: object, **kwargs: object) -> None:
+        if parameters:
+            raise UserError(
+                f"the Trainer of transformers {transformers.__version__} has no optimizer factories: pass "
+                "optimizers=(hf_power.mup_adamw(model, args), None) to it."
+            )
+
     @classmethod
     def for_trainer(cls, args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
         """The pair that Trainer's optimizer_cls_and_kwargs takes, from TrainingArguments' own values.
@@ -170,6 +178,19 @@ class MupAdamW:
                 if isinstance(module, nn.Embedding):
                     GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
         return optimizer(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **variant)
+
+
+def mup_adamw(model: PreTrainedModel, args: TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW under muP with the numbers of the arguments, for ``Trainer(..., optimizers=(mup_adamw(model, args), None))``.
+
+    It does what `MupAdamW` does, and also with the Trainers before transformers 5.2, which take no optimizer factory.
+
+    Raises:
+        UserError: as `mup_param_groups` and `MupAdamW.for_trainer` do.
+    """
+    factory, kwargs = MupAdamW.for_trainer(args)
+    optimizer: torch.optim.Optimizer = factory()(model, **kwargs)
+    return optimizer
 
 
 def _multiply_gradient_(tensor: torch.Tensor, multiplier: float) -> None:

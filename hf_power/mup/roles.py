@@ -7,12 +7,13 @@ forward pass: what the multiplier form multiplies by c, it folds into the weight
 import copy
 import math
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict, cast
+from typing import TypedDict, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import NotRequired
 
 from hf_power.compat import PreTrainedConfig
 from hf_power.mup.rules import RECORD, RULES, Factors

@@ -75,7 +75,12 @@ def die(run: int) -> None:
 
 def names(argument: int, part: str) -> Callable[..., bool]:
     """Calls in which this argument, a path or an open file, has a certain part."""
-    return lambda *args, **kwargs: part in str(getattr(args[argument], "name", args[argument]))
+
+    def has_it(*args: Any, **kwargs: Any) -> bool:
+        given = args[argument]
+        return part in (os.fspath(given) if isinstance(given, str | os.PathLike) else str(given.name))
+
+    return has_it
 
 
 MODEL = "transformers.models.granite.modeling_granite"

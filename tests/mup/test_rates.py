@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from sentences import refused
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import hf_power
@@ -27,7 +29,7 @@ def said_by(model, tmp_path, recwarn, **kwargs):
         str(tmp_path / "out"), learning_rate=0.02, use_cpu=True, report_to="none", **kwargs.pop("args", {})
     )
     if kwargs.pop("mup", False):
-        kwargs["optimizer_cls_and_kwargs"] = hf_power.MupAdamW.for_trainer(args)
+        kwargs["optimizers"] = (hf_power.mup_adamw(model, args), None)
     Trainer(model, args, **kwargs).create_optimizer_and_scheduler(10)
     return [str(x.message) for x in recwarn if "muP" in str(x.message)]
 
@@ -68,3 +70,22 @@ def test_an_optimizer_by_hand(model):
 def test_a_model_with_parts_that_have_no_rule_is_left_to_its_owner(model):
     model.register_parameter("adapter", torch.nn.Parameter(torch.zeros(2, 2)))
     assert rates_beside_mup(model, torch.optim.AdamW(model.parameters(), lr=0.02)) is None
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.2", reason="the Trainer takes no factory")
+def test_mup_adamw_is_the_optimizer_of_the_factory(model, tmp_path):
+    """For the Trainers that take no factory."""
+    args = TrainingArguments(str(tmp_path), learning_rate=0.02, weight_decay=0.1, adam_beta2=0.95, use_cpu=True)
+    of_factory = Trainer(model, args, optimizer_cls_and_kwargs=hf_power.MupAdamW.for_trainer(args)).create_optimizer()
+    own = Trainer(model, args, optimizers=(hf_power.mup_adamw(model, args), None)).create_optimizer()
+    assert type(own) is type(of_factory)
+    assert own.defaults == of_factory.defaults
+    for one, other in zip(own.param_groups, of_factory.param_groups, strict=True):
+        assert all(a is b for a, b in zip(one.pop("params"), other.pop("params"), strict=True))
+        assert one == other
+
+
+def test_a_trainer_without_factories_is_named(model):
+    """Before transformers 5.2 the Trainer hands parameters to what it takes for an optimizer's class."""
+    with refused(ValueError, "has no optimizer factories", "optimizers=(hf_power.mup_adamw(model, args), None)"):
+        hf_power.MupAdamW(list(model.parameters()), lr=0.02)
