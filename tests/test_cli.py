@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from processes import PATIENCE
+from safetensors.torch import save_file
 from sentences import says_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM, LlamaConfig
 from warm import python
@@ -107,6 +109,7 @@ def here(tmp_path_factory):
     parts = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
     for name in (*parts, "config.json", "tokenizer.json", "tokenizer_config.json"):
         (trunk / name).touch()
+    save_file({"weight": torch.zeros(1)}, trunk / "model.safetensors")
     for each in (trunk, folder / "run"):
         (each / "run.json").write_text(json.dumps(run))
     seal(trunk)
@@ -159,7 +162,7 @@ MISTAKES = [
     ("fit nowhere", "nowhere"),
     ("fit run --batch_exponent one", "--batch_exponent must be free or a number, got 'one'"),
     ("fit run --columns loss", "--columns takes pairs such as learning_rate=lr, got 'loss'"),
-    ("fit run --columns loss=l", "--columns and --block_size are for a CSV"),
+    ("fit run --columns loss=l", "--columns is for a CSV, got run: leave it out"),
     ("plan recipe.json --tokens 1M", "the following arguments are required: --tokens_per_step"),
     ("plan recipe.json --tokens 1M --tokens_per_step 4k", "a plan needs either --target or --parameters"),
     ("plan recipe.json --tokens much --tokens_per_step 4k --parameters 1M", "--tokens must be a number of tokens"),
@@ -215,7 +218,7 @@ def csv_of_a_law(path):
 def command_of(verb, sections, folder):
     """The words of a command line that reaches the place of the fault."""
     if verb == "fit":
-        return [verb, str(csv_of_a_law(folder / "runs.csv"))]
+        return [verb, str(csv_of_a_law(folder / "runs.csv")), "--schedule", "cosine"]
     made = sections(folder / "run")
     if verb == "sweep":
         made = made | {"run": {}, "training": {}, "sweep": SWEEP}
@@ -320,7 +323,7 @@ def test_a_script_gives_the_result_of_its_verb(verb, granite, tmp_path, monkeypa
     csv_of_a_law(tmp_path / "runs.csv")
     Recipe().save(tmp_path / "recipe.json")
     words = {
-        "fit": "runs.csv --output-dir out",
+        "fit": "runs.csv --schedule cosine --output-dir out",
         "plan": "recipe.json --tokens 1B --tokens-per-step 256k --parameters 100M --output_dir out",
         "export": f"{granite} --to llama --output_dir out",
     }[verb].split()

@@ -74,14 +74,14 @@ def draw_case(pick):
         "lr_scheduler_type": schedule,
         "lr_scheduler_kwargs": numbers,
         "warmup_steps": pick([0, 2]),
-        "logging_strategy": pick(["steps", "steps", "epoch", "no"]),
+        "logging_strategy": pick(["steps", "steps", "no"]),
         "logging_steps": pick([1, 2, 3]),
         "logging_first_step": pick([False, True]),
-        "eval_strategy": pick(["no", "steps", "steps", "epoch"]),
+        "eval_strategy": pick(["no", "steps", "steps"]),
         "eval_steps": every,
         "eval_delay": pick([0, 0, 2]),
         "eval_on_start": pick([False, False, True]),
-        "save_strategy": pick(["steps", "steps", "epoch", "no", "best"]),
+        "save_strategy": pick(["steps", "steps", "no", "best"]),
         "save_steps": pick([every, 2, 4, 0.5]),
         "save_total_limit": pick([None, 1, 3]),
         "load_best_model_at_end": pick([False, False, True]),
@@ -90,7 +90,6 @@ def draw_case(pick):
         "max_grad_norm": pick([1.0, 0.0, 0.1]),
         "bf16": pick([False, False, True]),
         "dataloader_num_workers": pick([0, 0, 1, 2]),
-        "dataloader_drop_last": pick([False, True]),
         "neftune_noise_alpha": pick([None, None, 5.0]),
         "label_smoothing_factor": pick([0.0, 0.0, 0.1]),
         "gradient_checkpointing": pick([False, False, True]),
@@ -104,7 +103,10 @@ def draw_case(pick):
     if training["load_best_model_at_end"]:
         training |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": every, "eval_delay": 0}
     if training["save_strategy"] == "best" and training["eval_strategy"] == "no":
-        training["eval_strategy"] = "epoch"
+        training["eval_strategy"] = "steps"
+    if training["eval_strategy"] == "no":
+        for name in ("eval_steps", "eval_delay", "metric_for_best_model"):
+            del training[name]
     if training["dataloader_num_workers"]:
         training |= {"dataloader_persistent_workers": pick([False, True]), "dataloader_prefetch_factor": pick([1, 3])}
     settings = {

@@ -37,7 +37,6 @@ FOUND = {
     "a padded vocabulary": {"model": {"model_config": {"vocab_size": 320}}},
     "a log between checkpoints": {"training": {"logging_steps": 3}},
     "an evaluation at the start": {"training": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 2}},
-    "an evaluation at the end of the epoch": {"training": {"eval_strategy": "epoch", "eval_delay": 2}},
     "workers that persist, and dropout": {
         "model": {"model_config": {"attention_dropout": 0.2}},
         "training": {
