@@ -35,7 +35,7 @@ def settings(shape, folder, batch, steps, compiled, options):
     """The recipe's model and optimizer on the text of the options, `batch` blocks a micro-batch."""
     flags = {"output_dir": folder, "activation_checkpointing": False, "torch_compile": compiled}
     flags |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": SEQUENCES // batch}
-    flags |= {"max_steps": steps, "logging_steps": steps, "save_strategy": "no", "disable_tqdm": True}
+    flags |= {"logging_steps": steps, "save_strategy": "no", "disable_tqdm": True}
     if shape == "host":
         flags |= NARROW | {"block_size": 128, "base_width": 32, "gradient_accumulation_steps": 1}
     if options.dry_run:
@@ -47,7 +47,7 @@ def settings(shape, folder, batch, steps, compiled, options):
     given.data.dataset, given.data.dataset_config, given.data.streaming = options.dataset, None, False
     given.data.tokenizer, given.data.vocab_size = None, 2048
     given.training.lr_scheduler_kwargs = {"a": 4.0, "warmup_tokens": given.data.block_size}
-    given.training.report_to = []
+    given.training.report_to, given.training.max_steps = [], steps
     per_step = batch * given.training.gradient_accumulation_steps * given.data.block_size
     given.run.tokens, given.run.max_eval_tokens = Tokens(steps * per_step), Tokens(given.data.block_size)
     tokenizer = tokenizer_of(given)
