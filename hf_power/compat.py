@@ -5,6 +5,9 @@ Each part says of which version it is, and can go when the floor rises.
 
 import dataclasses
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -94,19 +97,17 @@ def _record_router_logits() -> None:
 
     5.18 records them in the way that is done here, so this can go when the floor is 5.18.
     """
-    from transformers.models.granitemoe import modeling_granitemoe as module
-
+    # Asked for by name, because no version has all of these.
+    module: Any = import_module("transformers.models.granitemoe.modeling_granitemoe")
     recorded = getattr(module.GraniteMoePreTrainedModel, "_can_record_outputs", None)
     if recorded is None:  # transformers 4 collects them by hand.
         return
-    try:
-        from transformers.utils.output_capturing import OutputRecorder
-    except ImportError:  # 5.0 and 5.1
-        from transformers.utils.generic import OutputRecorder
+    home = "output_capturing" if find_spec("transformers.utils.output_capturing") else "generic"  # generic up to 5.1
+    recorder = import_module(f"transformers.utils.{home}").OutputRecorder
     # Up to 5.12 the router is of another class and gives its logits last of five values.
     new = getattr(module, "GraniteMoeTopKRouter", None)
-    recorder = OutputRecorder(module.GraniteMoeTopKGating, index=4) if new is None else OutputRecorder(new, index=2)
-    recorded.setdefault("router_logits", recorder)
+    router, index = (module.GraniteMoeTopKGating, 4) if new is None else (new, 2)
+    recorded.setdefault("router_logits", recorder(router, index=index))
 
 
 if CHECKPOINTING == OLD:

@@ -193,8 +193,9 @@ def _rows(
         once.add(run.key)
         width, size = (_whole(name, run) for name in ("width", "parameters"))
         kind = (kinds[i], *((width or 0,) if size is None else (width or 0, size)), round(batch[i]), float(rates[i]))
-        seed = seen[(*kind, round(tokens[i]))] if not has_seed else _whole("seed", run) or 0
-        seen[(*kind, round(tokens[i]))] += 1
+        repeated = (*kind, round(tokens[i]))
+        seed = seen[repeated] if not has_seed else _whole("seed", run) or 0
+        seen[repeated] += 1
         rows.append(
             Row(
                 width=width or 0,

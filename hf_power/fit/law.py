@@ -78,7 +78,7 @@ class FittedLaw:
     def samples(self) -> Array:
         """Draws in the order of `Parameters`; all but cap and k scaled so that their central 95 % are the intervals."""
         middle = np.array(self.parameters)
-        found = self.draws.copy()
+        found: Array = self.draws.copy()
         for i in (0, 1, 2, 5):
             found[:, i] = middle[i] + (self.draws[:, i] - self.draws[:, i].mean()) * widening(self.freedom)
         return found
