@@ -60,7 +60,7 @@ def mup_init_(
         UserError: no base, or one beside `mup_config`; a tensor for which there is no rule; a tied head without a
             final gain; head sizes that grow. Nothing has been changed then.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not hasattr(model, "config"):
         raise UserError(
             f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
             "AutoModelForCausalLM.from_config."
