@@ -1,4 +1,4 @@
-# Everything starts from a machine with Python 3.11+ and nothing else.
+# Everything starts from a machine with Python 3.11+ and nothing else; the library itself is read by 3.10 too.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 30000
 # What the usual GPU image has beside torch 2.11, laid over the environment by tests/test_benchmarks.py.
 IMAGE := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
-.PHONY: demo test slow fast check style oldest newest
+.PHONY: demo test slow fast check style oldest newest versions
 demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
@@ -32,12 +32,16 @@ style: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The fast tests with the oldest versions that setup.cfg allows, and with the newest that the registry has.
+# The fast tests with the oldest versions that setup.cfg's extra train is tested with, and with the newest that the registry has.
 oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -n auto -m "not slow"
 
 newest: .venv-newest/dev
 	.venv-newest/bin/python -m pytest -n auto -m "not slow"
+
+# The core beside the versions of transformers that other people's front ends pin.
+versions: .venv/dev
+	$(BIN)/python tests/versions.py 4.56.2 4.57.6 5.0.0 5.3.0 5.6.2 5.12.1 5.17.0 5.20.0
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
