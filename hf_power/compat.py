@@ -4,6 +4,7 @@ Each part says of which version it is, and can go when the floor rises.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +18,15 @@ from hf_power.records.errors import UserError
 try:
     from transformers import PreTrainedConfig as PreTrainedConfig
 except ImportError:  # transformers 4 has it under another name; this can go when the floor is 5.0.
-    from transformers import PretrainedConfig as PreTrainedConfig  # noqa: F401
+    from transformers import PretrainedConfig as PreTrainedConfig
+
+
+def arguments_of(config: type[PreTrainedConfig]) -> set[str]:
+    """The arguments of a config class, which is no dataclass up to transformers 5.3."""
+    if dataclasses.is_dataclass(config):
+        return {field.name for field in dataclasses.fields(config)}
+    return set(inspect.signature(config).parameters) - {"kwargs"}
+
 
 # transformers 5.22 and older call gradient_checkpointing what 5.23 calls activation_checkpointing, in the Trainer's
 # arguments and in the model's methods. People write either name, the Trainer gets its own, and run.json has the new one;

@@ -15,6 +15,7 @@ from hf_power.compat import own_flags
 from hf_power.data.text import DataArguments
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import parse_json
+from hf_power.register import check_parts
 from hf_power.settings.arguments import unknown_setting
 from hf_power.settings.read import flatten, load_yaml
 from hf_power.settings.sections import SECTIONS, TRAINING_DEFAULTS, Tokens, unknown_key
@@ -142,6 +143,8 @@ class SettingsParser(Parser):
     unknown = staticmethod(unknown_setting)
 
     def __init__(self, verb: str, summary: str, *beside: type) -> None:
+        # An older transformers lacks more than this, and would end in a traceback of its own.
+        check_parts(("_get_grad_norm",))
         self.beside = beside
         super().__init__(verb, summary, *beside, *SECTIONS.values())
         self.set_defaults(**TRAINING_DEFAULTS)

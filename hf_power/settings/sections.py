@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_power.compat import PreTrainedConfig
+from hf_power.compat import PreTrainedConfig, arguments_of
 from hf_power.data.text import DataArguments
 from hf_power.models import FAMILIES, PLAIN_FAMILIES
 from hf_power.records.errors import UserError, refused_by, shown
@@ -94,7 +94,7 @@ class ModelArguments:
             raise UserError(f"there is no muP rule for model_type {self.model_type!r}: use llama or mixtral.")
         family, shape = FAMILIES[self.model_type].config_class, dataclasses.asdict(self)
         shape = {k: v for k, v in shape.items() if k not in ("model_type", "model_config") and v is not None}
-        known = {f.name for f in dataclasses.fields(family)}
+        known = arguments_of(family)
         extra = self._extra(known)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
