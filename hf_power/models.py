@@ -9,6 +9,7 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from hf_power.compat import PreTrainedConfig
+from hf_power.records.errors import refused_by
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
         "parameters"; "parameters_without_embeddings", as transformers' num_parameters counts them; and
         "active_parameters", those without the experts that a token does not pass.
     """
-    model = _without_memory(config)
+    model = without_memory(config)
     total = model.num_parameters()
     idle = sum(p.numel() * (1 - _share(config, p)) for p in model.parameters())
     return {
@@ -153,7 +154,7 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
 
 def _active_matrices(config: PreTrainedConfig) -> int:
     """Entries of the matrices that a token is multiplied with, the head once, the embedding not."""
-    matrices = [(name, p) for name, p in _without_memory(config).named_parameters() if p.ndim > 1]
+    matrices = [(name, p) for name, p in without_memory(config).named_parameters() if p.ndim > 1]
     inner = [(name, p) for name, p in matrices if kind_of(name, wrapped=True) not in ("embedding", "head")]
     head: int = config.vocab_size * config.hidden_size
     return round(sum(p.numel() * _share(config, p) for _, p in inner)) + head
@@ -164,8 +165,9 @@ def _share(config: PreTrainedConfig, parameter: torch.Tensor) -> float:
     return float(config.num_experts_per_tok / config.num_local_experts) if parameter.ndim == 3 else 1.0
 
 
-def _without_memory(config: PreTrainedConfig) -> PreTrainedModel:
+def without_memory(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device; a UserError for a shape that the model's own code refuses."""
     # AutoModelForCausalLM.from_config would partition the model under ZeRO 3.
     model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    with torch.device("meta"):
+    with refused_by("the model's config"), torch.device("meta"):
         return model_class(config)

@@ -57,7 +57,6 @@ def plan_run(
         run, batch = Target(*length, parameters=size, block_size=block_size or 4096), 1
     else:
         settings = _settings(target)
-        settings.check_layer()  # A shape that the model's code refuses is a mistake in the target.
         config = settings.model.config(vocab_size=settings.data.vocab_size)
         run = Target(*length, config=config, block_size=block_size or settings.data.block_size)
         batch = settings.training.per_device_train_batch_size

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -19,7 +17,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from hf_power.compat import CHECKPOINTING, PreTrainedConfig, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
-from hf_power.models import count_parameters, num_experts
+from hf_power.models import count_parameters, num_experts, without_memory
 from hf_power.mup.config import mup_config
 from hf_power.mup.init import mup_init_, new_model
 from hf_power.recipe import Recipe
@@ -237,9 +235,7 @@ class Settings:
         """Build one layer without weights: much of a config is only refused by the model's own code."""
         config = self.model.config(vocab_size=2**20)  # the tokenizer's is not known yet
         config.num_hidden_layers = 1
-        # AutoModelForCausalLM.from_config would partition the layer under ZeRO 3.
-        with refused_by("the model's config"), torch.device("meta"):
-            cast("Callable[[PreTrainedConfig], object]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
+        without_memory(config)
 
 
 def _section(kind: Callable[..., T], values: Mapping[str, object]) -> T:
