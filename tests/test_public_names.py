@@ -41,6 +41,7 @@ FLAGS = {
     """,
     "export": "to output_dir dtype like",
     "card": "license repo",
+    "report": "output",
     "publish": "repo license checkpoints private overwrite",
     "coord-check": "widths picture base_width steps device bf16 form fixed control controls",
     "sweep": "output_dir dry_run workers",

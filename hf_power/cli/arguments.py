@@ -140,6 +140,16 @@ class CardArguments:
 
 
 @dataclass(frozen=True)
+class ReportArguments:
+    """The evidence page of a folder."""
+
+    folder: str = field(
+        metadata={"positional": True, "help": "folder with a sweep, a law, a plan, a check or runs in it or below it"}
+    )
+    output: str | None = option(None, "the page; default: evidence.html in the folder")
+
+
+@dataclass(frozen=True)
 class PublishArguments:
     """A push to the Hub."""
 

@@ -38,6 +38,7 @@ VERBS = {
     "evaluate": Verb(verbs.evaluate, EvaluateParser),
     "export": Verb(verbs.export, _takes(args.ExportArguments)),
     "card": Verb(verbs.card, _takes(args.CardArguments)),
+    "report": Verb(verbs.report, _takes(args.ReportArguments)),
     "publish": Verb(verbs.publish, _takes(args.PublishArguments)),
     "coord-check": Verb(verbs.coord_check, _takes(args.CoordCheckArguments)),
     "sweep": Verb(verbs.sweep, _takes(args.SweepArguments)),

@@ -14,6 +14,7 @@ from hf_power.cli.arguments import (
     FitArguments,
     PlanArguments,
     PublishArguments,
+    ReportArguments,
     SweepArguments,
     VerifyArguments,
     is_first_process,
@@ -205,6 +206,14 @@ def card(arguments: CardArguments) -> int:
     from hf_power.publish.card import write_card
 
     print(f"card: {write_card(arguments.run, license=arguments.license, repo_id=arguments.repo)}")
+    return ExitCode.DONE
+
+
+def report(arguments: ReportArguments) -> int:
+    """One page of all results below a folder, for a reviewer to read and sign: report runs/."""
+    from hf_power.publish.evidence import write_evidence
+
+    print(f"page: {write_evidence(arguments.folder, arguments.output)}")
     return ExitCode.DONE
 
 

@@ -178,7 +178,7 @@ def plan_text(plan: Plan) -> str:
         f"  tokens       {target.tokens:,} in {target.steps:,} steps",
         f"  batch        {plan.tokens_per_step:,} tokens per step (beta = {plan.beta:g})",
         f"  compute      {compute.flops:.3g} FLOP ({compute.flops_per_token:.3g} per token)",
-        f"  time         {_duration(compute.days)} on {compute.devices} devices of {compute.flops_per_device:.3g} "
+        f"  time         {duration(compute.days)} on {compute.devices} devices of {compute.flops_per_device:.3g} "
         f"FLOP/s at {compute.utilisation:.0%}",
     ]
     if plan.proxies:
@@ -237,7 +237,8 @@ def _milestones(schedule: Schedule, seen: int) -> list[tuple[str, int]]:
     return sorted(inside, key=lambda point: point[1])
 
 
-def _duration(days: float) -> str:
+def duration(days: float) -> str:
+    """A time for people, in the largest unit of which it has at least one: 3.2 hours."""
     for unit, length in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
         if days >= length:
             return f"{days / length:.3g} {unit}"

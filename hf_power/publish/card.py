@@ -158,6 +158,7 @@ def _results(sources: Sources, perplexity: float | None) -> list[EvalResult]:
 
 
 CARD_FILE = "README.md"
+EVIDENCE_FILE = "evidence.html"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 PAPER = Recipe()
 TUNED = ("a", "b", "batch_exponent", "max_lr")
@@ -238,6 +239,7 @@ def _texts(folder: Path, sources: Sources) -> dict[str, object]:
         "has_weights": bool(weight_files(folder)),
         "has_tokenizer": "tokenizer_config.json" in files,
         "has_picture": "lr_and_loss.png" in files,
+        "has_evidence": EVIDENCE_FILE in files,
         "is_checkpoint": "trainer_state.json" in files,
     }
 
