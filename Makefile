@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 30000
 # What the usual GPU image has beside torch 2.11, laid over the environment by tests/test_benchmarks.py.
 IMAGE := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
-.PHONY: demo test slow fast check style oldest newest versions
+.PHONY: demo test slow fast check style docs oldest newest versions
 demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
@@ -31,6 +31,10 @@ check: .venv/dev
 style: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The fast tests with the oldest versions that setup.cfg's extra train is tested with, and with the newest that the registry has.
 oldest: .venv-oldest/dev

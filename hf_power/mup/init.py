@@ -169,7 +169,7 @@ def _base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, o
             f"base_config must be a {type(config).__name__}, as the model's own is, got {type(base).__name__}."
         )
     own, others = config.to_dict(), base.to_dict()
-    skipped = (RECORD, "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    skipped = (RECORD, "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
     differing = {name: value for name, value in others.items() if own.get(name) != value and name not in skipped}
     for name, value in differing.items():
         if isinstance(value, bool | str) or name in ("num_hidden_layers", "vocab_size"):
