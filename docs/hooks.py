@@ -10,7 +10,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = ("benchmarks", "model_cards", "scripts")
+OUTSIDE = ("benchmarks", "examples", "model_cards", "scripts")
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 

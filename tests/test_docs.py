@@ -15,8 +15,8 @@ from hf_power.sweep.grid import load_grid
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-NAMES = [page.name for page in PAGES]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 SCRIPTS = {"evaluate_model": "evaluate"}
 
 
