@@ -56,7 +56,10 @@ def _layers(config: PreTrainedConfig) -> list[int]:
 def _sizes(config: PreTrainedConfig) -> dict[str, object]:
     sizes: dict[str, object] = {"hidden_size": WIDTH}
     heads = getattr(config, "num_attention_heads", None)
-    own = {name: getattr(config, name, None) for name in (*HEADS, *MLPS, *RANKS, *NUM_EXPERTS, *EXPERTS_PER_TOKEN, *_GROUPS)}
+    own = {
+        name: getattr(config, name, None)
+        for name in (*HEADS, *MLPS, *RANKS, *NUM_EXPERTS, *EXPERTS_PER_TOKEN, *_GROUPS)
+    }
     given = {
         name: value for name, value in own.items() if isinstance(value, int) and not isinstance(value, bool) and value
     }

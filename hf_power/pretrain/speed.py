@@ -59,7 +59,12 @@ def speed_up_(model: PreTrainedModel, args: TrainingArguments, block_size: int) 
     chunks = loss_chunks(args.per_device_train_batch_size * block_size, model.config.vocab_size)
     compiler = functools.partial(torch.compile, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     # A smoothed loss is one of the logits of all tokens.
-    if chunks > 1 and model.config.model_type in STOCK_BLOCKS and args.deepspeed_plugin is None and not args.label_smoothing_factor:
+    if (
+        chunks > 1
+        and model.config.model_type in STOCK_BLOCKS
+        and args.deepspeed_plugin is None
+        and not args.label_smoothing_factor
+    ):
         chunk_loss_(model, chunks, compiler if args.torch_compile else None)
     if args.torch_compile:
         for region in _regions(model):

@@ -32,7 +32,8 @@ MUP = (
 )
 _FEW = Limit(lambda words: f"{words} of at most {MAX_SAMPLES} draws", lambda draws: len(draws) <= MAX_SAMPLES)
 _FAMILY = Limit(
-    lambda words: words.replace("a text", "a model type of transformers, e.g. llama"), lambda name: name in CONFIG_MAPPING
+    lambda words: words.replace("a text", "a model type of transformers, e.g. llama"),
+    lambda name: name in CONFIG_MAPPING,
 )
 _REMEDY = "write it with Recipe.save"
 
@@ -300,7 +301,6 @@ class Recipe:
         names = ("weight_decay", *self._mup_names())
         numbers = {name: getattr(self, name) for name in names}
         return {"learning_rate": self.max_lr} | {name: value for name, value in numbers.items() if value is not None}
-
 
     def _mup_names(self) -> tuple[str, ...]:
         """The fields that are settings of muP."""

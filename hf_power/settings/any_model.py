@@ -15,7 +15,15 @@ from hf_power.records.files import parse_json
 WIDTHS = (64, 128, 256, 512)  # Of a coordinate check.
 DEEPEST = 4  # Layers of a model that is checked as it is; its rules are those of two layers.
 # What a published config.json says of its file, its code and its tokenizer, and not of the shape of the model.
-OF_THE_FILE = ("architectures", "auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+OF_THE_FILE = (
+    "architectures",
+    "auto_map",
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
 OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class")
 # Arguments that configs take beside their fields, as files of older versions have them.
 BESIDE = {"model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "attn_implementation"}
@@ -80,7 +88,9 @@ def mapping_of(source: object, where: str) -> dict[str, object]:
 def _text_of(content: object, where: str) -> dict[str, object]:
     """What a config.json says of the shape of its text model."""
     if not isinstance(content, dict):
-        raise UserError(f"{where} must hold the mapping of a config, got {shown(content)}: pass the config.json of a model.")
+        raise UserError(
+            f"{where} must hold the mapping of a config, got {shown(content)}: pass the config.json of a model."
+        )
     kind = config_class(content, where)
     with refused_by(f"the config {where}"):
         text = kind.from_dict(dict(content)).get_text_config(decoder=True)

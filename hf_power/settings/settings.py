@@ -82,7 +82,9 @@ class Settings:
         config = self.model.any_config()
         base = config_of_mapping(cast("dict[str, object]", self.mup.base_config), "base_config")
         if type(base) is not type(config):
-            raise UserError(f"base_config is of a {base.model_type}, but model_config of a {config.model_type}: give one kind.")
+            raise UserError(
+                f"base_config is of a {base.model_type}, but model_config of a {config.model_type}: give one kind."
+            )
         self.model.fixed = None if base.hidden_size == config.hidden_size else fixed_sizes(config, base)
 
     @property
@@ -187,7 +189,9 @@ class Settings:
         if self.is_plain and self.mup.mup and "initializer_range" not in self.given:
             # A value that stands in model_config must be the recipe's, too.
             config = self.model.any_config()
-            written = {"initializer_range", "init_std", "initializer_std"} & set(cast("dict[str, object]", self.model.model_config))
+            written = {"initializer_range", "init_std", "initializer_std"} & set(
+                cast("dict[str, object]", self.model.model_config)
+            )
             if written:
                 _agree("initializer_range", recipe.initializer_range, initializer_range(config))
         numbers, power = recipe.settings(), self.training.lr_scheduler_type == "power"
