@@ -172,7 +172,7 @@ def _attention_head_dim(config: PreTrainedConfig) -> float:
     """Mean size of a head's queries and of its values, which differ in multi-head latent attention."""
     if getattr(config, "qk_nope_head_dim", None) is None:
         return head_dim(config)
-    return (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    return float(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
 
 
 def _earlier_positions(config: PreTrainedConfig, block_size: int) -> float:

@@ -77,12 +77,19 @@ def mapping_of(source: object, where: str) -> dict[str, object]:
         raise UserError(f"{where} must be a mapping of config arguments, got {shown(source)}: correct it.")
     values = {str(name): value for name, value in source.items()}
     kind = config_class(values, where)
-    known = arguments_of(kind) | set(kind.attribute_map) | BESIDE
+    names = names_of_config(kind)
     for name in values:
-        if name not in known:
-            raise UserError(unknown_key(f"{where}.{name}", name, sorted(known)))
-    # Under one name each, because an alias beside the name would be a second value.
-    return {kind.attribute_map.get(name, name): value for name, value in values.items()}
+        if name not in names and name not in BESIDE:
+            raise UserError(unknown_key(f"{where}.{name}", name, sorted(names)))
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def names_of_config(kind: type[PreTrainedConfig]) -> dict[str, str]:
+    """The names that a config knows -> the one among its arguments: an alias beside it would be a second value."""
+    own = arguments_of(kind)
+    # In most families the alias stands for an argument; in some it is the argument.
+    pairs = [pair for alias, name in kind.attribute_map.items() for pair in ((alias, name), (name, alias))]
+    return {other: name for other, name in pairs if name in own} | {name: name for name in own}
 
 
 def _text_of(content: object, where: str) -> dict[str, object]:
@@ -99,8 +106,8 @@ def _text_of(content: object, where: str) -> dict[str, object]:
         content, kind = {**part, "model_type": text.model_type}, type(text)
     content = {name: value for name, value in content.items() if name not in (*OF_THE_FILE, *OF_THE_TOKENIZER)}
     # A file may have names that its config does not know, and older names of some that it does.
-    names = arguments_of(kind) | set(kind.attribute_map) | {"model_type"}
-    known = {kind.attribute_map.get(name, name): value for name, value in content.items() if name in names}
+    names = names_of_config(kind) | {"model_type": "model_type"}
+    known = {names[name]: value for name, value in content.items() if name in names}
     with refused_by(f"the config {where}"):
         whole, without = kind.from_dict(dict(content)).to_dict(), kind.from_dict(dict(known)).to_dict()
     renamed = {name: value for name, value in whole.items() if name in without and without[name] != value}

@@ -14,7 +14,7 @@ from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import parse_json
 from hf_power.schedule import PAPER_MAX_LR
-from hf_power.settings.any_model import config_of_mapping, mapping_of, sizes_of
+from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of
 from hf_power.settings.any_model import unknown_key as unknown_key
 
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -148,10 +148,10 @@ class ModelArguments:
         config = self.any_config()
         if not isinstance(self.hidden_size, Default):
             config = self.at_width(config, self.hidden_size)
-        given = self._mapping()
+        given, names = self._mapping(), names_of_config(type(config))
         # Blocks are never padded, and an embedding with a padding token would never learn the row of that token.
         for name, value in {"pad_token_id": None, **numbers}.items():
-            if config.attribute_map.get(name, name) not in given:
+            if names.get(name, name) not in given:
                 setattr(config, name, value)
         return config
 
