@@ -1,6 +1,10 @@
 """The config of any causal LM of transformers, of YAML with `model_type: any`, or of its config.json."""
 
 import difflib
+import functools
+import inspect
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,7 +93,17 @@ def names_of_config(kind: type[PreTrainedConfig]) -> dict[str, str]:
     own = arguments_of(kind)
     # In most families the alias stands for an argument; in some it is the argument.
     pairs = [pair for alias, name in kind.attribute_map.items() for pair in ((alias, name), (name, alias))]
-    return {other: name for other, name in pairs if name in own} | {name: name for name in own}
+    aliases = {other: name for other, name in pairs if name in own and other not in own}
+    return {name: name for name in own | _read_by_the_model(kind)} | aliases
+
+
+@functools.cache
+def _read_by_the_model(kind: type[PreTrainedConfig]) -> frozenset[str]:
+    """Names that the code of a config's causal LM reads and its class need not declare, such as head_dim of Qwen3-MoE."""
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return frozenset()
+    source = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[kind].__module__])
+    return frozenset(re.findall(r"config(?:\.|, \")(\w+)", source))
 
 
 def _text_of(content: object, where: str) -> dict[str, object]:
