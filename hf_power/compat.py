@@ -11,9 +11,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from transformers import Trainer, TrainingArguments
 
 from hf_power.records.errors import UserError
+
+# GraniteMoe reads an explicit head_dim from 5.0 on; this can go when the floor is 5.0.
+IS_4 = transformers.__version__.startswith("4.")
 
 try:
     from transformers import PreTrainedConfig as PreTrainedConfig

@@ -1,4 +1,4 @@
-"""What hf_power knows of its four model families: classes, twins, tensors, parameters, FLOPs and losses of a block."""
+"""What hf_power knows of model families: classes, twins and tensors of four; parameters, FLOPs and losses of any."""
 
 import re
 from dataclasses import dataclass
@@ -6,10 +6,11 @@ from typing import cast
 
 import torch
 import transformers
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from hf_power.compat import PreTrainedConfig
-from hf_power.records.errors import refused_by
+from hf_power.records.errors import UserError, refused_by
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,23 @@ _KINDS = {
     "final norm": r"norm\.weight",
 }
 _WHOLE = {kind: re.compile(rf"(model\.(layers\.\d+\.)?)?({name})") for kind, name in _KINDS.items()}
+_EXPERT = re.compile(r"(^|\.)experts\.(\d+\.|\w+_bias$)")  # The biases of fused experts have two dimensions.
 _ENDS = {kind: re.compile(rf"(^|\.)({name})$") for kind, name in _KINDS.items()}
 ROUTER_MODULES = (".block_sparse_moe.router", ".mlp.gate")
+
+ANY = "any"  # The model_type of settings whose model_config says it all.
+# What the families call the number of experts, and of those that a token passes.
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token", "top_k_experts")
+# Families that are known, by tests, to compute on a block of whole sequences what causal SDPA, a linear head and plain RMS
+# norms compute, so that their passes may be made faster; all others take the stock path.
+STOCK_BLOCKS = (
+    *FAMILIES,
+    *("qwen2", "qwen3", "olmo2", "smollm3", "phi3", "mistral", "glm4", "ernie4_5", "arcee", "gpt_neox"),
+    *("qwen3_moe", "olmoe", "deepseek_v3"),
+)
+# Families whose routers choose by the largest of a softmax, as `hf_power.pretrain.record.ExpertLoad` measures it.
+SOFTMAX_ROUTERS = ("granitemoe", "mixtral", "qwen3_moe")
 
 
 def kind_of(name: str, *, wrapped: bool = False) -> str | None:
@@ -91,8 +107,32 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def num_experts(config: PreTrainedConfig) -> int:
-    """Experts of each layer; 0 for a dense model."""
-    return int(getattr(config, "num_local_experts", None) or 0)
+    """Experts of each layer that has some; 0 for a dense model."""
+    return _first_of(config, NUM_EXPERTS)
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """Experts that a token passes in such a layer, shared ones not counted."""
+    return _first_of(config, EXPERTS_PER_TOKEN)
+
+
+def _first_of(config: PreTrainedConfig, names: tuple[str, ...]) -> int:
+    """The first of some attributes that a config, or one that it holds, has."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    value = next((found for part in parts for name in names if (found := getattr(part, name, None))), 0)
+    return int(max(value)) if isinstance(value, list | tuple) else int(value)
+
+
+def attends_to_all(config: PreTrainedConfig) -> bool:
+    """Whether every layer attends to all earlier tokens of a block, and not to those of a window alone."""
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds) == {"full_attention"}
+    return getattr(config, "use_sliding_window", True) is False or not getattr(config, "sliding_window", None)
+
+
+def is_stock_block(config: PreTrainedConfig) -> bool:
+    """Whether a block is one causal sequence for the model, see STOCK_BLOCKS."""
+    return config.model_type in STOCK_BLOCKS and attends_to_all(config)
 
 
 def block_losses(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
@@ -115,15 +155,39 @@ def flops_per_token(config: PreTrainedConfig, block_size: int) -> float:
         6 * P + 6 * layers * heads * head_dim * block_size
 
     P is the number of entries of the matrices that a token passes: attention, MLP or its experts_per_token of the
-    experts, router, and the head (vocab_size * hidden_size, tied or not). The embedding is a look-up; norms, softmax and
-    recomputation (gradient checkpointing) are left out.
+    experts, shared experts, router, and the head (vocab_size * hidden_size, tied or not). Embeddings are look-ups; norms,
+    softmax and recomputation (gradient checkpointing) are left out. Where queries and values have different sizes (MLA)
+    head_dim is their mean, and in a layer with a window of w < block_size tokens w - w**2 / (2 * block_size) takes the
+    place of block_size / 2.
 
     Args:
-        config: of a Llama, Mixtral, Granite or GraniteMoe model.
+        config: of any causal LM of transformers with attention layers.
         block_size: tokens per sequence, >= 1.
     """
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim(config) * block_size
+    attention = config.num_attention_heads * _attention_head_dim(config) * 2 * _earlier_positions(config, block_size)
     return float(6 * (_active_matrices(config) + attention))
+
+
+def _attention_head_dim(config: PreTrainedConfig) -> float:
+    """Mean size of a head's queries and of its values, which differ in multi-head latent attention."""
+    if getattr(config, "qk_nope_head_dim", None) is None:
+        return head_dim(config)
+    return float(config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+
+
+def _earlier_positions(config: PreTrainedConfig, block_size: int) -> float:
+    """Positions that a token attends to, as a mean over a block, summed over the layers."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    sizes = {"sliding_attention": window, "chunked_attention": chunk and chunk / 2}
+    if attends_to_all(config):
+        kinds = ["full_attention"] * config.num_hidden_layers
+    else:
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    total = 0.0
+    for kind in kinds:
+        w = min(sizes.get(kind) or block_size, block_size)
+        total += w - w**2 / (2 * block_size)
+    return total
 
 
 def usual_utilisation(config: PreTrainedConfig | None) -> float:
@@ -144,7 +208,7 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     """
     model = without_memory(config)
     total = model.num_parameters()
-    idle = sum(p.numel() * (1 - _share(config, p)) for p in model.parameters())
+    idle = sum(p.numel() * (1 - _share(config, name, p)) for name, p in model.named_parameters())
     return {
         "parameters": total,
         "parameters_without_embeddings": model.num_parameters(exclude_embeddings=True),
@@ -153,20 +217,33 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _active_matrices(config: PreTrainedConfig) -> int:
-    """Entries of the matrices that a token is multiplied with, the head once, the embedding not."""
-    matrices = [(name, p) for name, p in without_memory(config).named_parameters() if p.ndim > 1]
-    inner = [(name, p) for name, p in matrices if kind_of(name, wrapped=True) not in ("embedding", "head")]
-    head: int = config.vocab_size * config.hidden_size
-    return round(sum(p.numel() * _share(config, p) for _, p in inner)) + head
+    """Entries of the matrices that a token is multiplied with, the head once, embeddings not."""
+    model = without_memory(config)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear head, so that its FLOPs cannot be counted.")
+    apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(head.weight)}
+    inner = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and "bias" not in n and id(p) not in apart]
+    return round(sum(p.numel() * _share(config, n, p) for n, p in inner)) + head.weight.numel()
 
 
-def _share(config: PreTrainedConfig, parameter: torch.Tensor) -> float:
-    """The part of a tensor that a token passes; experts are the tensors of three dimensions."""
-    return float(config.num_experts_per_tok / config.num_local_experts) if parameter.ndim == 3 else 1.0
+def _share(config: PreTrainedConfig, name: str, parameter: torch.Tensor) -> float:
+    """The part of a tensor that a token passes; experts are tensors of three dimensions, or modules with numbers."""
+    count = num_experts(config)
+    of_all = parameter.ndim == 3 and parameter.shape[0] == count
+    if not count or not (of_all or _EXPERT.search(name)):
+        return 1.0
+    return experts_per_token(config) / count
 
 
 def without_memory(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device; a UserError for a shape that the model's own code refuses."""
+    """The model of a config on the meta device.
+
+    Raises:
+        UserError: a config of no causal LM, or a shape that the model's own code refuses.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{config.model_type} is no causal language model of transformers: pass the config of one.")
     # AutoModelForCausalLM.from_config would partition the model under ZeRO 3.
     model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with refused_by("the model's config"), torch.device("meta"):

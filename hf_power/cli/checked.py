@@ -7,13 +7,10 @@ from hf_power.cli.arguments import CoordCheckArguments
 from hf_power.cli.parser import parse_settings
 from hf_power.compat import PreTrainedConfig
 from hf_power.coordinates import CoordCheck, coord_check
-from hf_power.models import PLAIN_FAMILIES
+from hf_power.models import ANY, PLAIN_FAMILIES
 from hf_power.mup.controls import CONTROLS
 from hf_power.records.errors import UserError
-from hf_power.settings.any_model import config_file, config_of_file, fitting
-from hf_power.settings.sections import ANY
-
-WIDTHS = (64, 128, 256, 512)
+from hf_power.settings.any_model import WIDTHS, config_file, config_of_file, fitting
 
 
 def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -23,14 +20,15 @@ def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dic
     """
     path = config_file(arguments.recipe) if arguments.recipe else None
     mup: dict[str, Any] = {}
+    widths, fixed = arguments.widths or WIDTHS, list(arguments.fixed or ())
     if path is not None:
         config = config_of_file(path)
     else:
         settings = parse_settings([arguments.recipe] if arguments.recipe else [])
         is_any = settings.model.model_type == ANY
-        config = settings.model.any_config() if is_any else settings.model.config()
+        config = settings.model.config()
+        fixed = fixed or list(settings.model.fixed or ())
         mup = settings.mup.arguments() if not is_any and arguments.form != "plain" else {}
-    widths, fixed = arguments.widths or WIDTHS, arguments.fixed or []
     if path is not None or config.model_type not in PLAIN_FAMILIES:
         config, is_small = fitting(config, widths, fixed)
         if is_small:

@@ -11,6 +11,7 @@ from hf_power.checkpoints.locate import find_model, shards
 from hf_power.compat import PreTrainedConfig
 from hf_power.export.fold import WEIGHTS, Reader, mup_name, plain_names
 from hf_power.models import FAMILIES, MULTIPLIERS, Family, head_dim, kind_of, num_experts
+from hf_power.mup.rules import RECORD
 from hf_power.records.errors import NotFoundError, UserError, refused_by
 from hf_power.records.files import read_object
 from hf_power.records.results import EXPORT_FILE, Export
@@ -43,6 +44,11 @@ def find_source(model: str | os.PathLike[str], to: Family) -> Source:
     raw = read_object(folder / "config.json", schema=None, remedy="pass the folder of a model")
     kind = raw.get("model_type")
     family = FAMILIES.get(str(kind))
+    if raw.get(RECORD) is not None:
+        raise UserError(
+            f"{folder} was made with the plain form of muP: it is a stock {kind} already, so there is nothing to export: load or "
+            "publish it as it is."
+        )
     if family is None:
         raise UserError(
             f"{folder / 'config.json'} is of model_type {kind!r}, which cannot be exported: pass one of {', '.join(FAMILIES)}."

@@ -1,4 +1,4 @@
-"""Does an optimizer have muP's learning rates? Seen where a schedule is made for a muP model; uses only public parts."""
+"""Is there a rule for a model, and does an optimizer have muP's learning rates? Both are asked before a training begins."""
 
 import math
 from typing import cast
@@ -6,8 +6,13 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from hf_power.compat import PreTrainedConfig
+from hf_power.models import without_memory
+from hf_power.mup.init import base_sizes, mup_init_, new_model
 from hf_power.mup.optimizer import mup_param_groups
+from hf_power.mup.roles import other_width, roles_of
 from hf_power.mup.rules import RECORD, mup_record
+from hf_power.mup.shrink import WIDTH, shrink
 from hf_power.records.errors import UserError
 
 
@@ -45,3 +50,33 @@ def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
         "learning rate: pass optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) to the Trainer, or build the optimizer "
         "over mup_param_groups(model, lr=...)."
     )
+
+
+def refuse_without_rule(
+    config: PreTrainedConfig, *, base_width: int | None = None, base_config: PreTrainedConfig | None = None
+) -> None:
+    """Refuse a config of the plain form before its data are read: by the shapes of its tensors, and a small model's passes.
+
+    Raises:
+        UserError: what `mup_init_` says against the model, or a model in which a token sees those that come after it.
+    """
+    model = without_memory(config)
+    sizes = None if base_config is None else base_sizes(config, base_config)
+    roles_of(model, other_width(model, base_width, sizes))
+    try:
+        small_config = shrink(config, vocab_size=64)
+    except UserError:  # What a forward pass shows is then seen on the model itself.
+        return
+    with torch.random.fork_rng(devices=[]):
+        small = new_model(small_config, dtype=torch.float32)
+        mup_init_(small, base_width=WIDTH)
+        tokens = torch.arange(8)[None]
+        other = tokens.clone()
+        other[0, -1] = 0
+        with torch.no_grad():
+            before, after = (small.eval()(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (tokens, other))
+    if not torch.allclose(before, after, atol=1e-4 * float(before.abs().max())):
+        raise UserError(
+            f"in a {config.model_type} a token sees those that come after it, so that it cannot be trained to tell the next "
+            "one: take a causal model (is_decoder: true, where its config has that)."
+        )

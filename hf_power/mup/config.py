@@ -7,7 +7,9 @@ checkpoint loads everywhere without custom code.
 import copy
 import math
 
-from hf_power.compat import PreTrainedConfig
+import transformers
+
+from hf_power.compat import IS_4, PreTrainedConfig
 from hf_power.models import FAMILIES, PLAIN_FAMILIES, head_dim
 from hf_power.mup.rules import MupRecord
 from hf_power.records.errors import UserError
@@ -143,6 +145,12 @@ def _check_plain(config: PreTrainedConfig, preset: str, base_width: int) -> None
     if heads % kv_heads:
         raise UserError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}: change one of them."
+        )
+    explicit = getattr(config, "head_dim", None) not in (None, config.hidden_size / heads)
+    if config.model_type == "mixtral" and explicit and IS_4:
+        raise UserError(
+            f"head_dim is {config.head_dim} of {config.hidden_size} features and {heads} heads, but the GraniteMoe of transformers "
+            f"{transformers.__version__} leaves out head_dim: take transformers 5, or heads that divide hidden_size."
         )
     for name in ("sliding_window", "router_jitter_noise"):
         if getattr(config, name, None):

@@ -133,7 +133,7 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
         )
     if base_width is not None and base_width < 1:
         raise UserError(f"base_width must be a positive number of features, got {base_width}.")
-    sizes = None if base_config is None else _base_sizes(model.config, base_config)
+    sizes = None if base_config is None else base_sizes(model.config, base_config)
     roles_of(model, other_width(model, base_width, sizes))
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear head, so that muP cannot be applied to its logits.")
@@ -162,7 +162,7 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
     )
 
 
-def _base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, object]:
+def base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, object]:
     """The values of the base that differ from the model's own, which have to be sizes."""
     if type(base) is not type(config):
         raise UserError(

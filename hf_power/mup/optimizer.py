@@ -1,13 +1,17 @@
 """AdamW under muP: mup_param_groups and MupAdamW, for both forms."""
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_power.mup.roles import plain_factors
 from hf_power.mup.rules import RECORD, RULES, Factors, multiplier_factors, mup_record
@@ -122,7 +126,8 @@ class MupAdamW:
     For a model of the plain form it also makes clipping that of the multiplier form: a tensor with a folded multiplier
     c gets a gradient hook that multiplies its gradient by c, so that ``max_grad_norm`` holds for the norm of c * g,
     as does the norm that a Trainer logs. AdamW divides by the gradient's size, so that nothing else changes; eps is times c.
-    Under FSDP2 and DeepSpeed's ZeRO 3 such hooks are not called, and the norm is that of the stored tensors.
+    FSDP trains other tensors than those that it shards, which get their hooks when they are there. Under DeepSpeed's ZeRO 3
+    the hooks are not known to be called, so that it is refused together with clipping.
     """
 
     def __init__(self, *parameters: object, **kwargs: object) -> None:
@@ -144,7 +149,7 @@ class MupAdamW:
             raise UserError(f"optim is {name}, but muP has a rule for AdamW alone: give one of {', '.join(ADAMW)}.")
         with refused_by(f"optim {name}"):
             optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        return cls, {"optimizer": optimizer, "weight_decay": args.weight_decay, "fused": False, **kwargs}
+        return cls, {"optimizer": optimizer, "weight_decay": args.weight_decay, "fused": False, "max_grad_norm": args.max_grad_norm, **kwargs}
 
     def __call__(
         self,
@@ -155,19 +160,30 @@ class MupAdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: bool = True,
+        max_grad_norm: float = 0.0,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         **variant: Any,
     ) -> torch.optim.Optimizer:
         """AdamW over `mup_param_groups`; its ``defaults["lr"]`` is the base learning rate.
 
-        `optimizer` is torch's or another package's AdamW, and `variant` what that one takes besides.
+        `max_grad_norm` is what whoever trains clips to, `optimizer` torch's or another package's AdamW, and `variant` what
+        that one takes besides.
         """
         groups = mup_param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
+        multipliers = WeakTensorKeyDictionary()
         for group in groups:
             multiplier = group.get("multiplier", 1.0)
             group["eps"] *= multiplier
             for tensor in group["params"]:
                 _multiply_gradient_(tensor, multiplier)
+                if multiplier != 1.0:
+                    multipliers[tensor] = multiplier
+        if multipliers and max_grad_norm and is_deepspeed_zero3_enabled():
+            raise UserError(
+                f"max_grad_norm is {max_grad_norm}, but under DeepSpeed's ZeRO 3 the norm would not be that of muP, whose multipliers "
+                "are folded into the weights: set max_grad_norm to 0, or take ZeRO 2 or FSDP2."
+            )
+        _follow_shards_(model, multipliers)
         if fused:
             variant["fused"] = True
         if variant.get("optim_bits") == 8:
@@ -191,6 +207,23 @@ def mup_adamw(model: PreTrainedModel, args: TrainingArguments) -> torch.optim.Op
     factory, kwargs = MupAdamW.for_trainer(args)
     optimizer: torch.optim.Optimizer = factory()(model, **kwargs)
     return optimizer
+
+
+def _follow_shards_(model: nn.Module, multipliers: WeakTensorKeyDictionary) -> None:
+    """Let the tensors that FSDP puts in the place of a module's own in a forward pass have the same hooks."""
+    sharded = any(isinstance(tensor, DTensor) for tensor in model.parameters())
+    if not sharded and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            if tensor in multipliers:
+                module.register_forward_pre_hook(functools.partial(_hook_tensor, name, multipliers[tensor]))
+
+
+def _hook_tensor(name: str, multiplier: float, module: nn.Module, _args: object) -> None:
+    tensor = getattr(module, name)
+    if tensor.requires_grad and tensor not in _HOOKS:
+        _multiply_gradient_(tensor, multiplier)
 
 
 def _multiply_gradient_(tensor: torch.Tensor, multiplier: float) -> None:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 
 from hf_power.compat import PreTrainedConfig
-from hf_power.models import head_dim
+from hf_power.models import NUM_EXPERTS, head_dim
 from hf_power.records.errors import UserError
 
 # Attributes that grow with hidden_size. A config has some of them, and their aliases are the same attribute.
@@ -30,8 +30,6 @@ MLPS += ("moe_shared_expert_intermediate_size", "intermediate_size_mlp", "dense_
 MLPS += ("expert_ffn_hidden_size", "prefix_dense_intermediate_size", "mlp_intermediate_size")
 RANKS: tuple[str, ...] = ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "word_embed_proj_dim")
 GROWING = ("hidden_size", *HEADS, *MLPS, *RANKS)
-# The number of experts, which is the output of a router and never grows.
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def num_outputs_of_routers(config: PreTrainedConfig) -> set[int]:

@@ -3,7 +3,8 @@
 import copy
 
 from hf_power.compat import PreTrainedConfig
-from hf_power.mup.scale import HEADS, MLPS, NUM_EXPERTS, RANKS
+from hf_power.models import EXPERTS_PER_TOKEN, NUM_EXPERTS
+from hf_power.mup.scale import HEADS, MLPS, RANKS
 from hf_power.records.errors import UserError, refused_by
 
 WIDTH, HEAD, LAYERS, EXPERTS = 64, 16, 2, 4
@@ -12,7 +13,6 @@ _HEAD_SIZES = {"head_dim": HEAD, "qk_nope_head_dim": HEAD, "v_head_dim": HEAD, "
 _HEAD_SIZES |= {"rotary_dim": HEAD // 2, "query_pre_attn_scalar": HEAD, "global_head_dim": HEAD, "kv_channels": HEAD}
 _HEAD_SIZES |= {"swa_head_dim": HEAD, "swa_v_head_dim": HEAD, "qk_head_dim": HEAD + HEAD // 2}
 _GROUPS = ("n_group", "topk_group", "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers")
-_ACTIVE = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token", "top_k_experts")
 
 
 def shrink(config: PreTrainedConfig, **changes: object) -> PreTrainedConfig:
@@ -56,7 +56,10 @@ def _layers(config: PreTrainedConfig) -> list[int]:
 def _sizes(config: PreTrainedConfig) -> dict[str, object]:
     sizes: dict[str, object] = {"hidden_size": WIDTH}
     heads = getattr(config, "num_attention_heads", None)
-    own = {name: getattr(config, name, None) for name in (*HEADS, *MLPS, *RANKS, *NUM_EXPERTS, *_ACTIVE, *_GROUPS)}
+    own = {
+        name: getattr(config, name, None)
+        for name in (*HEADS, *MLPS, *RANKS, *NUM_EXPERTS, *EXPERTS_PER_TOKEN, *_GROUPS)
+    }
     given = {
         name: value for name, value in own.items() if isinstance(value, int) and not isinstance(value, bool) and value
     }

@@ -32,7 +32,9 @@ A run of hf_power stays below that: it takes a large loss in chunks (`hf_power.p
 experts follow autocast, which is not counted here.
 
 The rotary tables, token ids and labels (no multiple of h) are left out. On a CPU "saved" is within 1.2 % of what
-autograd holds, "peak" within 4 % of what is alive at once, for small Granite and GraniteMoe models in each compute.
+autograd holds, "peak" within 4 % of what is alive at once, for small Granite and GraniteMoe models in each compute. Other
+families are counted by the same formulas with their own sizes, `_Sizes`: an estimate, in which norms beside the two of a
+block, latent projections, biases and an MLP without a gate are not told apart, and every layer has the experts.
 """
 
 import math
@@ -40,7 +42,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hf_power.compat import PreTrainedConfig
-from hf_power.models import count_parameters, head_dim, num_experts
+from hf_power.models import count_parameters, experts_per_token, head_dim, num_experts
 from hf_power.plan.target import Layout, Machine, check_choice, check_positive
 
 COMPUTES = ("autocast", "bf16", "fp32")
@@ -104,41 +106,65 @@ def activation_bytes(
     return Activations(layer, copies, kept + head + 4 * logits + held, kept + max(moments))
 
 
-def _heads(config: PreTrainedConfig) -> tuple[int, int]:
-    """Widths of the queries, and of the keys."""
-    size = head_dim(config)
-    return config.num_attention_heads * size, config.num_key_value_heads * size
+class _Sizes(NamedTuple):
+    """Sizes of a layer: the heads, the width of all queries, of all keys, of the MLP that every token passes, of an expert."""
+
+    heads: int
+    queries: int
+    keys: int
+    inner: int
+    expert: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "_Sizes":
+        """By the names that families have for them."""
+        heads, size = config.num_attention_heads, head_dim(config)
+        if getattr(config, "qk_nope_head_dim", None):  # Latent attention has whole keys for every head.
+            size = config.qk_nope_head_dim + config.qk_rope_head_dim
+        kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
+        dense = _first(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
+        if not num_experts(config):
+            return cls(heads, heads * size, kv_heads * size, dense, 0)
+        expert = _first(config, "moe_intermediate_size") or dense
+        shared = _first(config, "shared_expert_intermediate_size") or _first(config, "n_shared_experts") * expert
+        return cls(heads, heads * size, kv_heads * size, shared, expert)
+
+
+def _first(config: PreTrainedConfig, *names: str) -> int:
+    """The first of some attributes that a config has; 0 where it has none."""
+    return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), 0)
 
 
 def _layer_bytes(config: PreTrainedConfig, compute: str) -> int:
     """What one token leaves in a layer for the backward pass."""
     stream, product, expert = _ELEMENTS[compute]
-    width, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _heads(config)
+    width, sizes = config.hidden_size, _Sizes.of(config)
     casts = compute == "autocast"
     total = 2 * ((4 + stream) * width + 4) + product * width * (3 if casts else 1)
-    total += product * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
-    if num_experts(config):
-        pair = expert * (2 * width + 4 * inner) + 36 + expert
-        total += product * width + config.num_experts_per_tok * pair
-    else:
-        total += product * (width * (2 if casts else 1) + 4 * inner)
+    total += product * (2 * sizes.queries + 2 * sizes.keys) + 4 * sizes.heads
+    if sizes.expert:
+        pair = expert * (2 * width + 4 * sizes.expert) + 36 + expert
+        total += product * width + experts_per_token(config) * pair
+    if sizes.inner:
+        total += product * (width * (2 if casts else 1) + 4 * sizes.inner)
     return int(total)
 
 
 def _matrices(config: PreTrainedConfig) -> list[int]:
     """Entries of a layer's matrices that are not an expert's."""
-    width, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _heads(config)
-    experts = num_experts(config)
-    return [width * queries] * 2 + [width * keys] * 2 + ([width * experts] if experts else [width * inner] * 3)
+    width, sizes = config.hidden_size, _Sizes.of(config)
+    mlp = [width * sizes.inner] * 3 if sizes.inner else []
+    router = [width * num_experts(config)] if sizes.expert else []
+    return [width * sizes.queries] * 2 + [width * sizes.keys] * 2 + mlp + router
 
 
 def _layer_gradients(config: PreTrainedConfig, tokens: int, compute: str) -> int:
     """Gradients that are alive at once in the backward pass of the MLP, which come and go."""
     _, product, expert = _ELEMENTS[compute]
-    width, inner = config.hidden_size, config.intermediate_size
-    if not num_experts(config):
-        return int(tokens * 2 * product * inner + 4 * max(_matrices(config)))
-    rows = tokens * config.num_experts_per_tok
+    width, sizes = config.hidden_size, _Sizes.of(config)
+    if not sizes.expert:
+        return int(tokens * 2 * product * sizes.inner + 4 * max(_matrices(config)))
+    rows, inner = tokens * experts_per_token(config), sizes.expert
     return int(expert * max(rows * max(3 * width, 2 * inner - width), num_experts(config) * 2 * inner * width))
 
 
@@ -200,7 +226,7 @@ def footprint(
     A checkpoint has 12 P bytes, 4 P of them weights, whatever the sharding.
 
     Args:
-        config: of a Llama, Mixtral, Granite or GraniteMoe model.
+        config: of any causal LM with attention layers.
         block_size: tokens per sequence, >= 1.
         per_device_batch_size: sequences of one micro-step on one device, >= 1.
         machine, layout: see there.

@@ -18,7 +18,7 @@ class Target:
     Attributes:
         tokens: length of the run, rounded up to whole steps.
         tokens_per_step: tokens of one optimizer step over all processes.
-        config: of the model, a Llama, Mixtral, Granite or GraniteMoe config; or
+        config: of the model, any causal LM; or
         parameters: its size alone, those that a token passes (active ones), without embeddings but with the head.
         block_size: tokens per sequence.
 

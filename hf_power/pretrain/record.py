@@ -24,6 +24,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import tqdm
 
 from hf_power.checkpoints.callback import output_folder
+from hf_power.models import SOFTMAX_ROUTERS, experts_per_token, num_experts
 from hf_power.pretrain.speed import attention_of
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.records.errors import UserError
@@ -34,7 +35,7 @@ MEASURES = ("aux_loss", "load_max", "load_min", "idle_experts", "router_entropy_
 
 
 class ExpertLoad:
-    """Measures the routing of one forward pass of a GraniteMoe or Mixtral model.
+    """Measures the routing of one forward pass of a model of `hf_power.models.SOFTMAX_ROUTERS`.
 
     With E experts of which each token takes k, f = tokens of an expert / tokens (sums to k), p = softmax of the router's
     logits and P = mean of p over tokens, f and P for each layer::
@@ -62,11 +63,11 @@ class ExpertLoad:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        if getattr(config, "num_local_experts", None) is None:
+        if config.model_type not in SOFTMAX_ROUTERS:
             raise UserError(
                 f"{type(model).__name__} has no experts whose load could be measured: pass a GraniteMoe or Mixtral model."
             )
-        self.num_experts, self.top_k = int(config.num_local_experts), int(config.num_experts_per_tok)
+        self.num_experts, self.top_k = num_experts(config), experts_per_token(config)
         self._started = False
         self._sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         decoder = model.base_model

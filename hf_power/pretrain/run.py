@@ -14,7 +14,7 @@ from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspee
 from hf_power.checkpoints.callback import SealCheckpoints, output_folder
 from hf_power.data.order import collate_blocks
 from hf_power.data.text import require_datasets
-from hf_power.models import flops_per_token, num_experts
+from hf_power.models import SOFTMAX_ROUTERS, flops_per_token
 from hf_power.mup.optimizer import MupAdamW
 from hf_power.plan.plan import describe_run
 from hf_power.plots import figures
@@ -196,7 +196,7 @@ def _trainer(
             record=record,
             bad_numbers=BadNumbers(record, settings.run.max_skipped_steps, settings.data.block_size),
             seals=seals,
-            expert_load=ExpertLoad(model) if num_experts(model.config) else None,
+            expert_load=ExpertLoad(model) if model.config.model_type in SOFTMAX_ROUTERS else None,
         ),
     )
     if not args.disable_tqdm:

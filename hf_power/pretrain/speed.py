@@ -14,7 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from hf_power.models import num_experts
+from hf_power.models import STOCK_BLOCKS, is_stock_block, num_experts
+from hf_power.mup.init import blocks_of
 
 ATTENTION = "sdpa_of_blocks"
 EXPERTS = "grouped_mm_under_autocast"
@@ -31,18 +32,18 @@ LossOfLogits: TypeAlias = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Ten
 def speed_up_(model: PreTrainedModel, args: TrainingArguments, block_size: int) -> PreTrainedModel:
     """Prepare a model in place for training on packed blocks without padding; its losses stay those of the stock path.
 
-    * SDPA attention is told that a block is one causal sequence. The stock path looks for padding and packed sequences in
-      every forward pass, which waits for the device.
+    * SDPA attention is told that a block is one causal sequence, where it is, see `attend_to_blocks_`. The stock path looks
+      for padding and packed sequences in every forward pass, which waits for the device.
     * Grouped products of experts follow autocast, as every other product does.
     * A loss whose fp32 logits exceed LOGITS_BYTES is taken chunk by chunk, see `chunk_loss_`. Not under DeepSpeed, whose
-      ZeRO 3 has no whole head outside of the head's own forward pass.
+      ZeRO 3 has no whole head outside of the head's own forward pass, and for the families of STOCK_BLOCKS alone.
     * With ``torch_compile``, the decoder layers are compiled, and share one graph, instead of the whole model; of a layer
       with experts its attention, norms and experts: the router reports its logits, which breaks graphs. So is what lies
       between the products of a loss in chunks.
     * Batches are copied to an accelerator while it computes.
 
     Args:
-        model: Llama, Mixtral, Granite or GraniteMoe for causal language modeling.
+        model: for causal language modeling.
         args: the run's TrainingArguments; its compile backend is set to "no" once the layers are compiled.
         block_size: tokens of a block, >= 1.
 
@@ -58,7 +59,12 @@ def speed_up_(model: PreTrainedModel, args: TrainingArguments, block_size: int) 
     chunks = loss_chunks(args.per_device_train_batch_size * block_size, model.config.vocab_size)
     compiler = functools.partial(torch.compile, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     # A smoothed loss is one of the logits of all tokens.
-    if chunks > 1 and args.deepspeed_plugin is None and not args.label_smoothing_factor:
+    if (
+        chunks > 1
+        and model.config.model_type in STOCK_BLOCKS
+        and args.deepspeed_plugin is None
+        and not args.label_smoothing_factor
+    ):
         chunk_loss_(model, chunks, compiler if args.torch_compile else None)
     if args.torch_compile:
         for region in _regions(model):
@@ -72,8 +78,11 @@ def speed_up_(model: PreTrainedModel, args: TrainingArguments, block_size: int) 
 
 
 def attend_to_blocks_(model: PreTrainedModel) -> PreTrainedModel:
-    """Tell SDPA attention that a block is one causal sequence, in place; other attention is left as it is."""
-    if model.config._attn_implementation == "sdpa":
+    """Tell SDPA attention that a block is one causal sequence, in place; other attention is left as it is.
+
+    So are windows and families that are not known to need no other mask, see `hf_power.models.STOCK_BLOCKS`.
+    """
+    if model.config._attn_implementation == "sdpa" and is_stock_block(model.config):
         # Under a name of our own transformers builds no mask, and the same function then takes its causal path.
         AttentionInterface.register(ATTENTION, sdpa_attention_forward)
         model.set_attn_implementation(ATTENTION)
@@ -87,8 +96,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def _regions(model: PreTrainedModel) -> Iterator[nn.Module]:
-    layers = model.get_submodule(f"{model.base_model_prefix}.layers")
-    for layer in layers.children():
+    for layer in blocks_of(model):
         if not num_experts(model.config):
             yield layer
             continue

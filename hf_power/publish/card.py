@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_power.checkpoints.locate import weight_files
 from hf_power.data.text import PYTHON_STDLIB
-from hf_power.models import FAMILIES, count_parameters
+from hf_power.models import NUM_EXPERTS, count_parameters
+from hf_power.mup.rules import RECORD
 from hf_power.publish.sources import (
     Facts,
     Sources,
@@ -65,10 +67,10 @@ def card_data(sources: Sources, license: str, name: str, perplexity: float | Non
     dataset = data.get("dataset") or ""
     is_hub_id = _HUB_ID.fullmatch(dataset) and not is_local(data, run)
     source = sources.export.source.get("name") or ""
-    is_muped = config.get("mup") or sources.export.to
+    is_muped = config.get("mup") or config.get(RECORD) or sources.export.to
     tags = ["hf_power", *(["power-scheduler"] if run.schedule else []), *(["mup"] if is_muped else [])]
     tags += [str(config["model_type"])] if config.get("model_type") else []
-    tags += ["moe"] if config.get("num_local_experts") else []
+    tags += ["moe"] if any(config.get(name) for name in NUM_EXPERTS) else []
     results = _results(sources, perplexity)
     return ModelCardData(
         license=license,
@@ -245,7 +247,7 @@ def _texts(folder: Path, sources: Sources) -> dict[str, object]:
 
 
 def _counts(folder: Path, config: Facts) -> dict[str, int]:
-    if str(config.get("model_type")) not in FAMILIES:
+    if str(config.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return {}
     with refused_by(str(folder / "config.json")):
         counts = count_parameters(AutoConfig.from_pretrained(folder))

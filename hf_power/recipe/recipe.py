@@ -5,12 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy as np
+from transformers import CONFIG_MAPPING
 
-from hf_power.models import PLAIN_FAMILIES
+from hf_power.models import ANY
 from hf_power.mup.config import PRESETS
+from hf_power.mup.init import initializer_range
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
@@ -29,6 +31,10 @@ MUP = (
     *("base_head_dim", "base_num_layers"),
 )
 _FEW = Limit(lambda words: f"{words} of at most {MAX_SAMPLES} draws", lambda draws: len(draws) <= MAX_SAMPLES)
+_FAMILY = Limit(
+    lambda words: words.replace("a text", "a model type of transformers, e.g. llama"),
+    lambda name: name in CONFIG_MAPPING,
+)
 _REMEDY = "write it with Recipe.save"
 
 # A schedule that knows its horizon, and so may have a law of its peak.
@@ -69,7 +75,9 @@ class Recipe:
         parameterization: "mup", or "standard" where the proxies were not under muP.
         max_lr: eta_max, the cap, > 0.
         weight_decay: AdamW's coefficient at base width; the law only holds for the one it was tuned with. None: not known.
-        model_type: "llama" or "mixtral", of the proxies; None for any.
+        model_type: of the proxies, "llama" or "mixtral" or that of any other causal LM of transformers; None for any.
+        form: of the proxies' muP, "multiplier" or "plain", see `hf_power.mup`; the plain form has multipliers of 1 and no
+            other numbers of muP than base_width or base_config, and initializer_range.
         tokenizer: `hf_power.data.tokenizer.tokenizer_fingerprint` of the proxies' tokenizer; None for any.
         warmup_tokens: length of the proxies' warmup, in tokens; None for unknown.
         decay_ratio: length of the proxies' tail over the run, in [0, 1].
@@ -79,6 +87,7 @@ class Recipe:
         embedding_multiplier, residual_multiplier, initializer_range: muP's constants.
         attention_multiplier, base_intermediate_size, base_attention_width, base_head_dim, base_num_layers: arguments of
             `mup_config` that the proxies were given; None for its own choice.
+        base_config: of the plain form, the config of the model at its base in place of base_width; None for base_width.
         laws: schedule -> the law of the best peak of a schedule that knows its horizon (eq. 6).
         intervals: 95 % of "a" (Power's own) and of the law's other numbers, as [low, high].
         samples: bootstrap draws of the fitted law, at most 500, see `hf_power.records.run.Sample`.
@@ -98,7 +107,8 @@ class Recipe:
     parameterization: Literal["mup", "standard"] = "mup"
     max_lr: Finite = PAPER_MAX_LR
     weight_decay: Finite | None = 0.1
-    model_type: Annotated[str, one_of(PLAIN_FAMILIES)] | None = None
+    model_type: Annotated[str, _FAMILY] | None = None
+    form: Literal["multiplier", "plain"] = "multiplier"
     tokenizer: str | None = None
     warmup_tokens: int | None = None
     decay_ratio: Finite = 0.1
@@ -113,6 +123,7 @@ class Recipe:
     base_attention_width: Positive | None = None
     base_head_dim: Positive | None = None
     base_num_layers: Positive | None = None
+    base_config: dict[str, Json] | None = None
     laws: dict[KnownHorizon, Law] = field(default_factory=dict)
     intervals: Intervals = field(default_factory=Intervals)
     samples: Annotated[list[Sample], _FEW] = field(default_factory=list)
@@ -285,11 +296,19 @@ class Recipe:
         names = ("warmup_tokens", "decay_ratio", "decay_shape")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def settings(self) -> dict[str, float | str]:
+    def settings(self) -> dict[str, object]:
         """The same numbers under the names that pretraining gives them; a run may not contradict them."""
-        names = ("weight_decay", "preset", *MUP) if self.parameterization == "mup" else ("weight_decay",)
+        names = ("weight_decay", *self._mup_names())
         numbers = {name: getattr(self, name) for name in names}
         return {"learning_rate": self.max_lr} | {name: value for name, value in numbers.items() if value is not None}
+
+    def _mup_names(self) -> tuple[str, ...]:
+        """The fields that are settings of muP."""
+        if self.parameterization == "standard":
+            return ()
+        if self.form == "multiplier":
+            return ("preset", *MUP)
+        return ("base_width" if self.base_config is None else "base_config", "initializer_range")
 
 
 def predictive_factors(
@@ -324,8 +343,7 @@ def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
         found["warmup_tokens"] = max(row.warmup_tokens or 0 for row in rows)
     found["tokenizer"] = first.data.get("tokenizer")
     if first.settings:
-        mup = {k: v for k, v in first.settings.get("mup", {}).items() if v is not None and k in (*MUP, "preset")}
-        found |= PRESETS[str(mup.get("preset", "paper"))] | mup
+        found |= _mup_of(first)
     if first.decay_tokens is not None:
         longest = max(rows, key=lambda row: row.tokens / row.tokens_per_step)
         steps = longest.tokens // longest.tokens_per_step
@@ -334,3 +352,15 @@ def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
         ratios = (round(tail / steps, digits) for digits in range(1, 16))
         found["decay_ratio"] = next((ratio for ratio in ratios if round(ratio * steps) == tail), tail / steps)
     return found
+
+
+def _mup_of(row: Row) -> dict[str, object]:
+    """The numbers of muP that a run of the sweep was made with."""
+    given = row.settings.get("mup", {}).items()
+    mup: dict[str, object] = {name: v for name, v in given if v is not None and name in (*MUP, "preset", "base_config")}
+    if row.settings.get("model", {}).get("model_type") != ANY:
+        return {**PRESETS[str(mup.get("preset", "paper"))], **mup}
+    config = cast("dict[str, object]", row.settings["model"]["model_config"])
+    class_ = CONFIG_MAPPING[str(config["model_type"])]
+    plain = {"form": "plain", "embedding_multiplier": 1.0, "residual_multiplier": 1.0}
+    return {**plain, "initializer_range": initializer_range(class_.from_dict(dict(config))), **mup}

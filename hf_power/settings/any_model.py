@@ -1,16 +1,44 @@
-"""The config of any causal LM of transformers, for a check of it: from its config.json, or from YAML with `model_type: any`."""
+"""The config of any causal LM of transformers, of YAML with `model_type: any`, or of its config.json."""
 
-from collections.abc import Sequence
+import difflib
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_power.compat import PreTrainedConfig
-from hf_power.mup.scale import scale_width
+from hf_power.compat import PreTrainedConfig, arguments_of
+from hf_power.mup.scale import GROWING, scale_width
 from hf_power.mup.shrink import shrink
 from hf_power.records.errors import NotFoundError, UserError, refused_by, shown
+from hf_power.records.files import parse_json
 
+WIDTHS = (64, 128, 256, 512)  # Of a coordinate check.
 DEEPEST = 4  # Layers of a model that is checked as it is; its rules are those of two layers.
+# What a published config.json says of its file, its code and its tokenizer, and not of the shape of the model.
+OF_THE_FILE = (
+    "architectures",
+    "auto_map",
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class")
+# Arguments that configs take beside their fields, as files of older versions have them.
+BESIDE = {"model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "attn_implementation"}
+
+
+def unknown_key(what: str, name: str, known: list[str]) -> str:
+    """The sentence for a key that is not known, with the nearest one that is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{what} is unknown" + (
+        f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ..."
+    )
 
 
 def config_file(source: str) -> Path | None:
@@ -31,22 +59,111 @@ def config_file(source: str) -> Path | None:
 
 def config_of_file(path: Path) -> PreTrainedConfig:
     """The config in a config.json; a UserError where transformers refuses it."""
-    with refused_by(f"the config {path}"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path))
-    return config
+    return config_of_mapping(mapping_of(str(path), str(path)), str(path))
 
 
-def config_of_mapping(values: dict[str, object]) -> PreTrainedConfig:
-    """The config of the arguments of its class, with their model_type; a UserError where transformers refuses them."""
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str):
+def mapping_of(source: object, where: str) -> dict[str, object]:
+    """The arguments of a causal LM's config with its model_type, in a mapping, in JSON, or in a config.json or its folder.
+
+    A file is of a published model, whose token ids, dtype and versions are left out, because they belong to its tokenizer
+    and its weights. Of a config of several models the text's alone is taken. `where` names the source in errors.
+
+    Raises:
+        UserError: no mapping, a model_type that transformers does not have, or a name that its config does not know.
+    """
+    if isinstance(source, str) and not source.lstrip().startswith("{"):
+        if (path := config_file(source)) is None:
+            raise UserError(f"{where} must be a mapping of config arguments or a config.json, got {shown(source)}.")
+        return _text_of(parse_json(path.read_bytes(), str(path), "pass the config.json of a model"), str(path))
+    if isinstance(source, str):
+        source = parse_json(source.encode(errors="replace"), where, "give a mapping of config arguments")
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where} must be a mapping of config arguments, got {shown(source)}: correct it.")
+    values = {str(name): value for name, value in source.items()}
+    kind = config_class(values, where)
+    names = names_of_config(kind)
+    for name in values:
+        if name not in names and name not in BESIDE:
+            raise UserError(unknown_key(f"{where}.{name}", name, sorted(names)))
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def names_of_config(kind: type[PreTrainedConfig]) -> dict[str, str]:
+    """The names that a config knows -> the one among its arguments: an alias beside it would be a second value."""
+    own = arguments_of(kind)
+    # In most families the alias stands for an argument; in some it is the argument.
+    pairs = [pair for alias, name in kind.attribute_map.items() for pair in ((alias, name), (name, alias))]
+    aliases = {other: name for other, name in pairs if name in own and other not in own}
+    return {name: name for name in own | _read_by_the_model(kind)} | aliases
+
+
+@functools.cache
+def _read_by_the_model(kind: type[PreTrainedConfig]) -> frozenset[str]:
+    """Names that the code of a config's causal LM reads and its class need not declare, such as head_dim of Qwen3-MoE."""
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return frozenset()
+    source = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[kind].__module__])
+    return frozenset(re.findall(r"config(?:\.|, \")(\w+)", source))
+
+
+def _text_of(content: object, where: str) -> dict[str, object]:
+    """What a config.json says of the shape of its text model."""
+    if not isinstance(content, dict):
         raise UserError(
-            f"model_config needs a model_type where that of the section model is any, e.g. qwen3, got {shown(model_type)}: "
-            "give both."
+            f"{where} must hold the mapping of a config, got {shown(content)}: pass the config.json of a model."
         )
-    with refused_by("model_config"):
-        config: PreTrainedConfig = AutoConfig.for_model(**values)  # type: ignore[arg-type]
-    return config
+    kind = config_class(content, where)
+    with refused_by(f"the config {where}"):
+        text = kind.from_dict(dict(content)).get_text_config(decoder=True)
+    if type(text) is not kind:
+        part = next((value for name, value in content.items() if "text" in name and isinstance(value, dict)), {})
+        content, kind = {**part, "model_type": text.model_type}, type(text)
+    content = {name: value for name, value in content.items() if name not in (*OF_THE_FILE, *OF_THE_TOKENIZER)}
+    # A file may have names that its config does not know, and older names of some that it does.
+    names = names_of_config(kind) | {"model_type": "model_type"}
+    known = {names[name]: value for name, value in content.items() if name in names}
+    with refused_by(f"the config {where}"):
+        whole, without = kind.from_dict(dict(content)).to_dict(), kind.from_dict(dict(known)).to_dict()
+    renamed = {name: value for name, value in whole.items() if name in without and without[name] != value}
+    return known | renamed
+
+
+def config_class(values: Mapping[str, object], where: str) -> type[PreTrainedConfig]:
+    """The class of a config, by its model_type."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(
+            f"{where} needs a model_type where that of the section model is any, e.g. qwen3, got {shown(kind)}: give both."
+        )
+    if kind not in CONFIG_MAPPING:
+        why = "brings its own code (auto_map), which hf_power does not run" if "auto_map" in values else "is unknown"
+        raise UserError(f"model_type {shown(kind)} of {where} {why}: use a model type of transformers.")
+    found: type[PreTrainedConfig] = CONFIG_MAPPING[kind]
+    return found
+
+
+def config_of_mapping(values: Mapping[str, object], where: str = "model_config") -> PreTrainedConfig:
+    """The config of what `mapping_of` gives; a UserError where transformers refuses it or it is of no causal LM."""
+    kind = config_class(values, where)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model_type {kind.model_type} of {where} is no causal language model: give that of one.")
+    with refused_by(where):
+        # `from_dict` also reads what files of older versions say.
+        return kind.from_dict(dict(values))
+
+
+def sizes_of(config: PreTrainedConfig, other: PreTrainedConfig) -> dict[str, object]:
+    """The values of another config of the same class that differ from those of a config."""
+    own = config.to_dict()
+    return {name: value for name, value in other.to_dict().items() if own.get(name) != value}
+
+
+def fixed_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> tuple[str, ...]:
+    """Sizes that do not grow with the width, as two configs of different hidden_size tell."""
+    if config.hidden_size == base.hidden_size:
+        return ()
+    pairs = ((name, getattr(config, name, None), getattr(base, name, None)) for name in GROWING)
+    return tuple(name for name, one, two in pairs if one is not None and one == two)
 
 
 def fitting(config: PreTrainedConfig, widths: Sequence[int], fixed: Sequence[str]) -> tuple[PreTrainedConfig, bool]:

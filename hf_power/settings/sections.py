@@ -1,22 +1,22 @@
 """The sections of a run's settings: what each may hold, and what pretraining takes where nothing is given."""
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
 from hf_power.compat import PreTrainedConfig, arguments_of
 from hf_power.data.text import DataArguments
-from hf_power.models import FAMILIES, PLAIN_FAMILIES
+from hf_power.models import ANY, FAMILIES, PLAIN_FAMILIES
+from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import parse_json
 from hf_power.schedule import PAPER_MAX_LR
-from hf_power.settings.any_model import config_of_mapping
+from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of
+from hf_power.settings.any_model import unknown_key as unknown_key
 
-ANY = "any"  # The model_type of a section whose model_config says it all.
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 
@@ -62,12 +62,20 @@ def parse_tokens(value: object, name: str) -> int:
         raise UserError(f"{name} must be a number of tokens such as 30M or 2.1B, got {shown(value)}.") from error
 
 
+class Default(int):
+    """A number that stands where none was given."""
+
+
 @dataclass
 class ModelArguments:
-    """Shape of a Llama- or Mixtral-style model trained from scratch."""
+    """Shape of a model trained from scratch: of a Llama or Mixtral by its sizes, of any causal LM by its config."""
 
-    model_type: str = field(default="llama", metadata={"help": "llama or mixtral; in coord-check also any."})
-    hidden_size: int = field(default=256, metadata={"help": "Width."})
+    model_type: str = field(
+        default="llama", metadata={"help": "llama, mixtral, or any: any causal LM of transformers, by model_config."}
+    )
+    hidden_size: int = field(
+        default=Default(256), metadata={"help": "Width; with model_type any, what model_config is scaled to."}
+    )
     intermediate_size: int = field(default=640, metadata={"help": "Width of the MLP, or of one expert."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Depth."})
     num_attention_heads: int = field(default=4, metadata={"help": "Query heads."})
@@ -76,24 +84,47 @@ class ModelArguments:
     num_local_experts: int = field(default=8, metadata={"help": "Experts (mixtral)."})
     num_experts_per_tok: int = field(default=2, metadata={"help": "Experts of each token (mixtral)."})
     model_config: dict | str | None = field(  # type: ignore[type-arg]  # HfArgumentParser takes bare dict only
-        default=None, metadata={"help": "Any other argument of LlamaConfig or MixtralConfig, as a mapping."}
+        default=None,
+        metadata={"help": "Any other argument of the config, as a mapping; with model_type any also a config.json."},
     )
+    # Sizes that do not grow with hidden_size, as `mup.base_config` tells; None where it cannot tell them.
+    fixed: tuple[str, ...] | None = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        """With model_type any, model_config becomes the mapping that records and rows have."""
+        if self.model_type != ANY:
+            return
+        for known in dataclasses.fields(self):
+            beside = known.name not in ("model_type", "model_config", "hidden_size", "fixed")
+            if beside and getattr(self, known.name) != known.default:
+                raise UserError(
+                    f"{known.name} stands beside model_type any, with which all sizes are in model_config: move it there."
+                )
+        self.model_config = mapping_of(self.model_config, "model_config")
+        width = getattr(self.any_config(), "hidden_size", None)
+        if isinstance(self.hidden_size, Default) and isinstance(width, int):
+            self.hidden_size = Default(width)
+
+    @property
+    def family(self) -> str:
+        """The model type of transformers."""
+        return str(self._mapping()["model_type"]) if self.model_type == ANY else self.model_type
 
     def config(self, **numbers: int | None) -> PreTrainedConfig:
-        """The plain LlamaConfig or MixtralConfig; `numbers` (vocab_size ...) yield to model_config.
+        """The plain config of the model; `numbers` (vocab_size ...) yield to model_config.
 
         Raises:
             UserError: another model_type, an unknown key of model_config, or sizes that do not divide.
         """
         if self.model_type == ANY:
-            raise UserError(
-                "model_type any is taken by coord-check alone: train such a model with mup_init_ and MupAdamW in a script of "
-                "your own."
-            )
+            return self._scaled(numbers)
         if self.model_type not in PLAIN_FAMILIES:
-            raise UserError(f"there is no muP rule for model_type {self.model_type!r}: use llama or mixtral.")
+            raise UserError(
+                f"model_type {self.model_type!r} has no sizes here: use llama or mixtral, or any with a model_config of that "
+                "model_type."
+            )
         family, shape = FAMILIES[self.model_type].config_class, dataclasses.asdict(self)
-        shape = {k: v for k, v in shape.items() if k not in ("model_type", "model_config") and v is not None}
+        shape = {k: v for k, v in shape.items() if k not in ("model_type", "model_config", "fixed") and v is not None}
         known = arguments_of(family)
         extra = self._extra(known)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -109,17 +140,29 @@ class ModelArguments:
             return family(**{**numbers, **{k: v for k, v in shape.items() if k in known}, **extra})
 
     def any_config(self) -> PreTrainedConfig:
-        """The config of any causal LM, whose arguments all stand in model_config, with its model_type.
-
-        Raises:
-            UserError: a size beside model_config, or what `config_of_mapping` refuses.
-        """
-        for known in dataclasses.fields(self):
-            if known.name not in ("model_type", "model_config") and getattr(self, known.name) != known.default:
-                raise UserError(
-                    f"{known.name} stands beside model_type any, with which all sizes are in model_config: move it there."
-                )
+        """The config of model_config, as it is written there."""
         return config_of_mapping(self._mapping())
+
+    def _scaled(self, numbers: dict[str, int | None]) -> PreTrainedConfig:
+        """The config of any causal LM, scaled to a hidden_size that was given."""
+        config = self.any_config()
+        if not isinstance(self.hidden_size, Default):
+            config = self.at_width(config, self.hidden_size)
+        given, names = self._mapping(), names_of_config(type(config))
+        # Blocks are never padded, and an embedding with a padding token would never learn the row of that token.
+        for name, value in {"pad_token_id": None, **numbers}.items():
+            if names.get(name, name) not in given:
+                setattr(config, name, value)
+        return config
+
+    def at_width(self, config: PreTrainedConfig, hidden_size: int) -> PreTrainedConfig:
+        """A config at another width, for which model_type any has the sizes that grow, and the others `scale_width`."""
+        if hidden_size != config.hidden_size and self.fixed is None:
+            raise UserError(
+                f"base_config has the hidden_size {config.hidden_size} of model_config, so that nothing tells which sizes grow "
+                f"with it to {hidden_size}: give base_config another width."
+            )
+        return scale_width(config, hidden_size, fixed=self.fixed or ())
 
     def _mapping(self) -> dict[str, object]:
         """model_config as a mapping, which a flag gives as JSON."""
@@ -139,12 +182,20 @@ class ModelArguments:
         return extra
 
 
+# What the section mup may hold with model_type any.
+PLAIN_FORM = ("mup", "base_width", "base_config", "initializer_range")
+
+
 @dataclass
 class MupArguments:
     """muP, see `hf_power.mup_config`."""
 
     mup: bool = field(default=True, metadata={"help": "False: plain Llama/Mixtral with one learning rate."})
     base_width: int = field(default=256, metadata={"help": "hidden_size at which muP changes nothing."})
+    base_config: dict | str | None = field(  # type: ignore[type-arg]
+        default=None,
+        metadata={"help": "With model_type any: config at the base, where not all sizes grow; mapping or config.json."},
+    )
     base_intermediate_size: int | None = field(default=None, metadata={"help": "MLP width at base_width."})
     base_attention_width: int | None = field(default=None, metadata={"help": "Heads x head size at base_width."})
     base_head_dim: int | None = field(default=None, metadata={"help": "Head size at which logits have Llama's scale."})
@@ -155,9 +206,35 @@ class MupArguments:
     attention_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
     initializer_range: float | None = field(default=None, metadata={"help": "Wins over the preset."})
 
+    def __post_init__(self) -> None:
+        if self.base_config is not None:
+            self.base_config = mapping_of(self.base_config, "base_config")
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `mup_config`."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "mup"}
+        own = dataclasses.asdict(self)
+        return {name: value for name, value in own.items() if name not in ("mup", "base_config")}
+
+    def plain_base(self, model: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
+        """The base of the plain form, as an argument of `mup_init_`, for a config of the model."""
+        if self.base_config is None:
+            return {"base_width": self.base_width}
+        written = model.any_config()
+        if not isinstance(model.hidden_size, Default):
+            written = model.at_width(written, model.hidden_size)
+        base = config_of_mapping(cast("dict[str, object]", self.base_config), "base_config")
+        # Token ids and lengths are those of the run.
+        with refused_by("base_config"):
+            return {"base_config": type(config).from_dict({**config.to_dict(), **sizes_of(written, base)})}
+
+    def refuse_multipliers(self) -> None:
+        """Raise a UserError for what belongs to the multiplier form of muP, where the plain form is asked for."""
+        for known in dataclasses.fields(self):
+            if known.name not in PLAIN_FORM and getattr(self, known.name) != known.default:
+                raise UserError(
+                    f"{known.name} belongs to the multipliers of muP, which a model of model_type any has folded into its "
+                    "weights: leave it out."
+                )
 
 
 @dataclass
@@ -212,11 +289,3 @@ NOT_RECORDED |= {f"hub_{name}" for name in ("token", "model_id", "strategy", "pr
 def names_of(section: str) -> list[str]:
     """The settings of a section."""
     return [f.name for f in dataclasses.fields(SECTIONS[section]) if f.init]
-
-
-def unknown_key(what: str, name: str, known: list[str]) -> str:
-    """The sentence for a key that is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{what} is unknown" + (
-        f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ..."
-    )

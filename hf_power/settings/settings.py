@@ -17,11 +17,13 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from hf_power.compat import CHECKPOINTING, PreTrainedConfig, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
-from hf_power.models import count_parameters, num_experts, without_memory
+from hf_power.models import ANY, count_parameters, num_experts, without_memory
+from hf_power.mup.check import refuse_without_rule
 from hf_power.mup.config import mup_config
-from hf_power.mup.init import mup_init_, new_model
+from hf_power.mup.init import initializer_range, mup_init_, new_model, set_initializer_range
 from hf_power.recipe import Recipe
 from hf_power.records.errors import UserError, refused_by, shown
+from hf_power.settings.any_model import config_of_mapping, fixed_sizes
 from hf_power.settings.arguments import refuse_without_effect
 from hf_power.settings.contradictions import refuse_contradictions, refuse_optimizer, refuse_schedule
 from hf_power.settings.read import flatten
@@ -68,6 +70,27 @@ class Settings:
         for name in TOKEN_LENGTHS:
             if isinstance(kwargs.get(name), str):
                 kwargs[name] = parse_tokens(kwargs[name], f"lr_scheduler_kwargs.{name}")
+        if self.mup.base_config is not None:
+            self._compare_with_base()
+
+    def _compare_with_base(self) -> None:
+        """Two configs tell which sizes grow with the width."""
+        if not self.is_plain:
+            raise UserError("base_config is of model_type any alone: give base_width and base_intermediate_size.")
+        if "base_width" in self.given:
+            raise UserError("base_width stands beside base_config, which has a hidden_size of its own: leave it out.")
+        config = self.model.any_config()
+        base = config_of_mapping(cast("dict[str, object]", self.mup.base_config), "base_config")
+        if type(base) is not type(config):
+            raise UserError(
+                f"base_config is of a {base.model_type}, but model_config of a {config.model_type}: give one kind."
+            )
+        self.model.fixed = None if base.hidden_size == config.hidden_size else fixed_sizes(config, base)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model is a stock class that muP's multipliers are folded into, or that has none."""
+        return self.model.model_type == ANY
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, object]) -> "Settings":
@@ -130,7 +153,15 @@ class Settings:
             eos_token_id=tokenizer.eos_token_id,
         )
         check_token_ids(tokenizer, config.vocab_size, "the model")
-        return mup_config(config, **self.mup.arguments()) if self.mup.mup else config
+        return self.under_mup(config) if self.mup.mup else config
+
+    def under_mup(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The plain config with muP's multipliers, or in the plain form with the initializer_range of the section mup."""
+        if not self.is_plain:
+            return mup_config(config, **self.mup.arguments())
+        if self.mup.initializer_range is not None:
+            set_initializer_range(config, self.mup.initializer_range)
+        return config
 
     def apply_recipe(self) -> Recipe | None:
         """Take the tuned numbers from ``run.recipe``, and return it.
@@ -149,7 +180,20 @@ class Settings:
             if self.mup.mup:
                 what = "the sweep of the recipe had standard parameterization: set mup to False"
             raise UserError(f"mup is {self.mup.mup} in the settings, but {what}.")
-        _agree("model_type", recipe.model_type or self.model.model_type, self.model.model_type)
+        _agree("model_type", recipe.model_type or self.model.family, self.model.family)
+        if self.mup.mup and self.is_plain != (recipe.form == "plain"):
+            raise UserError(
+                f"the recipe was tuned with the {recipe.form} form of muP: "
+                + ("leave model_type any." if self.is_plain else "give model_type any with a model_config.")
+            )
+        if self.is_plain and self.mup.mup and "initializer_range" not in self.given:
+            # A value that stands in model_config must be the recipe's, too.
+            config = self.model.any_config()
+            written = {"initializer_range", "init_std", "initializer_std"} & set(
+                cast("dict[str, object]", self.model.model_config)
+            )
+            if written:
+                _agree("initializer_range", recipe.initializer_range, initializer_range(config))
         numbers, power = recipe.settings(), self.training.lr_scheduler_type == "power"
         if not power:
             del numbers["learning_rate"]
@@ -158,6 +202,8 @@ class Settings:
             _agree(name, value, getattr(part, name) if name in self.given else value)
             setattr(part, name, value)
         self.given |= set(numbers)
+        if "base_config" in numbers:
+            self._compare_with_base()
         if power:
             kwargs = self.schedule_kwargs
             for name, value in recipe.schedule_kwargs(self.size_for(recipe)).items():
@@ -196,8 +242,16 @@ class Settings:
         self.check_layer()
         refuse_reentrant(config, getattr(self.training, f"{CHECKPOINTING}_kwargs"))
         if self.mup.mup:
-            mup_config(config, **self.mup.arguments())
+            self.check_mup(config)
         self.check_arguments()
+
+    def check_mup(self, config: PreTrainedConfig) -> None:
+        """Refuse a model for which muP has no rule."""
+        if self.is_plain:
+            self.mup.refuse_multipliers()
+            refuse_without_rule(self.under_mup(config), **self.mup.plain_base(self.model, config))
+        else:
+            mup_config(config, **self.mup.arguments())
 
     def check_arguments(self) -> None:
         """Refuse arguments of the training that would change nothing, or that no run can follow."""
@@ -234,7 +288,8 @@ class Settings:
     def check_layer(self) -> None:
         """Build one layer without weights: much of a config is only refused by the model's own code."""
         config = self.model.config(vocab_size=2**20)  # the tokenizer's is not known yet
-        config.num_hidden_layers = 1
+        if not self.is_plain:  # The layers of another family may be of several kinds.
+            config.num_hidden_layers = 1
         without_memory(config)
 
 
@@ -277,5 +332,8 @@ def build_model(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
 ) -> PreTrainedModel:
     """The model of the settings, see `Settings.model_config_for`, initialized from torch's global random numbers."""
-    model = new_model(settings.model_config_for(tokenizer, vocab_size))
-    return mup_init_(model) if settings.mup.mup else model
+    config = settings.model_config_for(tokenizer, vocab_size)
+    model = new_model(config)
+    if not settings.mup.mup:
+        return model
+    return mup_init_(model, **(settings.mup.plain_base(settings.model, config) if settings.is_plain else {}))

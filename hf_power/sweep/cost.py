@@ -14,6 +14,7 @@ from hf_power.sweep.ensemble import Ensemble, Member
 from hf_power.sweep.grid import Grid
 from hf_power.sweep.jobs import Group, job_tokens, start_jobs
 from hf_power.sweep.run import stages_of, within_budget
+from hf_power.sweep.stacked import can_be_stacked
 from hf_power.sweep.trunks import Bench, prepare
 
 TRIAL_STEPS = 4
@@ -25,7 +26,10 @@ ROW_BYTES = 3000
 
 @dataclass(frozen=True)
 class GroupCost:
-    """What a group will cost: tokens with its trunks counted once, or for each row; seconds of one worker."""
+    """What a group will cost: tokens with its trunks counted once, or for each row; seconds of one worker.
+
+    `stackable` says whether its members can be computed as one, see `hf_power.sweep.stacked.can_be_stacked`.
+    """
 
     name: str
     runs: int
@@ -34,6 +38,7 @@ class GroupCost:
     flops: float
     seconds: float
     state_bytes: int
+    stackable: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = N
                 flops=tokens * trial.flops_per_token,
                 seconds=tokens * trial.seconds_per_token + runs * trial.seconds_per_evaluation,
                 state_bytes=trial.state_bytes,
+                stackable=trial.stackable,
             )
         )
     torch.set_num_threads(threads)
@@ -113,6 +119,8 @@ def estimate_text(cost: Estimate) -> str:
         f"{cost.workers} worker(s), {cost.bytes / 1e6:.0f} MB of disk; learning rates that the sweep adds beyond "
         "an edge come on top."
     )
+    if not all(group.stackable for group in cost.groups):
+        lines.append("models of this family cannot be computed as one: the members of a group are trained one after another.")
     return "\n".join(lines)
 
 
@@ -121,6 +129,7 @@ class _Trial(NamedTuple):
     seconds_per_evaluation: float
     flops_per_token: float
     state_bytes: int
+    stackable: bool
 
 
 def _trial(bench: Bench, group: Group, num_members: int) -> _Trial:
@@ -146,4 +155,5 @@ def _trial(bench: Bench, group: Group, num_members: int) -> _Trial:
         flops_per_token=flops_per_token(model.config, block),
         # Weights and two moments in fp32.
         state_bytes=12 * model.num_parameters() * num_members,
+        stackable=can_be_stacked(model),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_power.models import block_losses, num_experts
+from hf_power.models import block_losses, is_stock_block, num_experts
 from hf_power.mup.optimizer import MupAdamW
 from hf_power.pretrain.speed import attend_to_blocks_
 from hf_power.records.errors import UserError
@@ -119,7 +119,9 @@ class Ensemble:
         rates = [[float(group["lr"]) for group in opt.param_groups] for opt in self.optimizers]
         self._base_lrs = torch.tensor(rates, dtype=torch.float64)
         # A graph holds the kernels of fixed tensors; experts decide on the host how much there is to compute.
-        self._captures = device.type == "cuda" and not num_experts(self.models[0].config)
+        # So may the masks of attention that is not known to need none.
+        config = self.models[0].config
+        self._captures = device.type == "cuda" and not num_experts(config) and is_stock_block(config)
         self._device_lrs = self._base_lrs.float().to(device)
         self._forget_graph()
         self._blocks = BlocksOfSeeds(data, [member.seed for member in members], self.num_sequences, device)
@@ -139,8 +141,8 @@ class Ensemble:
         stackable = can_be_stacked(self.models[0])
         if batched and not stackable:
             raise UserError(
-                f"{type(self.models[0]).__name__} has weights that cannot be stacked (experts, or an embedding with a padding "
-                "token): leave batched at None, and its members are trained one after another."
+                f"{type(self.models[0]).__name__} cannot be stacked (experts, an embedding with a padding token, or a family or "
+                "attention whose stacked form is not known): leave batched at None, and its members are trained one after another."
             )
         if batched is None:
             few_tokens = self.num_sequences * self.block_size <= BATCHED_CPU_TOKENS

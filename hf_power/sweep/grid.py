@@ -5,13 +5,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
-from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError
 from hf_power.schedule import PAPER_MAX_LR, Law
+from hf_power.settings.any_model import sizes_of
 from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.read import flatten, read_yaml
-from hf_power.settings.sections import SECTIONS, parse_tokens, unknown_key
+from hf_power.settings.sections import SECTIONS, names_of, parse_tokens, unknown_key
 from hf_power.settings.settings import Settings
 
 SCHEDULES = ("warmup_stable_decay", "power", "cosine", "linear", "inverse_sqrt")
@@ -83,8 +84,17 @@ class Grid:
         """The sections at a width and batch, without a schedule."""
         # A copy, because the sections of one grid are the start of many rows.
         result, model = copy.deepcopy(self.sections), self.settings.model
-        scaled = scale_width(model.config(), width)
-        result["model"] = dataclasses.asdict(model) | {name: getattr(scaled, name) for name in SCALED}
+        if self.settings.is_plain:
+            written = model.any_config()
+            sizes = sizes_of(written, model.at_width(written, width))
+            mapping = cast("dict[str, object]", model.model_config)
+            result["model"] = {"model_type": model.model_type, "model_config": mapping | sizes}
+            if self.settings.mup.base_config is not None:
+                result["mup"]["base_config"] = self.settings.mup.base_config
+        else:
+            scaled = model.at_width(model.config(), width)
+            own = {name: getattr(model, name) for name in names_of("model")}
+            result["model"] = own | {name: getattr(scaled, name) for name in SCALED}
         training = result.setdefault("training", {})
         # A sweep has one process per run and never accumulates, so the batch alone makes the tokens of a step.
         training["per_device_train_batch_size"] = tokens_per_step // self.settings.data.block_size
@@ -226,6 +236,7 @@ def _check_settings(grid: Grid, source: str) -> None:
     refuse_in_a_sweep(grid.sections.get("training", {}), source)
     # A shape that the model's own code refuses is the user's, and must not look like a bug in the middle of the sweep.
     base.check_layer()
+    base.check_mup(base.model.config())
     if base.data.streaming:
         raise UserError(f"{source}: a sweep reads its data many times over: set streaming to false.")
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_power.compat import PreTrainedConfig
 from hf_power.data.order import Block, BlockStream
+from hf_power.models import is_stock_block
 from hf_power.plan.footprint import activation_bytes
 from hf_power.records.run import Data
 
@@ -64,9 +65,9 @@ ACTIVATIONS_SHARE = 0.4
 UNKNOWN_MEMORY = 2**33
 
 
-def can_be_stacked(model: nn.Module) -> bool:
-    """Whether `stack` has a form for every weight of a model: linear layers, embeddings without padding, norms."""
-    return all(
+def can_be_stacked(model: PreTrainedModel) -> bool:
+    """Whether `stack` has a form for a model's family and all its weights: linear, embeddings without padding, norms."""
+    return is_stock_block(model.config) and all(
         _is_norm(module)
         or isinstance(module, nn.Linear)
         or (isinstance(module, nn.Embedding) and module.padding_idx is None)

@@ -228,7 +228,7 @@ class Trunks:
         trunk = [group.schedule, group.width, batch, value, seed, group.law and jobs.row_law(group.law), self.extension]
         return Row(
             id=self.ids[member, horizon],
-            model_type=self._shared.model.model_type,
+            model_type=self._shared.model.family,
             width=group.width,
             parameters=model.num_parameters() if model is not None else 0,
             parameters_without_embeddings=model.num_parameters(exclude_embeddings=True) if model is not None else 0,

@@ -12,6 +12,7 @@ from hf_power.records.errors import UserError
 from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
 from hf_power.records.schema import decode
+from hf_power.settings.any_model import WIDTHS, fitting
 from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.settings import Settings
 from hf_power.sweep.grid import Grid, Sections, few_digits
@@ -71,14 +72,22 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
     folder = Path(settings.training.output_dir or "")
     folder.mkdir(parents=True, exist_ok=True)
     grid, group = _cell(settings, recipe, seeds)
-    print(f"coordinate check of a {settings.model.model_type} ...", flush=True)
-    check = coord_check(settings.model.config(), preset=settings.mup.preset)
+    print(f"coordinate check of a {settings.model.family} ...", flush=True)
+    check = _coordinates(settings)
     print(check.verdict, flush=True)
     page = judge(run_sweep(grid, folder, groups=[group]), group, recipe, tolerance)
     page = page.with_coordinates(Coordinates(check.passed, check.verdict, check.slopes))
     page = replace(page, warnings=_warnings(recipe, group), versions=versions())
     _write(page, check, folder)
     return page
+
+
+def _coordinates(settings: Settings) -> CoordCheck:
+    """The check of the model's own rules; of another family than Llama and Mixtral one with small sizes, where it is deep."""
+    if not settings.is_plain:
+        return coord_check(settings.model.config(), preset=settings.mup.preset)
+    fixed = settings.model.fixed or ()
+    return coord_check(fitting(settings.model.config(), WIDTHS, fixed)[0], widths=WIDTHS, form="plain", fixed=fixed)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ FAMILIES = {
     "untied": {"tie_word_embeddings": False},
     "GQA": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "qwen3": {
+        "model_type": "any",
+        "model_config": {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    },
 }
 
 
@@ -31,7 +36,8 @@ FAMILIES = {
 def make_grid(sections):
     def build(model=None, **changes):
         made = sections("unused")
-        made["model"] |= {"hidden_size": 32} | (model or {})
+        is_any = (model or {}).get("model_type") == "any"
+        made["model"] = model if is_any else made["model"] | {"hidden_size": 32} | (model or {})
         made["training"] = {"weight_decay": 0.1}
         made["run"] = {"max_eval_tokens": 640}
         grid = Grid(
@@ -107,6 +113,7 @@ def pretrained(row, folder):
         ("mixtral", "warmup_stable_decay"),
         ("untied", "warmup_stable_decay"),
         ("GQA", "warmup_stable_decay"),
+        ("qwen3", "warmup_stable_decay"),
     ],
 )
 @pytest.mark.slow
