@@ -41,11 +41,14 @@ BASE, WIDTH, VOCABULARY, BLOCK = 32, 128, 512, 32
 STEPS, WARMUP, BLOCKS_PER_STEP, HELD_OUT_TOKENS = 200, 20, 16, 32_768
 WEIGHT_DECAY, INIT, MAX_NORM = 0.1, 0.1, 1.0
 WAYS = ("mup", "standard", "embedding_rate")
-# A learning rate is LOWEST * 2**(k / 2), and k its number here.
-LOWEST, START = 0.001, {"base": 8, "mup": 8, "standard": 4, "embedding_rate": 6}
-# Which cells, which seeds, and how many steps of sqrt(2) lie between neighbours: each round refines the one before.
+# A learning rate is LOWEST * 2**(k / 2), and k its number here. Where a cell begins: a k at the base, and what the other
+# cells add to the base's best one.
+LOWEST, START = 0.001, {"base": 9, "mup": 0, "standard": -3, "embedding_rate": -1}
+# Which cells, which seeds, and how many steps of sqrt(2) lie between neighbours: each round refines the ones before.
 ROUNDS = (
-    (("base", *WAYS), (0,), 2),
+    (("base", "mup", "standard"), (0,), 2),
+    (("base", "mup"), (0, 1), 2),
+    (("embedding_rate",), (0,), 2),
     (("base", "mup"), (0, 1), 1),
     (("standard", "embedding_rate"), (0, 1), 1),
     (("base", *WAYS), (0, 1, 2), 1),
@@ -109,7 +112,7 @@ def rate_of(k):
 
 
 def losses_of(rows, family, way):
-    """k -> seed -> loss of one cell."""
+    """Of one cell, k -> seed -> loss."""
     found = {}
     for row in rows:
         if (row["family"], row["way"]) == (family, way):
@@ -127,7 +130,8 @@ def best(losses, seeds):
 def missing(rows, family, way, seeds, spacing):
     """The (k, seed) that a cell lacks until its best rate is surrounded by neighbours, each with all seeds."""
     losses = losses_of(rows, family, way)
-    center = best(losses, set(seeds)) if losses else START[way]
+    start = START[way] if way == "base" else START[way] + best(losses_of(rows, family, "base"), {0})
+    center = best(losses, set(seeds)) if losses else start
     wanted = [(center + step, seed) for seed in seeds for step in NEIGHBOURS[spacing]]
     return [(k, seed) for k, seed in wanted if seed not in losses.get(k, {})]
 
