@@ -24,10 +24,7 @@ from scipy.stats import t as student
 from transformers import CONFIG_MAPPING, get_linear_schedule_with_warmup
 
 from hf_power import MupAdamW, mup_init_
-from hf_power.data.order import BlockStream
-from hf_power.data.packing import pack_both
-from hf_power.data.text import DataArguments, load_text
-from hf_power.data.tokenizer import load_tokenizer
+from hf_power.data.text import python_sources, stdlib_folder
 from hf_power.mup.controls import CONTROLS
 from hf_power.mup.init import new_model, set_initializer_range
 from hf_power.mup.scale import scale_width
@@ -37,13 +34,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "plain_transfer.jsonl"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 4}
 FAMILIES = {"qwen3": {}, "olmo2": {}, "gemma2": {}, "qwen3_moe": EXPERTS}
-BASE, WIDTH, VOCABULARY, BLOCK = 32, 128, 512, 32
-STEPS, WARMUP, BLOCKS_PER_STEP, HELD_OUT_TOKENS = 200, 20, 16, 32_768
+BASE, WIDTH, VOCABULARY, BLOCK = 32, 128, 128, 32
+STEPS, WARMUP, BLOCKS_PER_STEP, NUM_HELD_OUT = 200, 20, 16, 512
 WEIGHT_DECAY, INIT, MAX_NORM = 0.1, 0.1, 1.0
 WAYS = ("mup", "standard", "embedding_rate")
-# A learning rate is LOWEST * 2**(k / 2), and k its number here. Where a cell begins: a k at the base, and what the other
-# cells add to the base's best one.
-LOWEST, START = 0.001, {"base": 9, "mup": 0, "standard": -3, "embedding_rate": -1}
+# A learning rate is LOWEST * 2**(k / 2), and k its number here. Where a cell begins: the k of a family at the base, and what
+# the other cells add to the base's best one.
+LOWEST = 0.001
+START = {"qwen3": 8, "olmo2": 14, "gemma2": 10, "qwen3_moe": 8}
+OFFSETS = {"mup": 0, "standard": -4, "embedding_rate": -2}
 # Which cells, which seeds, and how many steps of sqrt(2) lie between neighbours: each round refines the ones before.
 ROUNDS = (
     (("base", "mup", "standard"), (0,), 2),
@@ -71,12 +70,12 @@ def config_of(family, width):
 
 
 def load_blocks():
-    """Training blocks and held-out blocks, as tensors."""
-    arguments = DataArguments(vocab_size=VOCABULARY, block_size=BLOCK, num_proc=1)
-    texts = load_text(arguments)
-    packed = pack_both(arguments, load_tokenizer(arguments, texts.train), texts, HELD_OUT_TOKENS)
-    held_out = np.stack([block["input_ids"] for block in packed.held_out])
-    return packed.train, torch.from_numpy(held_out).long()
+    """Training blocks of bytes, and held-out ones, which may be of the same files; all that is not ASCII is one byte."""
+    sources = [np.frombuffer(text.encode(), dtype=np.uint8) for _, text in python_sources(stdlib_folder())]
+    text = np.minimum(np.concatenate(sources), VOCABULARY - 1)
+    blocks = text[: len(text) // BLOCK * BLOCK].reshape(-1, BLOCK).astype(np.int64)
+    blocks = torch.from_numpy(blocks[np.random.default_rng(0).permutation(len(blocks))])
+    return blocks[NUM_HELD_OUT:], blocks[:NUM_HELD_OUT]
 
 
 def train(blocks, held_out, family, way, rate, seed):
@@ -92,9 +91,8 @@ def train(blocks, held_out, family, way, rate, seed):
         groups = CONTROLS[way].groups(model, lr=rate, weight_decay=WEIGHT_DECAY)
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    order = BlockStream(blocks, seed=seed, start=0, stop=STEPS * BLOCKS_PER_STEP)
-    read = torch.from_numpy(np.stack([row["input_ids"] for row in order.__getitems__(range(len(order)))])).long()
-    for batch in read.split(BLOCKS_PER_STEP):
+    order = np.random.default_rng([seed, 0]).permutation(len(blocks))[: STEPS * BLOCKS_PER_STEP]
+    for batch in blocks[torch.from_numpy(order)].split(BLOCKS_PER_STEP):
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -115,7 +113,7 @@ def losses_of(rows, family, way):
     """Of one cell, k -> seed -> loss."""
     found = {}
     for row in rows:
-        if (row["family"], row["way"]) == (family, way):
+        if (row["family"], row["way"], row["vocabulary"]) == (family, way, VOCABULARY):
             found.setdefault(row["k"], {})[row["seed"]] = math.inf if row["loss"] is None else row["loss"]
     return found
 
@@ -130,8 +128,12 @@ def best(losses, seeds):
 def missing(rows, family, way, seeds, spacing):
     """The (k, seed) that a cell lacks until its best rate is surrounded by neighbours, each with all seeds."""
     losses = losses_of(rows, family, way)
-    start = START[way] if way == "base" else START[way] + best(losses_of(rows, family, "base"), {0})
-    center = best(losses, set(seeds)) if losses else start
+    if losses:
+        center = best(losses, set(seeds))
+    elif way == "base":
+        center = START.get(family, 8)
+    else:
+        center = best(losses_of(rows, family, "base"), {0}) + OFFSETS[way]
     wanted = [(center + step, seed) for seed in seeds for step in NEIGHBOURS[spacing]]
     return [(k, seed) for k, seed in wanted if seed not in losses.get(k, {})]
 
@@ -145,8 +147,8 @@ def measure(rows, families):
                     k, seed = todo[0]
                     began = time.process_time()
                     loss = train(blocks, held_out, family, way, rate_of(k), seed)
-                    rows.append({"family": family, "way": way, "k": k, "rate": rate_of(k), "seed": seed})
-                    rows[-1] |= {"loss": loss if math.isfinite(loss) else None}
+                    rows.append({"family": family, "way": way, "vocabulary": VOCABULARY, "k": k, "rate": rate_of(k)})
+                    rows[-1] |= {"seed": seed, "loss": loss if math.isfinite(loss) else None}
                     rows[-1] |= {"cpu_seconds": round(time.process_time() - began, 1)}
                     with open(ROWS, "a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
