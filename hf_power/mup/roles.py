@@ -178,7 +178,9 @@ def _matrix(
         raise _unknown(name, tensor, "it belongs to no linear layer, so that nothing tells its fan-in")
     # A matrix of which the output alone grows has the rule of hidden ones with r = 1. One into an attention of fixed width
     # would be an output by the letter of Yang et al., with an init of s / r, but its block's changes then fall with the
-    # width as m**-0.5, and as m**-0.1 with that of hidden matrices.
+    # width as m**-0.5, and as m**-0.1 with that of hidden matrices. Keys and values of a number of heads that stays, while
+    # that of the queries grows, are between the two: what attention adds then changes as m**0.3 with the rule of hidden
+    # matrices, because each value gathers the gradients of all query heads, and as m**-0.4 with that of outputs.
     return Role("hidden", _near(into or 1.0, widths.m))
 
 
