@@ -41,8 +41,11 @@ def standard_init_(model: PreTrainedModel) -> None:
 
 
 def standard_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
-    """One learning rate for all."""
-    return [{"params": [tensor for tensor in model.parameters() if tensor.requires_grad], "weight_decay": weight_decay}]
+    """One learning rate for all, and no weight decay of gains and biases, as the Trainer has it."""
+    return [
+        {"name": name, "params": tensors, "weight_decay": decay}
+        for name, tensors, decay in _split(model, weight_decay, [])
+    ]
 
 
 def embedding_rate_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
@@ -52,11 +55,23 @@ def embedding_rate_groups(model: PreTrainedModel, *, lr: float, weight_decay: fl
     not follow it; Kalra and Barkeshli (arXiv:2605.21486) say that most of muP's gain under AdamW is that.
     """
     m, embedding = width_ratio(model), model.get_input_embeddings().weight
-    rest = [tensor for tensor in model.parameters() if tensor.requires_grad and tensor is not embedding]
-    return [
-        {"name": "embedding", "params": [embedding], "lr": lr, "weight_decay": weight_decay},
-        {"name": "rest", "params": rest, "lr": lr / m, "weight_decay": weight_decay * m},
+    rest = [
+        {"name": name, "params": tensors, "lr": lr / m, "weight_decay": decay * m}
+        for name, tensors, decay in _split(model, weight_decay, [embedding])
     ]
+    return [{"name": "embedding", "params": [embedding], "lr": lr, "weight_decay": weight_decay}, *rest]
+
+
+def _split(
+    model: PreTrainedModel, weight_decay: float, without: list[torch.Tensor]
+) -> list[tuple[str, list[torch.Tensor], float]]:
+    """The trainable tensors that muP decays, with this coefficient, and the others, with none."""
+    found, left_out = factors_of(model), {id(tensor) for tensor in without}
+    decayed: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad and id(tensor) not in left_out:
+            decayed[found[name].weight_decay is not None].append(tensor)
+    return [("decayed", decayed[True], weight_decay), ("not decayed", decayed[False], 0.0)]
 
 
 def width_ratio(model: PreTrainedModel) -> float:

@@ -51,7 +51,8 @@ def mup_init_(
         model: made by ``AutoModelForCausalLM.from_config``.
         base_width: the hidden_size at which muP changes nothing; all that grows with it is taken to grow in proportion.
         base_config: instead of base_width, the config of the model at its base, where not all sizes grow in proportion:
-            an attention width or MLP width that stays, for example.
+            an attention width or MLP width that stays, for example. Where the KV heads stay and those of the queries
+            grow, no rule is exact: changes of attention grow as about m**0.3 in the coordinate check.
 
     Returns:
         The model.

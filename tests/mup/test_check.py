@@ -5,11 +5,12 @@ import json
 import pytest
 import yaml
 from sentences import refused
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from hf_power import coord_check
+from hf_power import coord_check, mup_init_, mup_param_groups
 from hf_power.cli import main
 from hf_power.coordinates import MAX_SLOPE
+from hf_power.mup.controls import CONTROLS
 
 pytestmark = pytest.mark.slow  # together
 
@@ -60,6 +61,17 @@ def test_the_baseline_is_better_than_standard_parameterization_and_no_muP():  # 
         coord_check(FAMILIES["Qwen3, tied"], control=x, **QUICK) for x in ("standard", "embedding_rate")
     )
     assert MAX_SLOPE < max(slopes(baseline, "mlp")) < max(slopes(standard, "mlp"))
+
+
+@pytest.mark.parametrize("name", ["standard", "embedding_rate"])
+def test_at_its_base_width_a_baseline_is_muP_itself(name):  # noqa: N802
+    """So one run at the base serves all of a transfer measurement, and gains are decayed nowhere."""
+    model = mup_init_(AutoModelForCausalLM.from_config(FAMILIES["Gemma 2, tied"]), base_width=64)
+    own, mup = (
+        {tensor: (group.get("lr", 0.01), group["weight_decay"]) for group in groups for tensor in group["params"]}
+        for groups in (make(model, lr=0.01, weight_decay=0.1) for make in (CONTROLS[name].groups, mup_param_groups))
+    )
+    assert own == mup
 
 
 @pytest.mark.parametrize(
