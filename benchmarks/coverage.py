@@ -25,6 +25,7 @@ KINDS = {
     "one seed": {"num_seeds": 1},
     "one seed, 2 % of the runs blown up": {"num_seeds": 1, "blown_up": 0.02},
     "two seeds, a skewed U": {"num_seeds": 2, "cubic": 0.006},
+    "one seed, a skewed U": {"num_seeds": 1, "cubic": 0.006},
     "one seed, rates a quarter octave apart": {"num_seeds": 1, "spacing": 0.25},
 }
 

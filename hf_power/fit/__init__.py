@@ -3,7 +3,8 @@
 * table.py, elsewhere.py, units.py: the rows of a CSV (`read_csv`), as trackers and spreadsheets write them, in their units.
 * rows.py: which rows make a cell and have diverged, and whether they may be fitted together (`check_one_source`).
 * result.py: a cell of a sweep and its optimum (`Cell`), and the content of fit.json (`Fit`).
-* cells.py: the parabola of each cell (`fit_cells`); optima.py: the optima in log2.
+* cells.py: the U-curve of each cell (`fit_cells`); skew.py: whether its flanks differ (`fit_skew`); optima.py: the optima in
+  log2.
 * squares.py: weighted least squares and intervals.
 * form.py: which form of the law left-out cells support (`choose_form`); law.py: the law of a form (`FittedLaw`).
 * misfit.py: where a law fails within its own cells, in words.

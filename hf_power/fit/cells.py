@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hf_power.fit.result import FittedCell, Point, rates_near
 from hf_power.fit.rows import CellKey, by_cell
+from hf_power.fit.skew import Array, Curve, Fitted, Skew, design_of, fit_skew, levels_of, unwarped, warped
 from hf_power.records.rows import Row
-
-Array = NDArray[np.float64]
 
 # An optimum that lies so far within the last learning rate is bracketed, though noise has made the last loss the lowest.
 EDGE_OCTAVES = 0.5
 
 
 def fit_cells(rows: Sequence[Row]) -> list[FittedCell]:
-    """A parabola ``loss = min_loss + curvature * (log2 lr - log2 optimum)**2`` in each cell, by least squares.
+    """A curve ``loss = min_loss + curvature * w(log2 lr - log2 optimum)**2`` in each cell, by least squares.
+
+    w(z) = z makes it a parabola, and ``w(z) = (2**(skew * z) - 1) / (skew * log 2)`` one whose flank towards high rates is
+    the steeper one for a skew > 0. The cells of a schedule have one skew, see `hf_power.fit.skew.fit_skew`.
 
     It is fitted to all finished runs, weighted equally, with a min_loss for each seed (runs of one seed share their
     initialization and data, and a part of their luck), within two octaves of the learning rate with the lowest
@@ -36,17 +37,24 @@ def fit_cells(rows: Sequence[Row]) -> list[FittedCell]:
 
     Failed rows are passed over; the cells are sorted by schedule, width, parameters, batch and horizon.
     """
-    measured = [_Parabola.of_rows(key, inside) for key, inside in by_cell(rows).items()]
+    grouped = by_cell(rows)
     cells = []
-    for one in measured:
-        same = [p for p in measured if p.cell.schedule == one.cell.schedule and p.cell.used]
-        cells.append(one.with_interval(sum(p.squares for p in same), sum(p.freedom for p in same)))
+    for schedule in sorted({key.schedule for key in grouped}):
+        inside = {key: here for key, here in grouped.items() if key.schedule == schedule}
+        measured = [_Parabola.of_rows(key, here, 0.0) for key, here in inside.items()]
+        skew = fit_skew([each.curve for each in measured if each.curve and each.cell.used])
+        if skew and skew.taken:
+            measured = [_Parabola.of_rows(key, here, skew.taken) for key, here in inside.items()]
+        used = [each for each in measured if each.cell.used]
+        freedom = sum(each.freedom for each in used) - (skew is not None and skew.taken != 0)
+        noise = sum(each.squares for each in used), freedom
+        cells += [each.with_interval(*noise, skew) for each in measured]
     return cells
 
 
 @dataclass(frozen=True)
 class _Parabola:
-    """A cell before its noise is known, in z = log2(lr) - log2(lowest lr): loss = p0 + p1 z + p2 z**2.
+    """A cell before its noise is known, in z = log2(lr) - log2(lowest lr): loss = p0 + p1 w(z) + p2 w(z)**2.
 
     half_step is log2 of the middles between the lowest mean and its neighbours, variance that of log2 of the optimum for
     a noise of 1 nat, squares the sum of the squared residuals (nats**2), which have `freedom` degrees of freedom.
@@ -57,9 +65,10 @@ class _Parabola:
     variance: float = 0.0
     squares: float = 0.0
     freedom: int = 0
+    curve: Curve | None = None
 
     @classmethod
-    def of_rows(cls, key: CellKey, rows: Sequence[Row]) -> "_Parabola":
+    def of_rows(cls, key: CellKey, rows: Sequence[Row], skew: float) -> "_Parabola":
         diverged = sorted({float(row.learning_rate) for row in rows if row.status == "diverged"})
         runs: dict[float, list[Row]] = defaultdict(list)
         # A learning rate at which one seed diverged is left out whole, because the seeds that finished were lucky.
@@ -85,33 +94,26 @@ class _Parabola:
             return cls(replace(cell, reason=f"only {len(rates)} learning rates finished, a parabola needs 3"))
         cell = replace(cell, min_loss=min(means))
         near = rates_near(rates, means.index(min(means)))
-        return cls._fit(cell, [run for lr in near for run in runs[lr]], near)
+        return cls._fit(cell, [run for lr in near for run in runs[lr]], near, skew)
 
     @classmethod
-    def _fit(cls, cell: FittedCell, inside: Sequence[Row], near: Sequence[float]) -> "_Parabola":
+    def _fit(cls, cell: FittedCell, inside: Sequence[Row], near: Sequence[float], skew: float) -> "_Parabola":
         rates, lowest = cell.learning_rates, cell.losses.index(min(cell.losses))
         center = math.log2(rates[lowest])
         if len(near) < 3:
             return cls(replace(cell, reason=_one_sided(cell) or "only 2 learning rates finished near the lowest loss"))
-        z = np.log2([run.learning_rate for run in inside]) - center
-        loss = np.array([run.loss for run in inside], dtype=np.float64)
-        design = _design(z, [run.seed for run in inside])
-        inverse: Array = np.asarray(np.linalg.inv(design.T @ design), dtype=np.float64)
-        solution = inverse @ (design.T @ loss)
-        p0, p1, p2 = (float(solution[i]) for i in (0, -2, -1))
-        residuals = loss - design @ solution
-        rest = 1.0 - np.einsum("ij,jk,ik->i", design, inverse, design)
-        # A point with a leverage of 1 is one that the parabola must go through: it tells nothing about the noise.
-        scatter = np.where(rest > 1e-9, residuals / np.sqrt(np.maximum(rest, 1e-9)), 0.0)
-        points = [
-            Point(run.trunk, run.seed, float(x), float(r))
-            for run, x, r in zip(inside, z + center, scatter, strict=True)
-        ]
-        cell = replace(cell, points=tuple(points), curvature=p2)
+        curve = Curve.of(inside, center)
+        fitted = Fitted.of(curve, skew)
+        p0, p1, p2 = (float(fitted.solution[i]) for i in (0, -2, -1))
+        pull = fitted.pull if skew else np.zeros(len(inside))
+        rows = zip(inside, curve.octaves + center, fitted.scatter, pull, strict=True)
+        points = tuple(Point(run.trunk, run.seed, *map(float, numbers)) for run, *numbers in rows)
         if p2 <= 0:
             reason = "the losses do not curve upwards: run more seeds or wider learning rates"
-            return cls(replace(cell, reason=_one_sided(cell) or reason))
-        best = -p1 / (2 * p2)
+            return cls(replace(cell, points=points, curvature=p2, reason=_one_sided(cell) or reason))
+        best = fitted.optimum(skew)
+        curvature = p2 * 2 ** (2 * skew * best) if math.isfinite(best) else p2
+        cell = replace(cell, points=points, curvature=curvature, skew=skew)
         low, high = _ends(cell, near)
         if not low <= center + best <= high:
             reason = "the parabola's optimum lies beyond the learning rates near the lowest loss: run more seeds"
@@ -122,11 +124,15 @@ class _Parabola:
         ]
         low, high = (math.log2(lr) - center for lr in sides)
         cell = replace(cell, optimum_lr=2 ** (center + best), min_loss=p0 - p1 * p1 / (4 * p2), used=True)
-        half_step, variance = (center + low / 2, center + high / 2), _variance(p1, p2, inverse)
-        return cls(cell, half_step, variance, float(residuals @ residuals), len(inside) - design.shape[1])
+        if skew:
+            cell = replace(cell, octaves_per_skew=Fitted.slope(curve, skew))
+        half_step = center + low / 2, center + high / 2
+        variance = _variance(p1, p2, fitted.inverse) / 2 ** (2 * skew * best)
+        squares, freedom = float(fitted.rest @ fitted.rest), len(inside) - len(fitted.solution)
+        return cls(cell, half_step, variance, squares, freedom, curve)
 
-    def with_interval(self, squares: float, freedom: int) -> FittedCell:
-        """The cell with the optimum's interval, for noise of `squares` / `freedom` nats**2."""
+    def with_interval(self, squares: float, freedom: int, skew: Skew | None) -> FittedCell:
+        """The cell with the optimum's interval, for noise of `squares` / `freedom` nats**2 and what is known of the skew."""
         if not self.cell.used or self.cell.optimum_lr is None:
             return self.cell
         if freedom == 0:
@@ -137,7 +143,8 @@ class _Parabola:
             from scipy.special import stdtrit
 
             sd = math.sqrt(self.variance * squares / freedom)
-            half = float(stdtrit(freedom, 0.975)) * sd
+            by_skew = self.cell.octaves_per_skew * skew.sd if skew and skew.taken else 0.0
+            half = float(stdtrit(freedom, 0.975)) * math.hypot(sd, by_skew)
             low, high = math.log2(self.cell.optimum_lr) - half, math.log2(self.cell.optimum_lr) + half
         return replace(self.cell, optimum_interval=(2**low, 2**high), optimum_sd_octaves=sd, noise_known=freedom > 0)
 
@@ -160,19 +167,6 @@ def _ends(cell: FittedCell, near: Sequence[float]) -> tuple[float, float]:
     return low + EDGE_OCTAVES * (lowest == 0), high - EDGE_OCTAVES * (lowest == len(rates) - 1)
 
 
-def _design(z: Array, seeds: Sequence[int]) -> Array:
-    """Columns 1, the seeds' offsets (that sum to 0; none where they cannot be told from the learning rate), z, z**2."""
-    level, curve = np.ones((len(z), 1)), np.stack([z, z * z], axis=1)
-    kinds = sorted(set(seeds))
-    which = np.array([kinds.index(seed) for seed in seeds])
-    offsets = np.eye(len(kinds))[which][:, 1:] - (which == 0)[:, None]
-    design = np.concatenate([level, offsets, curve], axis=1)
-    # With one learning rate for each seed, an offset would explain what the parabola is to explain.
-    if np.linalg.matrix_rank(design) < design.shape[1]:
-        design = np.concatenate([level, curve], axis=1)
-    return design
-
-
 def _variance(p1: float, p2: float, inverse: Array) -> float:
     """Variance of -p1 / (2 p2) for noise of variance 1, by the delta method; p1 and p2 are the last coefficients."""
     slope = np.array([-1 / (2 * p2), p1 / (2 * p2 * p2)])
@@ -192,12 +186,18 @@ def draw_errors(cells: Sequence[FittedCell], num_samples: int, generator: np.ran
     """Bootstrap draws of the errors of the optima of used cells, octaves: shape (num_samples, cells).
 
     Each draw flips the sign of every trunk's scatter at random (a wild bootstrap: a trunk keeps its branches together,
-    so that the errors of its cells are correlated as they are) and fits the parabolas again; an optimum stays within
-    the range of its runs. A cell whose noise is unknown gets normal errors of its standard deviation.
+    so that the errors of its cells are correlated as they are) and fits the parabolas and, in linear order, their common
+    skew again; an optimum stays within the range of its runs. A cell whose noise is unknown gets normal errors of its
+    standard deviation.
     """
     trunks = sorted({point.trunk for cell in cells for point in cell.points})
     signs = generator.choice(np.array([-1.0, 1.0]), size=(num_samples, len(trunks)))
     column = {trunk: i for i, trunk in enumerate(trunks)}
+    luck, told = np.zeros(len(trunks)), 0.0
+    for point in (point for cell in cells for point in cell.points):
+        luck[column[point.trunk]] += point.pull * point.scatter
+        told += point.pull**2
+    skew_errors = signs @ luck / told if told else np.zeros(num_samples)
     errors = np.empty((num_samples, len(cells)))
     for i, cell in enumerate(cells):
         optimum = cell.optimum()
@@ -208,10 +208,12 @@ def draw_errors(cells: Sequence[FittedCell], num_samples: int, generator: np.ran
         noise = signs[:, [column[point.trunk] for point in cell.points]] * np.array(
             [point.scatter for point in cell.points]
         )
-        design = _design(z, [point.seed for point in cell.points])
-        p1, p2 = ((optimum.curvature * z * z + noise) @ np.linalg.pinv(design).T)[:, -2:].T
+        w = warped(z, cell.skew)
+        design = design_of(levels_of(z, [point.seed for point in cell.points]), w)
+        p1, p2 = ((optimum.curvature * w * w + noise) @ np.linalg.pinv(design).T)[:, -2:].T
         # A draw whose parabola opens downwards puts the optimum at the end towards which it falls.
         with np.errstate(divide="ignore", invalid="ignore"):
             best = np.where(p2 > 0, -p1 / (2 * p2), -np.sign(p1) * np.inf)
+        best = unwarped(np.clip(best, w.min(), w.max()), cell.skew) + skew_errors * cell.octaves_per_skew
         errors[:, i] = np.clip(best, z.min(), z.max())
     return errors

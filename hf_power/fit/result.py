@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+from hf_power.fit.skew import warped
 from hf_power.recipe import predictive_factors
 from hf_power.records.errors import UserError
 from hf_power.records.files import Record
@@ -19,13 +20,15 @@ class Point(NamedTuple):
     """One run in a cell's parabola.
 
     Its scatter is the residual over sqrt(1 - leverage), in nats, so that its mean square is the noise's variance (HC2);
-    it is 0 where the parabola goes through the point.
+    it is 0 where the parabola goes through the point. The pull is what a unit of skew does to it beyond what the parabola
+    makes up for, nats; 0 where no skew is fitted.
     """
 
     trunk: str
     seed: int
     log2_lr: float
     scatter: float
+    pull: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Cell:
         loss_sd: scatter between seeds, nats, pooled over the learning rates; None with one seed each.
         optimum_lr: where the parabola is lowest.
         optimum_interval: 95 % interval of it.
-        optimum_sd_octaves: standard deviation of its log2.
-        curvature: nats per octave**2.
+        optimum_sd_octaves: standard deviation of its log2 by the noise of its runs; that of the skew, which moves all cells
+            alike, is in the interval only.
+        curvature: nats per octave**2, at the optimum.
+        skew: how much steeper the flank towards high rates is, see `hf_power.fit.cells.fit_cells`; 0 for a parabola.
         min_loss: of the parabola, nats per token; the lowest mean where there is none.
         used: whether it has a bracketed optimum; if not, `reason` says why.
         law_lr, residual_octaves, regret: the law's rate here, log2 of the optimum over it, and the nats that it costs.
@@ -69,6 +74,7 @@ class Cell:
     regret: float | None = None
     parameters: int | None = None
     diverged: tuple[float, ...] = ()
+    skew: float = 0.0
 
     @property
     def name(self) -> str:
@@ -89,17 +95,22 @@ class Cell:
         return Optimum(lr, interval, sd, curvature)
 
     def regret_at(self, learning_rate: float) -> float:
-        """Nats above the cell's optimum at a learning rate, ``curvature * log2(lr / optimum)**2``; as `optimum`."""
+        """Nats above the optimum at a learning rate, ``curvature * w(log2(lr / optimum))**2`` (see skew); as `optimum`."""
         optimum = self.optimum()
-        return optimum.curvature * math.log2(learning_rate / optimum.lr) ** 2
+        return optimum.curvature * float(warped(math.log2(learning_rate / optimum.lr), self.skew)) ** 2
 
 
 @dataclass(frozen=True)
 class FittedCell(Cell):
-    """A cell with what no file holds: the runs within its parabola, and whether its sd comes from more than the spacing."""
+    """A cell with what no file holds.
+
+    The runs within its curve, whether its sd comes from more than the spacing, and by how many octaves its optimum moves for
+    a unit of skew.
+    """
 
     points: tuple[Point, ...] = ()
     noise_known: bool = False
+    octaves_per_skew: float = 0.0
 
     def against(self, law: Law) -> Cell:
         """The cell with a law's rate and, if it has an optimum, what the law is off and what that costs."""
@@ -180,11 +191,7 @@ class Center:
 
 @dataclass(frozen=True)
 class PaperInside:
-    """Whether each number of the paper's law lies in its interval, and all of them in the joint 95 % region.
-
-    A loss that rises faster on one side of the optimum moves all parabolas alike, by some 0.1 octave that no interval
-    holds.
-    """
+    """Whether each number of the paper's law lies in its interval, and all of them in the joint 95 % region."""
 
     a: bool
     b: bool

@@ -44,6 +44,10 @@ def _law_lines(fit: Fit) -> list[str]:
     lines.append(
         f"  the optimum of a new cell there: {low:.3g} to {high:.3g}, by the law's interval and the cells' scatter"
     )
+    if skew := next((cell.skew for cell in fit.cells if cell.used), 0.0):
+        lines.append(
+            f"  the losses' U is skewed: an octave above the optimum costs {4**skew:.2f} times as much as one below"
+        )
     if fit.width_exponent:
         lines.append("  exponent of the width {:+.3f} ({:+.3f} to {:+.3f}), 0 under muP".format(*fit.width_exponent))
     return [*lines, *_form_lines(fit)]

@@ -8,6 +8,7 @@ import numpy as np
 from hf_power.fit.law import FittedLaw
 from hf_power.fit.optima import Optima
 from hf_power.fit.result import Cell, Center, Estimate, FittedCell, Interval, PaperInside, Reach, RegretMap, Validity
+from hf_power.fit.skew import warped
 from hf_power.fit.squares import interval, slopes, widening
 from hf_power.records.errors import UserError
 from hf_power.schedule import PAPER_OPTIMA, TOKENS_PER_BETA, beta
@@ -110,7 +111,7 @@ def regret_map(cells: Sequence[Cell], fitted: FittedLaw, optima: Optima) -> Regr
     ends = sorted([*ridge, math.log2(PAPER_OPTIMA.a)])
     log2_as = np.linspace(ends[0] - 1, ends[-1] + 1, _MAP_POINTS)
     rate = log2_as[None, :, None] + bs[:, None, None] * optima.tokens + rest
-    nats = (curvature * (rate - optima.lr) ** 2).mean(axis=2)
+    nats = (curvature * warped(rate - optima.lr, cells[0].skew) ** 2).mean(axis=2)
     return RegretMap(tuple((2**log2_as).tolist()), tuple(bs.tolist()), tuple(tuple(row) for row in nats.tolist()))
 
 

@@ -164,7 +164,8 @@ def _draw_regret(figure: "Figure", panel: "Axes", fit: Fit) -> tuple[_Array, _Ar
     from scipy.interpolate import RectBivariateSpline
 
     a, b, nats = (np.array(values, dtype=np.float64) for values in (fit.map.a, fit.map.b, fit.map.regret))
-    # The regret is a mean of parabolas, so that the spline is exact: a coarse grid would cut the narrow valley into beads.
+    # The regret is a mean of parabolas (or nearly, with a skew), so that the spline is exact: a coarse grid would cut the
+    # narrow valley into beads.
     spline = RectBivariateSpline(b, np.log(a), nats, kx=2, ky=2)
     a, b = np.geomspace(a[0], a[-1], _FINE), np.linspace(b[0], b[-1], _FINE)
     nats = np.maximum(0.0, spline(b, np.log(a)))

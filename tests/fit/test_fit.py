@@ -289,7 +289,7 @@ def test_fit_is_the_same_again_and_comes_back_from_its_file(tmp_path):
     assert set(content["cells"][0]) == {
         *("schedule", "width", "tokens_per_step", "tokens", "learning_rates", "losses", "num_seeds", "loss_sd"),
         *("optimum_lr", "optimum_interval", "optimum_sd_octaves", "curvature", "min_loss", "used", "reason"),
-        *("law_lr", "residual_octaves", "regret", "parameters", "diverged"),
+        *("law_lr", "residual_octaves", "regret", "parameters", "diverged", "skew"),
     }
 
 
@@ -552,7 +552,7 @@ SMALL = {"curvature": 0.028, "steps": three_to_five}  # 3 batches x 3 horizons x
         {"num_seeds": 3},
         {"batches": tuple(16_384 * 2**k for k in range(5)), "horizons": tuple(4_000_000 * 4**k for k in range(4))},
         {"widths": (64, 128)},
-        {"cubic": 0.002},
+        {"cubic": 0.006},
     ],
     ids=[
         "small",
@@ -574,5 +574,4 @@ def test_intervals_cover_the_truth(arguments):
     print(f"covered {covered}, width {width:.2f}")
     assert (covered[:3] >= 0.9).all()
     assert width < 2.5
-    if "cubic" not in arguments:  # which moves every optimum, and with them the rate at the centre, by the same factor
-        assert covered[3] >= 0.88
+    assert covered[3] >= 0.88
