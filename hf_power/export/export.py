@@ -16,6 +16,7 @@ import safetensors
 import torch
 import transformers
 
+from hf_power.checkpoints.older import add_older_names
 from hf_power.compat import PreTrainedConfig, logits_first
 from hf_power.export.fold import Conversion, fold_factors, write_weights
 from hf_power.export.source import Source, find_source, read_donor, stored_dtype, tensor_files
@@ -95,6 +96,7 @@ def export_model(
         for file in _COPIED:
             if (model.folder / file).is_file():
                 shutil.copyfile(model.folder / file, folder / file)
+        add_older_names(folder)
         content.save(folder)
     return content
 

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_power.checkpoints.callback import SealCheckpoints, output_folder
+from hf_power.checkpoints.older import add_older_names
 from hf_power.compat import name_cpu_without_index
 from hf_power.models import block_losses
 from hf_power.pretrain.bad_numbers import BadNumbers, poison_if_not_finite, refuse_non_finite
@@ -260,14 +261,19 @@ class PowerTrainer(Trainer):
         refuse_non_finite(self.model, output_folder(self.args))
         if _internal_call:
             self.guards.record.since_log = self._since_log()
-        if not self.is_fsdp_enabled:
+        folder = Path(output_dir) if output_dir else output_folder(self.args)
+        if self.is_fsdp_enabled:
+            self._save_sharded(folder)
+        else:
             super().save_model(output_dir, _internal_call)
-            return
+        if self.args.should_save:
+            add_older_names(folder)
+
+    def _save_sharded(self, folder: Path) -> None:
         weights = None
         if self.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT":
             weights = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
-            folder = Path(output_dir) if output_dir else output_folder(self.args)
             if weights is None:
                 self.model.config.save_pretrained(folder)
             else:
