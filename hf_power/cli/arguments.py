@@ -20,6 +20,7 @@ from hf_power.settings.sections import parse_tokens
 if TYPE_CHECKING:
     from hf_power.fit.form import Critical, Size
     from hf_power.fit.report import Elsewhere
+    from hf_power.sweep.aim import Aim
 
 
 class ExitCode(enum.IntEnum):
@@ -188,11 +189,30 @@ class SweepArguments:
     output_dir: str = field(metadata={"help": "folder of the rows; a killed sweep goes on in it"})
     dry_run: bool = option(False, "say what it will cost, after a short measurement")
     workers: int | None = option(None, "processes on a CPU; default: one per core")
+    until: float | None = option(
+        None, "stop when the target's rate is known to so many octaves (half of its 95 % interval), e.g. 0.3"
+    )
+    tokens: str | None = option(None, "length of the target, for --until, e.g. 1T")
+    tokens_per_step: str | None = option(None, "global batch of the target in tokens, for --until, e.g. 4M")
+    width: int | None = option(None, "hidden_size of the target, for --until: the law may then depend on it")
+    target: str | None = option(None, "for --until: settings of the target (YAML), for what the options leave out")
 
     def __post_init__(self) -> None:
         """Refuse a number of workers that can do no work."""
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers must be at least 1, got {self.workers}.")
+        for name in ("tokens", "tokens_per_step", "width", "target"):
+            if self.until is None and getattr(self, name) is not None:
+                raise UserError(f"--{name} says what --until is about: give --until too, or leave it out.")
+
+    def aim(self) -> "Aim | None":
+        """What the sweep is to find out; None: the whole grid."""
+        from hf_power.sweep.aim import aim_of
+
+        if self.until is None:
+            return None
+        where = {name: getattr(self, name) for name in ("tokens", "tokens_per_step", "width", "target")}
+        return aim_of(self.until, **where)
 
 
 _Word = TypeVar("_Word", bound=str)
