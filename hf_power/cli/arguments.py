@@ -1,17 +1,18 @@
-"""The arguments of each verb, the exit codes, and what is printed after a run or a push.
+"""The arguments of each verb, and what is printed after a run or a push.
 
 The arguments of pretrain are the settings (`hf_power.settings`). Each field is an option of the same name. In a field's
 metadata, `positional` makes it a word without a name, `option` gives the option another name than the field, and the rest
 goes to argparse.
 """
 
-import enum
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hf_power.cli.front import EXIT_CODES as EXIT_CODES
+from hf_power.cli.front import ExitCode as ExitCode
 from hf_power.data.text import option
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
@@ -21,23 +22,6 @@ if TYPE_CHECKING:
     from hf_power.fit.form import Critical, Size
     from hf_power.fit.report import Elsewhere
     from hf_power.sweep.aim import Aim
-
-
-class ExitCode(enum.IntEnum):
-    """What the exit code of a verb means; a verb that a signal has stopped ends with 128 + the signal's number."""
-
-    DONE = 0
-    FAILED = 1
-    MISTAKE = 2
-    PUSH_INCOMPLETE = 3
-
-
-EXIT_CODES = """exit codes:
-  0        done
-  1        a check has failed (verify, coord-check, doctor), the run has lost its numbers, or hf-power has a fault
-  2        a mistake to put right: one sentence on stderr says which, and what to do
-  3        the model is safe, but its push to the Hub is not complete
-  128 + n  stopped by the signal n, e.g. 143 by SIGTERM"""
 
 
 def is_first_process() -> bool:

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from transformers.hf_argparser import DataClassType, HfArgumentParser
 
-from hf_power.cli.arguments import EXIT_CODES, EvaluateArguments
+from hf_power.cli.arguments import EvaluateArguments
+from hf_power.cli.front import EXIT_CODES
 from hf_power.compat import own_flags
 from hf_power.data.text import DataArguments
 from hf_power.records.errors import UserError, refused_by, shown

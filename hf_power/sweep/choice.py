@@ -180,7 +180,7 @@ class _Table:
 
     def possible(self, known: Known) -> dict[Trunk, tuple[int, ...]]:
         """All that could still be run near the law's optimum: trunk -> its missing horizons, rising."""
-        found = {}
+        found: dict[Trunk, tuple[int, ...]] = {}
         for group in self.groups:
             optima = [known.optimum(Place(t, group.tokens_per_step, group.width)) for t in group.tokens]
             near = [v for v in self.ladder(group) if min(abs(math.log2(v / o)) for o in optima) <= NEAR_OCTAVES]
@@ -267,9 +267,9 @@ def _most_telling(table: _Table, known: Known, aim: Aim, octaves: float) -> list
     two half-widths of `Known`, since the fit's own one holds more than that can foresee.
     """
     target = Place(aim.tokens, aim.tokens_per_step, aim.width or table.groups[0].width)
-    plan: _Plan | None = _Plan(table, known, target, table.possible(known))
+    plan = _Plan(table, known, target, table.possible(known))
     goal = max(aim.octaves / octaves * known.half_width(target), plan.half_width)
-    while (less := plan.cheaper(goal)) is not None:
+    while less := plan.cheaper(goal):
         plan = less
     jobs: dict[tuple[int, int], dict[float, tuple[int, ...]]] = defaultdict(dict)
     for trunk, horizons in plan.horizons.items():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_power.records.machine import keep_freed_memory
 from hf_power.records.rows import ROWS_FILE, Row
+from hf_power.register import register_power_scheduler
 from hf_power.sweep.grid import Grid
 from hf_power.sweep.jobs import Group, Job, job_tokens, next_job
 from hf_power.sweep.trunks import Bench, prepare, run_group, run_job, sweep_rows
@@ -92,10 +94,11 @@ class Crew:
 
     def _lengthen(self, tokens: int) -> None:
         if self._bar is None and tokens:
-            self._bar = tqdm(total=0, unit="tok", unit_scale=True, desc="Sweep", dynamic_ncols=True)
+            # In a log file each refresh is a line.
+            pause = 0.1 if sys.stderr.isatty() else 30.0
+            self._bar = tqdm(total=0, unit="tok", unit_scale=True, desc="Sweep", dynamic_ncols=True, mininterval=pause)
         if self._bar is not None:
             self._bar.total += tokens
-            self._bar.refresh()
 
     def _advance(self, tokens: int, more: int) -> None:
         if self._bar is None:
@@ -166,6 +169,8 @@ _bench: Bench | None = None
 def _start_worker(grid: Grid, folder: str, counts: "SynchronizedArray[int]") -> None:
     global _bench
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A worker of the command line has its parent's words, and so `import hf_power` has left this to us.
+    register_power_scheduler()
     for name in LAUNCHED:
         # A worker of one of accelerate's processes is none of them, and would wait for the others at the first barrier.
         os.environ.pop(name, None)
