@@ -32,6 +32,12 @@ def is_first_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
+def ending(next_command: str | None, *written: str | Path) -> str:
+    """The last lines of a verb: what it wrote, and the command that comes next."""
+    lines = [f"wrote: {', '.join(map(str, written))}"] if written else []
+    return "\n".join(lines + ([f"next: {next_command}"] if next_command else []))
+
+
 def run_text(run: Run) -> str:
     """What came of a run, in one line: tokens, seconds, held-out loss and perplexity, and of which weights."""
     loss = run.held_out_loss or 0.0
@@ -224,7 +230,12 @@ class FitArguments:
         None, "look for an exponent of parameters or width; default: as a CSV without muP has them"
     )
     columns: list[str] = field(
-        default_factory=list, metadata={"metavar": "OURS=THEIRS", "help": "columns of a CSV, see README"}
+        default_factory=list,
+        metadata={
+            "metavar": "OURS=THEIRS",
+            "help": "columns of a CSV: learning_rate, loss, tokens (or steps), tokens_per_step (or batch), and where "
+            "there are such width, parameters, seed, schedule, state",
+        },
     )
     block_size: int | None = option(None, "tokens per sequence, for a CSV with batch in sequences")
     base_width: int | None = option(None, "of muP, for a CSV; default: standard parameterization")

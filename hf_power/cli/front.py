@@ -20,7 +20,7 @@ class ExitCode(enum.IntEnum):
 
 EXIT_CODES = """exit codes:
   0        done
-  1        a check has failed (verify, coord-check, doctor), the run has lost its numbers, or hf-power has a fault
+  1        a check has failed or has not decided (verify, coord-check, doctor), the run has lost its numbers, or hf-power has a fault
   2        a mistake to put right: one sentence on stderr says which, and what to do
   3        the model is safe, but its push to the Hub is not complete
   128 + n  stopped by the signal n, e.g. 143 by SIGTERM"""
@@ -48,10 +48,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summaries() -> dict[str, str]:
-    """Each verb with the first line of its function's docstring, read from the source, since its imports take seconds."""
-    tree = ast.parse(Path(__file__).with_name("verbs.py").read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    return {node.name.replace("_", "-"): (ast.get_docstring(node) or "").split("\n")[0] for node in functions}
+    """Each verb of `hf_power.cli.dispatch.VERBS` with the first line of its docstring.
+
+    They are read from the source, since its imports take seconds.
+    """
+    table, functions = (
+        ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("dispatch.py", "verbs.py")
+    )
+    said = {node.name: ast.get_docstring(node) or "" for node in functions.body if isinstance(node, ast.FunctionDef)}
+    verbs = next(
+        node.value for node in table.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VERBS"
+    )
+    names = [str(ast.literal_eval(key)) for key in verbs.keys if key] if isinstance(verbs, ast.Dict) else []
+    return {name: said[name.replace("-", "_")].split("\n")[0] for name in names}
 
 
 def overview() -> str:

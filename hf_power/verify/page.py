@@ -102,6 +102,16 @@ class Page:
         """Whether the recipe may be trusted at the cell."""
         return self.verdict == "passed"
 
+    def next_command(self, recipe: str) -> str:
+        """What to do after the verdict."""
+        if self.passed:
+            return f"hf-power pretrain RUN.yaml --recipe {recipe}"
+        return (
+            "the same command with what the reason says"
+            if self.verdict == "inconclusive"
+            else "hf-power sweep GRID.yaml"
+        )
+
     def with_coordinates(self, check: Coordinates) -> "Page":
         """The page with the coordinate check on it, of which a failed one fails the recipe, too."""
         page = replace(self, coord_check=check)
