@@ -63,6 +63,18 @@ def run_verb(verb: str, argv: list[str] | None = None, function: Callable[..., i
     return with_exit_code(verb, call)
 
 
+def print_completion(shell: str) -> int:
+    """Print the script that completes verbs and options in a shell."""
+
+    def call() -> int:
+        from hf_power.cli.completion import completion
+
+        print(completion(shell))
+        return ExitCode.DONE
+
+    return with_exit_code("--completion", call)
+
+
 def with_exit_code(verb: str, call: Callable[[], int]) -> int:
     """Call a function; a mistake of the user becomes one sentence on stderr and exit code 2.
 

@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"hf-power {__version__}")
         return ExitCode.DONE
+    if argv[0].partition("=")[0] == "--completion":
+        from hf_power.cli.dispatch import print_completion
+
+        return print_completion(argv[0].partition("=")[2] or " ".join(argv[1:]))
     verb = argv[0].replace("_", "-")
     if verb not in (verbs := summaries()):
         near = difflib.get_close_matches(verb.lower(), verbs, n=1)
@@ -66,7 +70,7 @@ def summaries() -> dict[str, str]:
 def overview() -> str:
     """Every verb with a line, and the exit codes."""
     lines = [f"  {name:<12} {summary}" for name, summary in summaries().items()]
-    usage = "usage: hf-power VERB ...\n       hf-power VERB --help\n       hf-power --version"
+    usage = "usage: hf-power VERB ...\n       hf-power VERB --help\n       hf-power --version\n       hf-power --completion SHELL"
     return "\n".join([usage, "", *lines, "", EXIT_CODES])
 
 
