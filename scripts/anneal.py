@@ -6,7 +6,7 @@
 import sys
 
 from hf_power.cli import run_verb
-from hf_power.cli.arguments import AnnealArguments, ExitCode, is_first_process, print_push, run_text
+from hf_power.cli.arguments import AnnealArguments, ExitCode, ending, is_first_process, print_push, run_text
 from hf_power.pretrain.anneal import anneal
 
 
@@ -23,8 +23,10 @@ def main(arguments: AnnealArguments) -> int:
     )
     if not is_first_process():
         return ExitCode.DONE
+    folder = arguments.folder(run.name)
     print(run_text(run))
-    return print_push(arguments.folder(run.name)) if arguments.repo else ExitCode.DONE
+    print(ending(f"hf-power evaluate {folder}", folder))
+    return print_push(folder) if arguments.repo else ExitCode.DONE
 
 
 if __name__ == "__main__":

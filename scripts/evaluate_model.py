@@ -8,9 +8,9 @@ Python puts the folder of a script first on its path. A script named evaluate.py
 import sys
 
 from hf_power.cli import run_verb
-from hf_power.cli.arguments import EvaluateArguments, ExitCode, is_first_process
+from hf_power.cli.arguments import EvaluateArguments, ExitCode, ending, is_first_process
 from hf_power.data.text import DataArguments
-from hf_power.evaluate.heldout import evaluate_model, scores_text
+from hf_power.evaluate.heldout import evaluate_model, evaluation_text, scores_text, written_to
 from hf_power.evaluate.tasks import NAMED_TASKS, Tasks, run_tasks
 from hf_power.settings.sections import parse_tokens
 
@@ -26,7 +26,7 @@ def main(arguments: EvaluateArguments, data: DataArguments) -> int:
             dtype=arguments.dtype,
             output=arguments.output,
         )
-        text = scores_text(made.metrics or {})
+        text = evaluation_text(made)
     else:
         names = arguments.tasks if arguments.tasks in NAMED_TASKS else arguments.tasks.split(",")
         scores = run_tasks(
@@ -39,6 +39,7 @@ def main(arguments: EvaluateArguments, data: DataArguments) -> int:
         text = scores_text(scores)
     if is_first_process():
         print(text)
+        print(ending(f"hf-power card {arguments.model}", written_to(arguments.model, arguments.output)))
     return ExitCode.DONE
 
 

@@ -6,7 +6,7 @@
 import sys
 
 from hf_power.cli import run_verb
-from hf_power.cli.arguments import ExitCode, ExportArguments
+from hf_power.cli.arguments import ExitCode, ExportArguments, ending
 from hf_power.export.export import export_model, export_text
 
 
@@ -15,7 +15,7 @@ def main(arguments: ExportArguments) -> int:
     folder = arguments.folder()
     record = export_model(arguments.model, folder, arguments.to, dtype=arguments.dtype, like=arguments.like)
     print(export_text(record))
-    print(f"model: {folder}")
+    print(ending(f"hf-power evaluate {folder}", folder))
     return ExitCode.DONE
 
 

@@ -6,7 +6,7 @@
 import sys
 
 from hf_power.cli import run_verb
-from hf_power.cli.arguments import ExitCode, is_first_process, print_push, run_text
+from hf_power.cli.arguments import ExitCode, ending, is_first_process, print_push, run_text
 from hf_power.pretrain.run import pretrain
 from hf_power.settings.settings import Settings
 
@@ -18,8 +18,10 @@ def main(settings: Settings) -> int:
     run = pretrain(settings)
     if not is_first_process():
         return ExitCode.DONE
+    folder = settings.training.output_dir or ""
     print(run_text(run))
-    return print_push(settings.training.output_dir or "") if pushes else ExitCode.DONE
+    print(ending(f"hf-power evaluate {folder}", folder))
+    return print_push(folder) if pushes else ExitCode.DONE
 
 
 if __name__ == "__main__":

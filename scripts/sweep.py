@@ -6,22 +6,23 @@
 import sys
 
 from hf_power.cli import run_verb
-from hf_power.cli.arguments import ExitCode, SweepArguments
+from hf_power.cli.arguments import ExitCode, SweepArguments, ending
 from hf_power.records.rows import ROWS_FILE
-from hf_power.sweep.cost import estimate, estimate_text
+from hf_power.sweep.cost import cost_text, estimate, estimate_text
 from hf_power.sweep.grid import load_grid
-from hf_power.sweep.run import rows_text, run_sweep
+from hf_power.sweep.run import aim_text, rows_text, run_sweep
 
 
 def main(arguments: SweepArguments) -> int:
     """Train a grid of small models: sweep GRID.yaml --output_dir runs/sweep [--dry_run]."""
-    grid = load_grid(arguments.grid)
+    grid, aim = load_grid(arguments.grid), arguments.aim()
     if arguments.dry_run:
         print(estimate_text(estimate(grid, arguments.output_dir, arguments.workers)))
         return ExitCode.DONE
-    rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers)
-    print(rows_text(rows))
-    print(f"rows: {arguments.output_dir}/{ROWS_FILE}\nnext: hf-power fit {arguments.output_dir}")
+    print(cost_text(grid, aim), flush=True)
+    rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers, aim=aim)
+    print(rows_text(rows) if aim is None else f"{aim_text(grid, rows, aim)}\n{rows_text(rows)}")
+    print(ending(f"hf-power fit {arguments.output_dir}", f"{arguments.output_dir}/{ROWS_FILE}"))
     return ExitCode.DONE
 
 

@@ -6,7 +6,7 @@
 import sys
 
 from hf_power.cli import run_verb
-from hf_power.cli.arguments import ExitCode, VerifyArguments
+from hf_power.cli.arguments import ExitCode, VerifyArguments, ending
 from hf_power.settings.settings import Settings
 from hf_power.verify.check import verify
 from hf_power.verify.page import page_text
@@ -16,7 +16,7 @@ def main(arguments: VerifyArguments, settings: Settings) -> int:
     """Before a big run: verify SETTINGS.yaml --recipe recipe.json --tokens 8M --output_dir runs/verify."""
     page = verify(settings, seeds=arguments.seeds, tolerance=arguments.tolerance)
     print(page_text(page))
-    print(f"page: {settings.training.output_dir}/verify.md")
+    print(ending(page.next_command(settings.run.recipe or ""), f"{settings.training.output_dir}/verify.md"))
     return ExitCode.DONE if page.passed else ExitCode.FAILED
 
 

@@ -24,6 +24,7 @@ from hf_power import Recipe, __version__, cli, mup_config
 from hf_power.checkpoints.seal import seal
 from hf_power.cli import arguments, parse_settings
 from hf_power.cli.dispatch import VERBS
+from hf_power.cli.front import summaries
 from hf_power.cli.parser import Parser
 from hf_power.sweep.grid import load_grid
 
@@ -38,6 +39,23 @@ def test_exit_codes_and_the_version(capsys):
     capsys.readouterr()
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"hf-power {__version__}\n"
+
+
+def test_what_needs_no_import_waits_for_none(tmp_path):
+    """Help, version and a wrong verb, in a Python without torch and transformers."""
+    code = "import sys; sys.argv = ['hf-power', sys.argv[1]]; sys.modules |= {'torch': None, 'transformers': None}\n"
+    code += "from hf_power.cli import main; sys.exit(main())"
+    for word, told, said in (
+        ("--help", 0, "pretrain"),
+        ("--version", 0, __version__),
+        ("swep", 2, "did you mean sweep?"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout + done.stderr) == (told, True), done.stderr
+
+
+def test_the_overview_has_every_verb_with_its_own_words():
+    assert summaries() == {name: verb.summary for name, verb in VERBS.items()}
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -169,6 +187,21 @@ MISTAKES = [
     ("plan nowhere.json --tokens 1M --tokens_per_step 4k --parameters 1M", "there is no recipe at nowhere.json"),
     ("verify good.yaml --output_dir o", "verify needs a recipe"),
     ("verify good.yaml --output_dir o --recipe recipe.json --seeds 0", "seeds and tolerance must be positive, got 0"),
+    ("PRETRAIN", "the verb 'PRETRAIN' is unknown: did you mean pretrain?"),
+    ("pretrain good.yaml --output_dir o --tokens -5M", "tokens must be at least 0, got '-5M': leave the sign out"),
+    ("pretrain good.yaml --output_dir o --recipe run/run.json", "run/run.json is the run.json of a run and no recipe"),
+    ("anneal --from run", "run is a run and no checkpoint: pass one of those in it, checkpoint-4"),
+    ("plan run/run.json --tokens 1M --tokens_per_step 4k --parameters 1M", "is the run.json of a run and no recipe"),
+    ("plan recipe.json --tokens -5M --tokens_per_step 4k --parameters 1M", "--tokens must be at least 0, got '-5M'"),
+    ("plan recipe.json --tokens 1M --tokens-per-stp 4k", "--tokens_per_stp is unknown: did you mean tokens_per_step?"),
+    (
+        "sweep grid.yaml --output_dir o --until 0.3",
+        "give its --tokens and --tokens_per_step, or its settings as --target",
+    ),
+    ("sweep grid.yaml --output_dir o --tokens 1M", "--tokens says what --until is about: give --until too"),
+    ("sweep grid.yaml --output_dir o --until -1 --tokens 1M --tokens_per_step 4k", "--until must be above 0"),
+    ("sweep grid.yaml --output_dir o --until 1 --target nowhere.yaml", "there is no settings file at nowhere.yaml"),
+    ("fit run --columns loss=l lr", "--columns takes pairs such as learning_rate=lr, got 'lr'"),
     ("doctor", "the following arguments are required: run"),
     ("doctor nowhere", "there is no run folder at nowhere"),
 ]

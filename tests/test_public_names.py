@@ -44,7 +44,7 @@ FLAGS = {
     "report": "output",
     "publish": "repo license checkpoints private overwrite",
     "coord-check": "widths picture base_width steps device bf16 form fixed control controls",
-    "sweep": "output_dir dry_run workers",
+    "sweep": "until tokens tokens_per_step width target output_dir dry_run workers",
     "fit": "output_dir schedule batch_exponent critical_batch size columns block_size base_width weight_decay warmup_tokens"
     " decay_ratio decay_shape model_type tokenizer",
     "plan": """

@@ -35,7 +35,7 @@ STOCK += [
     "transformers.models.granite.modeling_granite",
     "transformers.models.granitemoe.modeling_granitemoe",
 ]
-OURS = ["hf_power.cli", "hf_power.pretrain.run", "hf_power.sweep.run", "hf_power.evaluate.heldout"]
+OURS = ["hf_power.cli.dispatch", "hf_power.pretrain.run", "hf_power.sweep.run", "hf_power.evaluate.heldout"]
 
 # It runs without site-packages, so it starts in some 20 ms.
 CLIENT = """#!{python} -IS

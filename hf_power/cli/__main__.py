@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_power.cli.dispatch import main
+from hf_power.cli.front import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,17 +1,18 @@
-"""The arguments of each verb, the exit codes, and what is printed after a run or a push.
+"""The arguments of each verb, and what is printed after a run or a push.
 
 The arguments of pretrain are the settings (`hf_power.settings`). Each field is an option of the same name. In a field's
 metadata, `positional` makes it a word without a name, `option` gives the option another name than the field, and the rest
 goes to argparse.
 """
 
-import enum
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hf_power.cli.front import EXIT_CODES as EXIT_CODES
+from hf_power.cli.front import ExitCode as ExitCode
 from hf_power.data.text import option
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
@@ -20,23 +21,7 @@ from hf_power.settings.sections import parse_tokens
 if TYPE_CHECKING:
     from hf_power.fit.form import Critical, Size
     from hf_power.fit.report import Elsewhere
-
-
-class ExitCode(enum.IntEnum):
-    """What the exit code of a verb means; a verb that a signal has stopped ends with 128 + the signal's number."""
-
-    DONE = 0
-    FAILED = 1
-    MISTAKE = 2
-    PUSH_INCOMPLETE = 3
-
-
-EXIT_CODES = """exit codes:
-  0        done
-  1        a check has failed (verify, coord-check, doctor), the run has lost its numbers, or hf-power has a fault
-  2        a mistake to put right: one sentence on stderr says which, and what to do
-  3        the model is safe, but its push to the Hub is not complete
-  128 + n  stopped by the signal n, e.g. 143 by SIGTERM"""
+    from hf_power.sweep.aim import Aim
 
 
 def is_first_process() -> bool:
@@ -45,6 +30,12 @@ def is_first_process() -> bool:
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
+
+
+def ending(next_command: str | None, *written: str | Path) -> str:
+    """The last lines of a verb: what it wrote, and the command that comes next."""
+    lines = [f"wrote: {', '.join(map(str, written))}"] if written else []
+    return "\n".join(lines + ([f"next: {next_command}"] if next_command else []))
 
 
 def run_text(run: Run) -> str:
@@ -198,11 +189,30 @@ class SweepArguments:
     output_dir: str = field(metadata={"help": "folder of the rows; a killed sweep goes on in it"})
     dry_run: bool = option(False, "say what it will cost, after a short measurement")
     workers: int | None = option(None, "processes on a CPU; default: one per core")
+    until: float | None = option(
+        None, "stop when the target's rate is known to so many octaves (half of its 95 % interval), e.g. 0.3"
+    )
+    tokens: str | None = option(None, "length of the target, for --until, e.g. 1T")
+    tokens_per_step: str | None = option(None, "global batch of the target in tokens, for --until, e.g. 4M")
+    width: int | None = option(None, "hidden_size of the target, for --until: the law may then depend on it")
+    target: str | None = option(None, "for --until: settings of the target (YAML), for what the options leave out")
 
     def __post_init__(self) -> None:
         """Refuse a number of workers that can do no work."""
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers must be at least 1, got {self.workers}.")
+        for name in ("tokens", "tokens_per_step", "width", "target"):
+            if self.until is None and getattr(self, name) is not None:
+                raise UserError(f"--{name} says what --until is about: give --until too, or leave it out.")
+
+    def aim(self) -> "Aim | None":
+        """What the sweep is to find out; None: the whole grid."""
+        from hf_power.sweep.aim import aim_of
+
+        if self.until is None:
+            return None
+        where = {name: getattr(self, name) for name in ("tokens", "tokens_per_step", "width", "target")}
+        return aim_of(self.until, **where)
 
 
 _Word = TypeVar("_Word", bound=str)
@@ -230,7 +240,12 @@ class FitArguments:
         None, "look for an exponent of parameters or width; default: as a CSV without muP has them"
     )
     columns: list[str] = field(
-        default_factory=list, metadata={"metavar": "OURS=THEIRS", "help": "columns of a CSV, see README"}
+        default_factory=list,
+        metadata={
+            "metavar": "OURS=THEIRS",
+            "help": "columns of a CSV: learning_rate, loss, tokens (or steps), tokens_per_step (or batch), and where "
+            "there are such width, parameters, seed, schedule, state",
+        },
     )
     block_size: int | None = option(None, "tokens per sequence, for a CSV with batch in sequences")
     base_width: int | None = option(None, "of muP, for a CSV; default: standard parameterization")

@@ -1,6 +1,5 @@
 """The table of verbs, and which exit code an error has."""
 
-import difflib
 import signal
 import sys
 from collections.abc import Callable
@@ -8,12 +7,12 @@ from typing import NamedTuple
 
 from hf_power.cli import arguments as args
 from hf_power.cli import verbs
-from hf_power.cli.arguments import EXIT_CODES, ExitCode
+from hf_power.cli.front import ExitCode
 from hf_power.cli.parser import EvaluateParser, Parser, SettingsParser
 from hf_power.pretrain.bad_numbers import NonFiniteError
 from hf_power.pretrain.stops import SIGNALS, StoppedBySignalError, disk_is_full
 from hf_power.records.errors import UserError, one_line
-from hf_power.version import __version__
+from hf_power.register import register_power_scheduler
 
 
 class Verb(NamedTuple):
@@ -49,26 +48,11 @@ VERBS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of `hf-power`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return ExitCode.DONE if argv else ExitCode.MISTAKE
-    if argv[0] == "--version":
-        print(f"hf-power {__version__}")
-        return ExitCode.DONE
-    if argv[0] not in VERBS:
-        near = difflib.get_close_matches(argv[0], VERBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(VERBS)}."
-        print(f"hf-power: the verb {one_line(argv[0])!r} is unknown: {hint}", file=sys.stderr)
-        return ExitCode.MISTAKE
-    return run_verb(argv[0], argv[1:])
-
-
 def run_verb(verb: str, argv: list[str] | None = None, function: Callable[..., int] | None = None) -> int:
     """Run a verb, or another function with the arguments of that verb, and return the exit code."""
     words = sys.argv[1:] if argv is None else argv
+    # In the command line's own process `import hf_power` leaves it to this line.
+    register_power_scheduler()
 
     def call() -> int:
         parser = VERBS[verb].parser(verb, VERBS[verb].summary)
@@ -78,6 +62,18 @@ def run_verb(verb: str, argv: list[str] | None = None, function: Callable[..., i
         return (function or VERBS[verb].function)(*parser.read(words))
 
     return with_exit_code(verb, call)
+
+
+def print_completion(shell: str) -> int:
+    """Print the script that completes verbs and options in a shell."""
+
+    def call() -> int:
+        from hf_power.cli.completion import completion
+
+        print(completion(shell))
+        return ExitCode.DONE
+
+    return with_exit_code("--completion", call)
 
 
 def with_exit_code(verb: str, call: Callable[[], int]) -> int:
@@ -113,10 +109,3 @@ def with_exit_code(verb: str, call: Callable[[], int]) -> int:
             raise
     print(f"hf-power {verb}: {one_line(said)}", file=sys.stderr)
     return ExitCode.MISTAKE
-
-
-def _overview() -> str:
-    """Every verb with a line, and the exit codes."""
-    lines = [f"  {name:<12} {verb.summary}" for name, verb in VERBS.items()]
-    usage = "usage: hf-power VERB ...\n       hf-power VERB --help\n       hf-power --version"
-    return "\n".join([usage, "", *lines, "", EXIT_CODES])

@@ -4,13 +4,15 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers.hf_argparser import DataClassType, HfArgumentParser
 
-from hf_power.cli.arguments import EXIT_CODES, EvaluateArguments
+from hf_power.cli.arguments import EvaluateArguments
+from hf_power.cli.front import EXIT_CODES
 from hf_power.compat import own_flags
 from hf_power.data.text import DataArguments
 from hf_power.records.errors import UserError, refused_by, shown
@@ -20,6 +22,17 @@ from hf_power.settings.arguments import unknown_setting
 from hf_power.settings.read import flatten, load_yaml
 from hf_power.settings.sections import SECTIONS, TRAINING_DEFAULTS, Tokens, unknown_key
 from hf_power.settings.settings import Settings
+
+# Where transformers says little, or something else than hf-power does.
+OWN_HELP = {
+    "output_dir": "Folder of the run: run.json, checkpoints, the finished model. It is needed.",
+    "per_device_train_batch_size": "Blocks of an optimizer step on one device; with the devices, the accumulation and "
+    "block_size they make tokens_per_step.",
+    "learning_rate": "eta_max, the cap of the power schedule; of other schedules the peak.",
+    "lr_scheduler_type": "power, or a schedule of transformers.",
+    "lr_scheduler_kwargs": "Arguments of the schedule as JSON; of power: a, b, batch_exponent, decay_ratio, decay_shape "
+    "and more, see get_power_schedule.",
+}
 
 # The words that HfArgumentParser takes for a truth value.
 _TRUTHS = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}
@@ -89,8 +102,12 @@ class Parser(HfArgumentParser):
 
         A switch takes a truth value if one follows, so argparse would give it the positional word that follows.
         """
-        words = []
+        words: list[str] = []
         for word, following in zip(argv, [*argv, ""][1:], strict=True):
+            if _is_number(word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+                # argparse takes -5M for an option.
+                words[-1] += f"={word}"
+                continue
             if word.startswith("-") and not _is_number(word):
                 name, equals, value = word.partition("=")
                 name = name if not name.startswith("--") else "--" + name[2:].replace("-", "_")
@@ -143,6 +160,7 @@ class SettingsParser(Parser):
     unknown = staticmethod(unknown_setting)
 
     def __init__(self, verb: str, summary: str, *beside: type) -> None:
+        self.needs = "--recipe recipe.json --output_dir FOLDER " if beside else ""
         # An older transformers lacks more than this, and would end in a traceback of its own.
         check_parts(("_get_grad_norm",))
         self.beside = beside
@@ -173,7 +191,7 @@ class SettingsParser(Parser):
         """The options without the hundred of TrainingArguments that have the defaults of transformers."""
         page = argparse.ArgumentParser(
             self.prog,
-            usage="%(prog)s SETTINGS.yaml [--key value ...]",
+            usage=f"%(prog)s SETTINGS.yaml {self.needs}[--key value ...]",
             description=f"{self.description}\n\nEach key of the YAML is an option of the same name.",
             epilog=f"and every other argument of transformers.TrainingArguments\n\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -183,7 +201,7 @@ class SettingsParser(Parser):
             group = page.add_argument_group(section)
             for key in dataclasses.fields(kind):
                 if section != "training" or key.name in TRAINING_DEFAULTS:
-                    text = key.metadata["help"].splitlines()[0].replace("%", "%%")
+                    text = OWN_HELP.get(key.name) or " ".join(key.metadata["help"].split()).replace("%", "%%")
                     default = TRAINING_DEFAULTS.get(key.name, key.default)
                     group.add_argument(f"--{key.name}", help=f"{text} (default: {default})")
         return page.format_help()
@@ -211,9 +229,5 @@ def _complete(parsed: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _is_number(word: str) -> bool:
-    """Whether a word that begins with a dash is a negative number, and so no option."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    """Whether a word is a negative number, perhaps with a unit, and so no option."""
+    return re.match(r"-\.?\d", word) is not None

@@ -17,6 +17,7 @@ from hf_power.cli.arguments import (
     ReportArguments,
     SweepArguments,
     VerifyArguments,
+    ending,
     is_first_process,
     print_push,
     run_text,
@@ -34,8 +35,10 @@ def pretrain(settings: Settings) -> int:
     run = pretrain(settings)
     if not is_first_process():
         return ExitCode.DONE
+    folder = settings.training.output_dir or ""
     print(run_text(run))
-    return print_push(settings.training.output_dir or "") if pushes else ExitCode.DONE
+    print(ending(f"hf-power evaluate {folder}", folder))
+    return print_push(folder) if pushes else ExitCode.DONE
 
 
 def anneal(arguments: AnnealArguments) -> int:
@@ -53,8 +56,10 @@ def anneal(arguments: AnnealArguments) -> int:
     )
     if not is_first_process():
         return ExitCode.DONE
+    folder = arguments.folder(run.name)
     print(run_text(run))
-    return print_push(arguments.folder(run.name)) if arguments.repo else ExitCode.DONE
+    print(ending(f"hf-power evaluate {folder}", folder))
+    return print_push(folder) if arguments.repo else ExitCode.DONE
 
 
 def doctor(arguments: DoctorArguments) -> int:
@@ -83,7 +88,7 @@ def coord_check(arguments: CoordCheckArguments) -> int:
     print(result.table())
     if arguments.picture:
         save(plot_coord_check(result), arguments.picture)
-        print(f"picture: {arguments.picture}")
+        print(ending(None, arguments.picture))
     passed = result.passed
     if arguments.controls:
         for name, check in measured_controls(config, chosen):
@@ -95,17 +100,18 @@ def coord_check(arguments: CoordCheckArguments) -> int:
 def sweep(arguments: SweepArguments) -> int:
     """Train a grid of small models: sweep GRID.yaml --output_dir runs/sweep [--dry_run]."""
     from hf_power.records.rows import ROWS_FILE
-    from hf_power.sweep.cost import estimate, estimate_text
+    from hf_power.sweep.cost import cost_text, estimate, estimate_text
     from hf_power.sweep.grid import load_grid
-    from hf_power.sweep.run import rows_text, run_sweep
+    from hf_power.sweep.run import aim_text, rows_text, run_sweep
 
-    grid = load_grid(arguments.grid)
+    grid, aim = load_grid(arguments.grid), arguments.aim()
     if arguments.dry_run:
         print(estimate_text(estimate(grid, arguments.output_dir, arguments.workers)))
         return ExitCode.DONE
-    rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers)
-    print(rows_text(rows))
-    print(f"rows: {arguments.output_dir}/{ROWS_FILE}\nnext: hf-power fit {arguments.output_dir}")
+    print(cost_text(grid, aim), flush=True)
+    rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers, aim=aim)
+    print(rows_text(rows) if aim is None else f"{aim_text(grid, rows, aim)}\n{rows_text(rows)}")
+    print(ending(f"hf-power fit {arguments.output_dir}", f"{arguments.output_dir}/{ROWS_FILE}"))
     return ExitCode.DONE
 
 
@@ -155,13 +161,13 @@ def verify(arguments: VerifyArguments, settings: Settings) -> int:
 
     page = verify(settings, seeds=arguments.seeds, tolerance=arguments.tolerance)
     print(page_text(page))
-    print(f"page: {settings.training.output_dir}/verify.md")
+    print(ending(page.next_command(settings.run.recipe or ""), f"{settings.training.output_dir}/verify.md"))
     return ExitCode.DONE if page.passed else ExitCode.FAILED
 
 
 def evaluate(arguments: EvaluateArguments, data: DataArguments) -> int:
     """Measure any checkpoint on held-out text, or on lm-evaluation-harness tasks: evaluate RUN [--tasks paper]."""
-    from hf_power.evaluate.heldout import evaluate_model, scores_text
+    from hf_power.evaluate.heldout import evaluate_model, evaluation_text, scores_text, written_to
     from hf_power.evaluate.tasks import NAMED_TASKS, Tasks, run_tasks
     from hf_power.settings.sections import parse_tokens
 
@@ -174,7 +180,7 @@ def evaluate(arguments: EvaluateArguments, data: DataArguments) -> int:
             dtype=arguments.dtype,
             output=arguments.output,
         )
-        text = scores_text(made.metrics or {})
+        text = evaluation_text(made)
     else:
         names = arguments.tasks if arguments.tasks in NAMED_TASKS else arguments.tasks.split(",")
         scores = run_tasks(
@@ -187,6 +193,7 @@ def evaluate(arguments: EvaluateArguments, data: DataArguments) -> int:
         text = scores_text(scores)
     if is_first_process():
         print(text)
+        print(ending(f"hf-power card {arguments.model}", written_to(arguments.model, arguments.output)))
     return ExitCode.DONE
 
 
@@ -197,7 +204,7 @@ def export(arguments: ExportArguments) -> int:
     folder = arguments.folder()
     record = export_model(arguments.model, folder, arguments.to, dtype=arguments.dtype, like=arguments.like)
     print(export_text(record))
-    print(f"model: {folder}")
+    print(ending(f"hf-power evaluate {folder}", folder))
     return ExitCode.DONE
 
 
@@ -205,7 +212,8 @@ def card(arguments: CardArguments) -> int:
     """Write the model card of a run: card RUN --license apache-2.0."""
     from hf_power.publish.card import write_card
 
-    print(f"card: {write_card(arguments.run, license=arguments.license, repo_id=arguments.repo)}")
+    path = write_card(arguments.run, license=arguments.license, repo_id=arguments.repo)
+    print(ending(f"hf-power publish {arguments.run} --repo {arguments.repo or 'user/name'}", path))
     return ExitCode.DONE
 
 

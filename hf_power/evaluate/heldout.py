@@ -62,6 +62,11 @@ def output_path(folder: Path, about: Model, output: str | os.PathLike[str] | Non
     return path
 
 
+def written_to(model: str, output: str | os.PathLike[str] | None) -> Path:
+    """The file that the results of a model are in."""
+    return Path(model) / EVAL_FILE if output is None else Path(output)
+
+
 def alone_at(path: Path, is_first: bool) -> AbstractContextManager[None]:
     """Keep other evaluations from the file while the first process of this one is at work on it, see `only_one`."""
     return only_one(path.parent, f"{LOCK}-{path.name}") if is_first else nullcontext()
@@ -80,6 +85,25 @@ def _before(path: Path) -> Evaluation | None:
         return read_record(path, Evaluation)
     except UserError as error:
         raise UserError(f"{path} is no {EVAL_FILE} of schema {SCHEMA}: delete it, or name another output.") from error
+
+
+UNITS = {
+    "loss": "nats per token",
+    "perplexity": "",
+    "accuracy": "share of next tokens",
+    "bits_per_byte": "bits per byte of text",
+}
+
+
+def evaluation_text(made: Evaluation) -> str:
+    """Metrics with their units, and what they were measured on."""
+    about, data = made.model, made.data or {}
+    parts = [str(data[key]) for key in ("dataset", "config_name", "split") if data.get(key)]
+    of_part = f", {data['eval_fraction']:g} of it held out" if data.get("eval_fraction") else ""
+    lines = [f"{about['name']} on {' '.join(parts)}{of_part}: {made.num_tokens or 0:,} tokens"]
+    for name, value in (made.metrics or {}).items():
+        lines.append(f"  {name:<16} {value:<12.6g} {UNITS.get(name, '')}".rstrip())
+    return "\n".join(lines)
 
 
 def scores_text(scores: Mapping[str, float | Mapping[str, float]]) -> str:

@@ -102,12 +102,13 @@ def fit_sweep(
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
     Recipe.from_fit(fit.to_json(), rows, laws, from_csv.told() if from_csv else None).save(folder / FILE_NAME)
     written.insert(1, FILE_NAME)
-    lines = [*problems, fit_text(fit), "", f"written to {folder}/: {', '.join(written)}"]
+    lines = [*problems, fit_text(fit), "", f"wrote: {', '.join(str(folder / name) for name in written)}"]
     if from_csv:
         how = f"muP of base width {from_csv.base_width}" if from_csv.base_width else "standard parameterization"
         lines.append(
             f"the recipe takes {how} (--base_width says muP); it leaves open: {', '.join(from_csv.open()) or 'nothing'}"
         )
+    lines.append(f"next: hf-power plan {folder / FILE_NAME} --tokens 1T --tokens_per_step 4M --parameters 3.5B")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hf_power.models import count_parameters, flops_per_token
-from hf_power.plan.record import CappedLaw, Compute, Plan, PlannedTarget, Point, ProxyCost, Timescale
+from hf_power.plan.record import CappedLaw, Compute, Plan, PlannedTarget, Point, ProxyCost, Timescale, duration
 from hf_power.plan.target import Machine, Target
 from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.run import Run
@@ -167,6 +167,19 @@ def _warnings(schedule: Schedule, steps: int, timescales: tuple[Timescale, ...])
     ]
 
 
+def headline(plan: Plan) -> str:
+    """The plan in one sentence: steps, the rate, the time, and how many warnings follow."""
+    target, compute = plan.target, plan.compute
+    top = max(plan.milestones, key=lambda point: point.lr)
+    between = f" ({top.low:.2g} to {top.high:.2g})" if top.low < top.high else ""
+    beware = len(plan.warnings)
+    warned = f"; {beware} warning{'s' if beware > 1 else ''} below" if beware else ""
+    return (
+        f"{target.tokens:,} tokens are {target.steps:,} steps of {plan.tokens_per_step:,}, about {duration(compute.days)} on "
+        f"{compute.devices} devices; Power peaks at {top.lr:.2g}{between}{warned}"
+    )
+
+
 def plan_text(plan: Plan) -> str:
     """A plan as text for people."""
     target, compute, law = plan.target, plan.compute, plan.law
@@ -174,6 +187,8 @@ def plan_text(plan: Plan) -> str:
     if target.active_parameters is not None:
         size += f" ({target.parameters_without_embeddings:,} without embeddings; active {target.active_parameters:,})"
     lines = [
+        headline(plan),
+        "",
         size,
         f"  tokens       {target.tokens:,} in {target.steps:,} steps",
         f"  batch        {plan.tokens_per_step:,} tokens per step (beta = {plan.beta:g})",
@@ -235,14 +250,6 @@ def _milestones(schedule: Schedule, seen: int) -> list[tuple[str, int]]:
         points.append(("decay starts", schedule.decay_start_tokens))
     inside = {(what, n) for what, n in points if seen < n <= end or what == "first step"}
     return sorted(inside, key=lambda point: point[1])
-
-
-def duration(days: float) -> str:
-    """A time for people, in the largest unit of which it has at least one: 3.2 hours."""
-    for unit, length in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
-        if days >= length:
-            return f"{days / length:.3g} {unit}"
-    return f"{86_400 * days:.2g} seconds"
 
 
 def _formula(law: Law | CappedLaw, max_lr: float) -> str:

@@ -69,8 +69,9 @@ def plan_run(
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder)
         save(plot_plan(plan), folder / "plan.png")
-        text += f"\nwritten to {folder}/: {PLAN_FILE}, plan.png"
-    return text
+        text += f"\nwrote: {folder / PLAN_FILE}, {folder / 'plan.png'}"
+    run_yaml = target or "RUN.yaml"
+    return f"{text}\nnext: hf-power verify {run_yaml} --recipe {recipe} --output_dir runs/verify"
 
 
 def _with_scale(plan: Plan, run: Target, machine: Machine, per_device_batch_size: int) -> Plan:

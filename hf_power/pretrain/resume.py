@@ -79,6 +79,9 @@ def verify(checkpoint: Path) -> None:
     """Raise unless a checkpoint is there, intact, and complete."""
     if not checkpoint.is_dir():
         raise NotFoundError(f"there is no checkpoint at {checkpoint}: pass a checkpoint-N folder of a run.")
+    if there := sorted(checkpoint.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name)):
+        names = ", ".join(path.name for path in there)
+        raise UserError(f"{checkpoint} is a run and no checkpoint: pass one of those in it, {names}.")
     if found := problems(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")
     if missing := missing_parts(checkpoint):

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_power.fit.result import FIT_FILE, Fit
-from hf_power.plan.plan import duration
-from hf_power.plan.record import PLAN_FILE, Plan
+from hf_power.plan.record import PLAN_FILE, Plan, duration
 from hf_power.plots.figures import si
 from hf_power.publish.card import EVIDENCE_FILE
 from hf_power.publish.sources import Facts, figure, known_facts

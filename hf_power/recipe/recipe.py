@@ -184,6 +184,8 @@ class Recipe:
     def from_json(cls, text: str | bytes, source: str = "recipe") -> "Recipe":
         """Parse the text of a recipe.json; `source` names it in errors."""
         content = parse_json(text if isinstance(text, bytes) else text.encode(), source, _REMEDY)
+        if isinstance(content, dict) and (what := _other_file(content)):
+            raise UserError(f"{source} is {what} and no recipe: pass the recipe.json that hf-power fit wrote.")
         if not isinstance(content, dict) or type(content.get("schema")) is not int or content["schema"] != SCHEMA:
             found = shown(content.get("schema") if isinstance(content, dict) else type(content).__name__)
             raise UserError(f"{source} is not a recipe of schema {SCHEMA}, got {found}: {_REMEDY}.")
@@ -331,6 +333,18 @@ def predictive_factors(
     spread = float(np.std([math.log2(draw.lr(*place)) for draw in draws])) if draws else 0.0
     half = 1.959964 * math.hypot(spread, scatter_octaves)
     return 2**-half, 2**half
+
+
+def _other_file(content: Mapping[str, object]) -> str | None:
+    """What a record of ours is that was given for a recipe; None for everything else."""
+    marks = {
+        "the run.json of a run": {"kind", "lineage"},
+        "a fit.json": {"cells", "center"},
+        "a plan.json": {"milestones", "compute"},
+        "a verify.json": {"verdict", "regret"},
+        "an eval.json": {"metrics", "model"},
+    }
+    return next((what for what, keys in marks.items() if keys <= set(content)), None)
 
 
 def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:

@@ -17,7 +17,7 @@ from hf_power.schedule import PAPER_MAX_LR
 from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of
 from hf_power.settings.any_model import unknown_key as unknown_key
 
-UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 
 
@@ -45,21 +45,24 @@ class Tokens(int):
 
 
 def parse_tokens(value: object, name: str) -> int:
-    """A number of tokens: 30000000, 30_000_000, "30,000,000", 3e7, "30M", "2.1B".
+    """A number of tokens: 30000000, 30_000_000, "30,000,000", 3e7, "30M", "30m", "2.1B".
 
     Raises:
-        UserError: if it is not a number with an optional k, M, B or T. A comma that is no mark of thousands is refused,
+        UserError: if it is negative, or not a number with an optional k, M, B or T. A comma that is no mark of thousands is refused,
             because "2,1B" may be meant for 2.1B.
     """
     text = str(value).strip().replace("_", "")
-    factor = UNITS.get(text[-1:], 1.0)
+    factor = UNITS.get(text[-1:].lower(), 1.0)
     number = text[:-1] if factor > 1 else text
     if THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
     try:
-        return round(float(number) * factor)
+        tokens = round(float(number) * factor)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{name} must be a number of tokens such as 30M or 2.1B, got {shown(value)}.") from error
+    if tokens < 0:
+        raise UserError(f"{name} must be at least 0, got {shown(value)}: leave the sign out.")
+    return tokens
 
 
 class Default(int):

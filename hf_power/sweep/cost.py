@@ -10,10 +10,11 @@ import torch
 
 from hf_power.models import flops_per_token
 from hf_power.settings.settings import Settings
+from hf_power.sweep.aim import Aim
 from hf_power.sweep.ensemble import Ensemble, Member
 from hf_power.sweep.grid import Grid
-from hf_power.sweep.jobs import Group, job_tokens, start_jobs
-from hf_power.sweep.run import stages_of, within_budget
+from hf_power.sweep.jobs import Group, groups_of, job_tokens, start_jobs
+from hf_power.sweep.run import aimed_schedule, stages_of, within_budget
 from hf_power.sweep.stacked import can_be_stacked
 from hf_power.sweep.trunks import Bench, prepare
 
@@ -122,6 +123,19 @@ def estimate_text(cost: Estimate) -> str:
     if not all(group.stackable for group in cost.groups):
         lines.append("models of this family cannot be computed as one: the members of a group are trained one after another.")
     return "\n".join(lines)
+
+
+def cost_text(grid: Grid, aim: Aim | None) -> str:
+    """What a sweep will train, in a line that needs no measurement."""
+    stages = within_budget(grid, stages_of(grid))
+    if aim is not None:
+        stages = [groups_of(grid, aimed_schedule(grid))]
+    jobs = start_jobs([group for stage in stages for group in stage])
+    runs = sum(len(job.horizons) * len(job.group.tokens) * len(job.group.seeds) for job in jobs)
+    tokens = sum(job_tokens(grid, job) for job in jobs)
+    if aim is None:
+        return f"{runs:,} runs, {tokens:,} tokens, more where a best rate lies on an edge (--dry_run says how long it takes)"
+    return f"at most about {runs:,} runs and {tokens:,} tokens, fewer where the rate is known to {aim.octaves:g} octaves before"
 
 
 class _Trial(NamedTuple):

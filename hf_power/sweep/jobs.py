@@ -113,7 +113,6 @@ def next_job(grid: Grid, group: Group, rows: Sequence[Row]) -> Job | None:
     # Whoever reads the reason of a failure deletes its rows, and they are made again. By itself it would fail again.
     if any(row.status == "failed" for row in mine):
         return None
-    have = {(row_value(row), row.seed, row.tokens) for row in mine}
     for extension in range(grid.max_extensions + 1):
         # Rows of later jobs are left out, so that a job is the same one however far the sweep had come.
         before = [row for row in mine if row.extension is not None and row.extension < extension]
@@ -128,10 +127,16 @@ def next_job(grid: Grid, group: Group, rows: Sequence[Row]) -> Job | None:
             spent = sum(row.trained_tokens for row in before)
             if spent + job_tokens(grid, job) > group.max_tokens:
                 return None
-        wanted = {(v, seed, tokens) for v, ts in horizons.items() for tokens in ts for seed in group.seeds}
-        if wanted - have:
+        if missing(job, mine):
             return job
     return None
+
+
+def missing(job: Job, rows: Sequence[Row]) -> bool:
+    """Whether a run of the job has no row."""
+    have = {(row_value(row), row.seed, row.tokens) for row in rows if belongs(row, job.group)}
+    wanted = {(v, seed, tokens) for v, ts in job.horizons.items() for tokens in ts for seed in job.group.seeds}
+    return bool(wanted - have)
 
 
 def belongs(row: Row, group: Group) -> bool:

@@ -1,32 +1,31 @@
 """Run a grid of small models, side by side: rows of measurements, in an order that survives being killed."""
 
+import itertools
 import json
-import multiprocessing
+import math
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from hf_power.data.text import require_datasets
 from hf_power.fit.fit import fit_law
 from hf_power.records.errors import UserError
 from hf_power.records.files import only_one, read_object, refuse_at_work, temporaries, write_json
-from hf_power.records.machine import keep_freed_memory, refuse_alone
+from hf_power.records.machine import refuse_alone
 from hf_power.records.rows import ROWS_FILE, Row, load_rows
 from hf_power.records.run import SCHEMA
 from hf_power.schedule import Law
+from hf_power.sweep.aim import Aim
+from hf_power.sweep.choice import aimed_fit, next_answer
+from hf_power.sweep.crew import Crew
 from hf_power.sweep.grid import SCHEDULES, Grid, few_digits
-from hf_power.sweep.jobs import Group, groups_of, job_tokens, next_job, start_jobs
-from hf_power.sweep.trunks import Bench, prepare, run_group, sweep_rows
+from hf_power.sweep.jobs import Group, groups_of, job_tokens, missing, next_job, start_jobs
+from hf_power.sweep.trunks import Bench, prepare, sweep_rows
 
 GRID_FILE = "sweep.json"
 # Its optima make the law (eq. 6).
@@ -43,9 +42,14 @@ class _Process(Protocol):
 
 
 def run_sweep(
-    grid: Grid, folder: str | os.PathLike[str], *, workers: int | None = None, groups: Sequence[Group] | None = None
+    grid: Grid,
+    folder: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    groups: Sequence[Group] | None = None,
+    aim: Aim | None = None,
 ) -> list[Row]:
-    """Train every row of the grid that is not in the folder's sweep.jsonl yet.
+    """Train every row of the grid that is not in the folder's sweep.jsonl yet, or with an aim as many as it takes.
 
     Schedules other than power come first, since power's law is fitted on the rows of warmup_stable_decay. Groups (one
     schedule, width and batch) run side by side: on a CPU in one single-threaded process per core, on an accelerator
@@ -57,12 +61,15 @@ def run_sweep(
         folder: sweep.json (the grid), sweep.jsonl (the rows), and while it runs the state of the trunks.
         workers: processes on a CPU; None means one per core.
         groups: instead of the grid's own, see `hf_power.sweep.jobs.groups_of`.
+        aim: the rate to find out; then only runs of `aimed_schedule` are trained, in rounds, until it is known, see
+            `hf_power.sweep.choice.next_answer`.
 
     Returns:
         All rows of the folder.
 
     Raises:
-        UserError: a folder of another grid, a budget that is too small, too few rows to fit the law for power.
+        UserError: a folder of another grid, a budget that is too small, too few rows to fit the law for power; an aim of
+            several processes, or a grid that could not tell it.
     """
     require_datasets()
     folder, state = Path(folder), PartialState()
@@ -70,7 +77,9 @@ def run_sweep(
     refuse_alone(process.num_processes)
     refuse_at_work(folder, "wait for its end, or take another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    stages = within_budget(grid, [list(groups)] if groups is not None else stages_of(grid))
+    if aim is not None:
+        check_aim(grid, process.num_processes)
+    stages = within_budget(grid, [list(groups)] if groups is not None else stages_of(grid)) if aim is None else []
     # Two sweeps in a folder would train everything twice. Each process has a lock of its own, for over several hosts a
     # lock of one would keep out the others of the same sweep.
     with only_one(folder, f".lock-{process.process_index}"):
@@ -80,12 +89,18 @@ def run_sweep(
                 path.unlink()
             bench = prepare(grid, folder)
             _same_grid(bench)
-        for stage in stages:
-            stage = _with_law(stage, folder)
-            run_groups(bench, stage[process.process_index :: process.num_processes], workers)
-            # The law of the next stage needs the rows of all processes.
-            while process.num_processes > 1 and any(next_job(grid, group, sweep_rows(folder)) for group in stage):
-                time.sleep(POLL_SECONDS)
+        mine = [stage[process.process_index :: process.num_processes] for stage in stages]
+        with Crew(bench, workers) as crew:
+            # So that the bar is one, and its time left that of the whole sweep.
+            crew.expect([group for groups in mine for group in groups])
+            for stage, share in zip(stages, mine, strict=True):
+                law = _law_for(stage, folder)
+                crew.run([group.with_law(law) for group in share] if law else share)
+                # The law of the next stage needs the rows of all processes.
+                while process.num_processes > 1 and any(next_job(grid, g, sweep_rows(folder)) for g in stage):
+                    time.sleep(POLL_SECONDS)
+            if aim is not None:
+                _run_rounds(crew, bench, aim)
     return load_rows(folder / ROWS_FILE)[0]
 
 
@@ -120,13 +135,50 @@ def within_budget(grid: Grid, stages: list[list[Group]]) -> list[list[Group]]:
     ]
 
 
-def _with_law(stage: list[Group], folder: Path) -> list[Group]:
-    """The groups of a stage; those of power that have no law yet get the one of the sweep's own rows."""
+def aimed_schedule(grid: Grid) -> str:
+    """The schedule whose rate an aim is about: the law's, or the only one of the grid but power."""
+    others = [name for name in grid.schedules if name != "power"]
+    return LAW_SCHEDULE if LAW_SCHEDULE in others or len(others) != 1 else others[0]
+
+
+def check_aim(grid: Grid, num_processes: int = 1) -> None:
+    """Refuse a grid whose runs could never tell the aim, and several processes, whose rounds would have to wait."""
+    if aimed_schedule(grid) not in grid.schedules:
+        raise UserError(
+            f"a sweep with --until needs runs of {LAW_SCHEDULE}: name its learning rates in sweep.schedules."
+        )
+    if min(len(grid.tokens), len(grid.tokens_per_step)) < 2:
+        raise UserError(
+            f"a sweep with --until needs two horizons and two batches or more to choose from, got {len(grid.tokens)} and "
+            f"{len(grid.tokens_per_step)}: add some to the grid."
+        )
+    if num_processes > 1:
+        raise UserError(
+            f"a sweep with --until chooses its runs in rounds and has one process, got {num_processes}: start it without a "
+            "launcher, with --workers on a CPU."
+        )
+
+
+def _run_rounds(crew: Crew, bench: Bench, aim: Aim) -> None:
+    """Train round after round, until the aim is reached or the grid has no run left that would tell more."""
+    groups = groups_of(bench.grid, aimed_schedule(bench.grid))
+    for number in itertools.count():
+        rows = sweep_rows(bench.folder)
+        answer = next_answer(bench.grid, groups, rows, aim, number)
+        if not answer.jobs:
+            return
+        if answer.rate is not None:
+            crew.say(f"round {number}: the rate is {answer.rate:.3g}, known to {answer.octaves:.2f} octaves")
+        if any(missing(job, rows) for job in answer.jobs):
+            crew.run(answer.jobs)
+
+
+def _law_for(stage: list[Group], folder: Path) -> Law | None:
+    """For groups of power that have no law yet, the one of the sweep's own rows; None for others."""
     if not stage or stage[0].schedule != "power" or stage[0].law is not None:
-        return stage
+        return None
     fitted = fit_law(load_rows(folder / ROWS_FILE)[0], schedule=LAW_SCHEDULE).law
-    law = Law(few_digits(fitted.a), few_digits(fitted.b), few_digits(fitted.batch_exponent))
-    return [group.with_law(law) for group in stage]
+    return Law(few_digits(fitted.a), few_digits(fitted.b), few_digits(fitted.batch_exponent))
 
 
 def _same_grid(bench: Bench) -> None:
@@ -154,6 +206,36 @@ def _same_grid(bench: Bench) -> None:
     write_json(path, made)
 
 
+def aim_text(grid: Grid, rows: Sequence[Row], aim: Aim) -> str:
+    """Whether the aim is reached, and what that took beside the whole grid."""
+    schedule = aimed_schedule(grid)
+    used = [row for row in rows if row.schedule == schedule]
+    fit = aimed_fit(used, schedule, aim)
+    where = f"at {aim.tokens:,} tokens and {aim.tokens_per_step:,} per step"
+    if fit is None:
+        said = f"the rate {where} is not known: the grid's runs carry no law, widen its learning rates or add seeds"
+    else:
+        rate, low, high = fit.predict(aim.tokens, aim.tokens_per_step, aim.width)
+        octaves = math.log2(high / low) / 2
+        said = f"{where} the rate is {rate:.3g} ({low:.3g} to {high:.3g}), known to {octaves:.2f} octaves"
+        if octaves > aim.octaves:
+            said += (
+                f", not to {aim.octaves:g}: the grid has no more runs that tell, add seeds, batches or horizons to it"
+            )
+    trained = sum(row.trained_tokens for row in used)
+    jobs = start_jobs(groups_of(grid, schedule))
+    whole = sum(job_tokens(grid, job) for job in jobs)
+    runs = sum(len(job.horizons) * len(job.group.tokens) * len(job.group.seeds) for job in jobs)
+    saved = f"saved {1 - trained / whole:.0%}" if trained < whole else "nothing is saved"
+    others = [name for name in grid.schedules if name != schedule]
+    lines = [
+        said,
+        f"used: {len(used):,} runs and {trained:,} tokens; the whole grid has {runs:,} and {whole:,} at least, before "
+        f"learning rates beyond an edge: {saved}",
+    ]
+    return "\n".join(lines + ([f"not run with --until: {', '.join(others)}"] if others else []))
+
+
 def rows_text(rows: Sequence[Row]) -> str:
     """What a sweep has measured, and what went wrong, as text."""
     by_status = {status: [row for row in rows if row.status == status] for status in ("finished", "diverged", "failed")}
@@ -168,107 +250,3 @@ def rows_text(rows: Sequence[Row]) -> str:
             f"{row.seed}: {row.reason} (delete its line to try it again)"
         )
     return "\n".join(lines)
-
-
-# Variables by which accelerate's launcher tells a process which one of them it is.
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-
-Advance = Callable[[int, int], None]  # with tokens that were trained, and tokens that were added to the total
-
-
-def run_groups(bench: Bench, groups: Sequence[Group], workers: int | None) -> None:
-    """Run this process's groups, with a progress bar in tokens (learning rates that are added make it longer)."""
-    rows = sweep_rows(bench.folder)
-    jobs = [job for group in groups if (job := next_job(bench.grid, group, rows))]
-    if not jobs:
-        return
-    total = sum(job_tokens(bench.grid, job) for job in jobs)
-    # The dearest first, so that no worker is left alone with one at the end.
-    jobs.sort(key=lambda job: job_tokens(bench.grid, job) * job.group.width**2, reverse=True)
-    todo = [job.group for job in jobs]
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"Sweep, {len(jobs)} groups", dynamic_ncols=True) as bar:
-
-        def advance(tokens: int, more: int) -> None:
-            bar.total += more
-            bar.update(tokens)
-
-        if bench.device.type != "cpu" or workers == 1:
-            _run_here(replace(bench, tell=advance), todo)
-        else:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            _run_pool(bench, todo, workers or max(1, (os.cpu_count() or 1) // local), advance)
-
-
-def _run_here(bench: Bench, groups: Sequence[Group]) -> None:
-    threads = torch.get_num_threads()
-    if bench.device.type == "cpu":
-        # As in a worker: the order of sums, and with it the rows, must not depend on the number of workers.
-        torch.set_num_threads(1)
-    try:
-        for group in groups:
-            run_group(bench, group)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run_pool(bench: Bench, groups: Sequence[Group], workers: int, advance: Advance) -> None:
-    # Spawned, because torch's threads of this process would be in an unknown state in a forked child.
-    context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", 2)  # tokens trained, tokens added to the total
-    start = (bench.grid, str(bench.folder), counts)
-    with ProcessPoolExecutor(min(workers, len(groups)), context, initializer=_start_worker, initargs=start) as pool:
-        futures = {pool.submit(_work, group) for group in groups}
-        shown = [0, 0]
-        try:
-            while futures:
-                done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-                now = [counts[0], counts[1]]
-                advance(now[0] - shown[0], now[1] - shown[1])
-                shown = now
-                for future in done:
-                    future.result()
-        # A bug of ours in one worker, or Ctrl-C, must not wait for the groups of the others. Their rows are written one
-        # horizon at a time, so nothing is torn.
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-# Of a worker process, which loads the data once for all of its groups.
-_bench: Bench | None = None
-
-
-def _start_worker(grid: Grid, folder: str, counts: "SynchronizedArray[int]") -> None:
-    global _bench
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    for name in LAUNCHED:
-        # A worker of one of accelerate's processes is none of them, and would wait for the others at the first barrier.
-        os.environ.pop(name, None)
-    # There are as many workers as cores, and the models are too small for a second thread.
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    import datasets
-
-    datasets.disable_progress_bars()
-
-    def tell(tokens: int, more: int) -> None:
-        with counts.get_lock():
-            counts[0] += tokens
-            counts[1] += more
-
-    _bench = replace(prepare(grid, folder), tell=tell)
-
-
-def _end_with_parent() -> None:
-    """End this process when the sweep was killed: an idle worker would wait for ever, a busy one meet the next sweep."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(group: Group) -> None:
-    assert _bench is not None
-    run_group(_bench, group)

@@ -85,25 +85,32 @@ def run_group(bench: Bench, group: Group) -> None:
     What the user or the machine is at fault for becomes rows that say so, and the other groups go on. Everything else is
     a bug, which ends the sweep; the rows before it are kept.
     """
-    while (job := next_job(bench.grid, group, rows := sweep_rows(bench.folder))) is not None:
+    while (job := next_job(bench.grid, group, sweep_rows(bench.folder))) is not None:
         if job.extension:
             bench.tell(0, job_tokens(bench.grid, job))
-        have = {row.id for row in rows}
-        by_horizons: dict[tuple[int, ...], list[float]] = {}
-        # Members of an ensemble take all steps together, so their trunks must have one length and the same branches.
-        for value, horizons in job.horizons.items():
-            by_horizons.setdefault(horizons, []).append(value)
-        for horizons, values in by_horizons.items():
-            trunks = Trunks(bench, job, tuple(values), horizons, have)
-            try:
-                trunks.run()
-            except (UserError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not memory_is_full(error):
-                    raise
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                for horizon in horizons:
-                    trunks.write(horizon, failure=reason)
-                return
+        if not run_job(bench, job):
+            return
+
+
+def run_job(bench: Bench, job: Job) -> bool:
+    """Train the runs of a job that have no rows yet; whether it went without a failure, of which the rows say the reason."""
+    have = {row.id for row in sweep_rows(bench.folder)}
+    by_horizons: dict[tuple[int, ...], list[float]] = {}
+    # Members of an ensemble take all steps together, so their trunks must have one length and the same branches.
+    for value, horizons in job.horizons.items():
+        by_horizons.setdefault(horizons, []).append(value)
+    for horizons, values in by_horizons.items():
+        trunks = Trunks(bench, job, tuple(values), horizons, have)
+        try:
+            trunks.run()
+        except (UserError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not memory_is_full(error):
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            for horizon in horizons:
+                trunks.write(horizon, failure=reason)
+            return False
+    return True
 
 
 def memory_is_full(error: RuntimeError) -> bool:

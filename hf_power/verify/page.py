@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = 1
+COLORS = {"passed": "darkgreen", "inconclusive": "darkorange", "FAILED": "darkred"}
+# More than anybody runs for a check.
+MOST_SEEDS = 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Coordinates:
 class Page:
     """verify.json.
 
-    The verdict is "passed" or "FAILED"; tolerance and regret (what the recipe's learning rate loses against the best one)
+    The verdict is "passed", "FAILED" or, where the regret's interval holds the tolerance, "inconclusive", and a reason says
+    what would decide it; tolerance and regret (what the recipe's learning rate loses against the best one)
     are in nats per token. The interval, 95 % of the regret, is None with one seed, or where a run diverged; losses maps a
     factor to those of its seeds, infinite for a run that diverged; the parabola goes through the lowest point and its
     neighbours, and is None where that is an edge. Warnings are sentences on what the check does not cover.
@@ -98,6 +102,16 @@ class Page:
         """Whether the recipe may be trusted at the cell."""
         return self.verdict == "passed"
 
+    def next_command(self, recipe: str) -> str:
+        """What to do after the verdict."""
+        if self.passed:
+            return f"hf-power pretrain RUN.yaml --recipe {recipe}"
+        return (
+            "the same command with what the reason says"
+            if self.verdict == "inconclusive"
+            else "hf-power sweep GRID.yaml"
+        )
+
     def with_coordinates(self, check: Coordinates) -> "Page":
         """The page with the coordinate check on it, of which a failed one fails the recipe, too."""
         page = replace(self, coord_check=check)
@@ -122,21 +136,27 @@ def judge(rows: Sequence[Row], group: Group, recipe: Recipe, tolerance: float) -
     at_an_edge = lowest in (min(means), max(means))
     parabola = None if at_an_edge else _parabola(lowest, means[lowest / 2], means[lowest], means[2 * lowest])
     regret = means[1.0] - min(means[lowest], parabola.min_loss if parabola else math.inf)
+    error = _regret_error(losses)
     reasons = []
     if not math.isfinite(means[1.0]):
         reasons.append("a run at the recipe's own learning rate diverged")
     elif at_an_edge:
         reasons.append(f"the best learning rate lies beyond {lowest:g} times the recipe's")
-    elif regret > tolerance:
+    elif regret - (error.half_width if error else 0.0) > tolerance:
         reasons.append(
             f"{lowest:g} times the recipe's learning rate is better by {regret:.4f} nats per token, more than {tolerance:g}"
         )
+    decided = bool(reasons) or (error is not None and regret + error.half_width <= tolerance)
+    if not decided:
+        seconds = sum(row.seconds for row in rows) / max(len(group.seeds), 1)
+        reasons.append(_what_would_decide(regret, tolerance, error, len(group.seeds), seconds))
+    interval = (max(0.0, regret - error.half_width), regret + error.half_width) if error else None
     return Page(
-        verdict="FAILED" if reasons else "passed",
+        verdict="inconclusive" if not decided else "FAILED" if reasons else "passed",
         reasons=reasons,
         tolerance=tolerance,
         regret=regret,
-        regret_interval=_regret_interval(losses, regret),
+        regret_interval=interval,
         points=[Point(factor, means[factor], _sd(each)) for factor, each in losses.items()],
         losses={f"{factor:g}": each for factor, each in losses.items()},
         parabola=parabola,
@@ -159,19 +179,73 @@ def _parabola(lowest: float, half: float, one: float, two: float) -> Parabola | 
     return Parabola(lowest * 2**octaves, one - curvature * octaves**2, curvature)
 
 
-def _regret_interval(losses: dict[float, list[float]], regret: float) -> tuple[float, float] | None:
-    """95 % of the regret against the best factor, from differences between runs of the same seed; None with one seed."""
-    from scipy.stats import t
+@dataclass(frozen=True)
+class _Error:
+    """The standard deviation of a run's loss beyond what its factor and its seed do, and the runs that tell it."""
 
-    # Where the recipe's own factor is the best one, the next best one says how sure that is.
-    best = min(losses, key=lambda factor: fmean(losses[factor]))
-    if best == 1.0:
-        best = min((factor for factor in losses if factor != 1.0), key=lambda factor: fmean(losses[factor]))
-    gaps = [one - other for one, other in zip(losses[1.0], losses[best], strict=True)]
-    if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
+    sd: float
+    num_factors: int
+    num_seeds: int
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval of a difference between the means of two factors, nats."""
+        return self.half_width_with(self.num_seeds)
+
+    def half_width_with(self, num_seeds: int) -> float:
+        """The same with another number of seeds."""
+        from scipy.stats import t
+
+        freedom = (self.num_factors - 1) * (num_seeds - 1)
+        return float(t.ppf(0.975, freedom)) * self.sd * math.sqrt(2 / num_seeds)
+
+
+def _regret_error(losses: dict[float, list[float]]) -> _Error | None:
+    """The noise of a factor's mean, pooled over the factors of which no run diverged; None with one seed.
+
+    Runs of one seed share a part of their luck, so the noise is what is left of a loss without the means of its factor
+    and of its seed: a two-way layout, with (factors - 1) * (seeds - 1) degrees of freedom.
+    """
+    table = np.array([each for each in losses.values() if all(map(math.isfinite, each))])
+    if table.ndim < 2 or min(table.shape) < 2:
         return None
-    error = float(t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
-    return max(0.0, regret - error), max(0.0, regret + error)
+    left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    factors, seeds = table.shape
+    return _Error(math.sqrt(float(np.sum(left**2)) / ((factors - 1) * (seeds - 1))), factors, seeds)
+
+
+def _what_would_decide(regret: float, tolerance: float, error: _Error | None, seeds: int, seconds: float) -> str:
+    """The number of seeds that would decide, and about how long they take, all of them trained anew."""
+    if error is None:
+        more = 3
+        said = f"one seed tells no interval of the regret of {regret:.4f} nats"
+    else:
+        enough = (n for n in range(seeds + 1, MOST_SEEDS + 1) if error.half_width_with(n) <= abs(tolerance - regret))
+        more = next(enough, 0)
+        said = f"the regret of {regret:.4f} nats is known to +-{error.half_width:.4f}, so that it may be on either side of {tolerance:g}"
+    if not more:
+        return f"{said}: even {MOST_SEEDS} seeds would not decide it, so take a longer run or another --tolerance"
+    return f"{said}: --seeds {more} would decide it, in about {_time(more * seconds)} of one core"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} minutes"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} hours"
+    )
+
+
+def _conclusion(page: Page) -> str:
+    """The verdict in one sentence."""
+    cell = page.cell
+    where = f"at width {cell.width}, {cell.tokens:,} tokens and {cell.tokens_per_step:,} per step"
+    if page.passed:
+        return f"The recipe's learning rate holds {where}: no other one is better by more than {page.tolerance:g} nats."
+    what = "fails" if page.verdict == "FAILED" else "is neither proved nor refuted"
+    return f"The recipe's learning rate {what} {where}: {'; '.join(page.reasons)}."
 
 
 def page_text(page: Page) -> str:
@@ -182,7 +256,8 @@ def page_text(page: Page) -> str:
     lines = [
         f"# Check before the run: {page.verdict}",
         "",
-        *(f"* {reason}." for reason in page.reasons),
+        f"{_conclusion(page)}",
+        "",
         f"* Cell: width {cell.width}, {cell.tokens_per_step:,} tokens per step, {cell.tokens:,} tokens, "
         f"seeds {', '.join(map(str, page.seeds))}.",
         f"* Law: min({recipe.max_lr:g}, {recipe.a:g} * beta^{recipe.batch_exponent:g} * n^{recipe.b:g}).",
@@ -236,7 +311,7 @@ def plot_verify(page: Page) -> "Figure":
     panel.ticklabel_format(axis="y", useOffset=False)
     panel.grid(alpha=0.3)
     title = [f"Check before the run: {page.verdict}", *(textwrap.fill(x, 75) for x in page.reasons)]
-    figure.suptitle("\n".join(title), fontsize=11, color="darkgreen" if page.verdict == "passed" else "darkred")
+    figure.suptitle("\n".join(title), fontsize=11, color=COLORS[page.verdict])
     if finite:
         figure.legend(ncols=3, **LEGEND)
     return figure

@@ -27,11 +27,12 @@ from hf_power.settings.arguments import ARGUMENTS
 from hf_power.settings.settings import Settings
 from hf_power.sweep import run as sweep
 from hf_power.sweep import trunks
+from hf_power.sweep.aim import Aim
 from hf_power.sweep.cost import estimate, estimate_text
 from hf_power.sweep.ensemble import Ensemble
 from hf_power.sweep.grid import SCHEDULES, Grid, few_digits
 from hf_power.sweep.jobs import groups_of, job_tokens, start_jobs
-from hf_power.sweep.run import rows_text, run_sweep
+from hf_power.sweep.run import aim_text, rows_text, run_sweep
 
 LAW = Law(2.0, -0.5, 1.0)
 NUMBERS = {"a": 2.0, "b": -0.5, "batch_exponent": 1.0}
@@ -545,6 +546,22 @@ def test_power_is_extended_to_its_own_optimum(make_grid, tmp_path, monkeypatch):
     assert max(row.extension for row in rows if row.schedule == "power") == 2
     fitted = fit_law(rows)
     assert math.log2(fitted.power.a / fitted.law.a) == pytest.approx(2.5, abs=0.05)
+
+
+@pytest.mark.slow
+def test_an_aim_is_reached_and_a_killed_sweep_ends_the_same(make_grid, tmp_path, monkeypatch):
+    """The losses follow the paper's law exactly: the rate at the target is the paper's, with fewer runs than the grid."""
+    monkeypatch.setattr(trunks, "Ensemble", PaperEnsemble)
+    grid, aim = law_grid(make_grid), Aim(65536, 1024, 0.3)
+    rows = run_sweep(grid, tmp_path / "whole", workers=1, aim=aim)
+    assert {row.schedule for row in rows} == {"warmup_stable_decay"}
+    assert fit_law(rows).predict(65536, 1024)[0] == pytest.approx(4.6 * 0.25 * 65536**-0.51, rel=0.03)
+    assert "saved" in aim_text(grid, rows, aim)
+    lines = (tmp_path / "whole/sweep.jsonl").read_text().splitlines(keepends=True)
+    for kept in (len(lines) // 4, len(lines) - 1, len(lines)):
+        (tmp_path / f"{kept}").mkdir()
+        (tmp_path / f"{kept}/sweep.jsonl").write_text("".join(lines[:kept]))
+        assert by_id(run_sweep(grid, tmp_path / f"{kept}", workers=1, aim=aim)) == by_id(rows)
 
 
 @pytest.mark.slow

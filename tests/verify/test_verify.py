@@ -1,8 +1,10 @@
 import json
 import math
+import re
 
 import pytest
 import yaml
+from scipy.stats import t as student
 from sentences import refused
 from warm import fork_workers
 
@@ -67,12 +69,34 @@ def test_divergence_above_is_no_reason_to_fail_but_at_the_recipe_s_rate_it_is():
     assert page.reasons == ["a run at the recipe's own learning rate diverged"]
 
 
-def test_interval_is_student_s_over_paired_seeds():
-    """Differences .10 and .12 between the seeds: mean .11, standard error .01, t(.975, 1) = 12.706."""
+def test_interval_is_student_s_over_factors_and_seeds():
+    """The seeds differ by .10 or .12: without the means of factor and seed +-.005 is left, with t(.975, 3) = 3.1824."""
     page = judge([[3.4, 3.5], [3.10, 3.22], [3.0, 3.1], [3.10, 3.22]])
     assert page.regret == pytest.approx(0.11)
-    assert page.regret_interval == pytest.approx([0.0, 0.11 + 12.706 * 0.01], rel=1e-3)
+    half = 3.1824 * math.sqrt(8 * 0.005**2 / 3)
+    assert page.regret_interval == pytest.approx([0.11 - half, 0.11 + half], rel=1e-3)
     assert judge([[3.4], [3.1], [3.0]]).regret_interval is None
+
+
+def test_a_wide_interval_decides_nothing_and_says_what_would():
+    """What is left of a loss is +-.005, so that two seeds know the regret of .01 to +-.03, and nine to +-.009."""
+    losses = [[3.1, 3.12], [3.01, 3.01], [3.0, 3.02], [3.1, 3.1]]
+    page = judge(losses)
+    assert page.verdict == "inconclusive"
+    assert not page.passed
+    (reason,) = page.reasons
+    left = 3.1824 * math.sqrt(8 * 0.005**2 / 3)
+    assert f"is known to +-{left:.4f}, so that it may be on either side of 0.02" in reason
+    enough = int(re.search(r"--seeds (\d+) would decide it", reason)[1])
+    for seeds, decides in ((enough - 1, False), (enough, True)):
+        half = float(student.ppf(0.975, 3 * (seeds - 1))) * math.sqrt(8 * 0.005**2 / 3) * math.sqrt(2 / seeds)
+        assert (half <= 0.02 - page.regret) == decides
+    assert judge(losses, tolerance=0.1).verdict == "passed"
+    assert "even 32 seeds would not decide it" in judge(losses, tolerance=page.regret).reasons[0]
+    assert "one seed tells no interval" in judge([[3.1], [3.0], [3.1]]).reasons[0]
+    assert (
+        pages.page_text(page).split("\n")[2].startswith("The recipe's learning rate is neither proved nor refuted at")
+    )
 
 
 def test_bad_arguments_before_anything_is_trained(sections, tmp_path):
@@ -148,10 +172,10 @@ def test_a_learning_rate_that_is_far_too_low_fails_with_exit_code_1(one_coord_ch
 @pytest.mark.slow
 def test_a_fair_learning_rate_passes_and_runs_nothing_twice(one_coord_check, sections, tmp_path):
     argv = arguments(sections, tmp_path, recipe_of_scale(14.0))
-    assert run_verb("verify", [*argv, "--tolerance", "0.1", "--seeds", "1"]) == 0
+    assert run_verb("verify", [*argv, "--tolerance", "1.0"]) == 0
     rows = (tmp_path / "page/sweep.jsonl").read_text()
-    assert rows.count("\n") == 3
-    assert run_verb("verify", [*argv, "--tolerance", "0.1", "--seeds", "1"]) == 0
+    assert rows.count("\n") == 6
+    assert run_verb("verify", [*argv, "--tolerance", "1.0"]) == 0
     assert (tmp_path / "page/sweep.jsonl").read_text() == rows
 
 
