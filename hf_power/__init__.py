@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from hf_power.mup.config import mup_config
     from hf_power.mup.init import mup_init_
     from hf_power.mup.optimizer import MupAdamW, mup_adamw, mup_param_groups
+    from hf_power.plots.schedule import plot_schedule
     from hf_power.recipe import Recipe
+    from hf_power.schedule.tuned import from_cosine
 
 # Whoever imports hf_power for its schedule pays for nothing else: the other public names are loaded when they are asked for.
 _WHERE = {
@@ -22,10 +24,12 @@ _WHERE = {
     "Recipe": "recipe",
     "SealCheckpoints": "checkpoints.callback",
     "coord_check": "coordinates",
+    "from_cosine": "schedule.tuned",
     "mup_adamw": "mup.optimizer",
     "mup_config": "mup.config",
     "mup_init_": "mup.init",
     "mup_param_groups": "mup.optimizer",
+    "plot_schedule": "plots.schedule",
 }
 
 __all__ = [
@@ -35,11 +39,13 @@ __all__ = [
     "SealCheckpoints",
     "__version__",
     "coord_check",
+    "from_cosine",
     "get_power_schedule",
     "mup_adamw",
     "mup_config",
     "mup_init_",
     "mup_param_groups",
+    "plot_schedule",
     "power_lr",
     "register_power_scheduler",
 ]

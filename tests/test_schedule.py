@@ -20,7 +20,8 @@ from sentences import refused
 import hf_power.schedule
 from hf_power.records.errors import UserError
 from hf_power.schedule import DECAY_SHAPES, LAW_NAMES, PAPER_LAW, PAPER_OPTIMA, Law, Schedule, power_lr
-from hf_power.scheduler import Progress, get_power_schedule, plan_schedule
+from hf_power.schedule.lengths import Progress, plan_schedule
+from hf_power.scheduler import get_power_schedule
 
 CAP_WARNING = pytest.mark.filterwarnings("ignore:the cap learning_rate")
 TOKENS = 4096 * 128  # beta = 128

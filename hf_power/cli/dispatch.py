@@ -44,6 +44,7 @@ VERBS = {
     "fit": Verb(verbs.fit, _takes(args.FitArguments)),
     "plan": Verb(verbs.plan, _takes(args.PlanArguments)),
     "verify": Verb(verbs.verify, lambda verb, summary: SettingsParser(verb, summary, args.VerifyArguments)),
+    "schedule": Verb(verbs.schedule, _takes(args.ScheduleArguments)),
     "doctor": Verb(verbs.doctor, _takes(args.DoctorArguments)),
 }
 

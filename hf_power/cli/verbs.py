@@ -14,6 +14,7 @@ from hf_power.cli.arguments import (
     FitArguments,
     PlanArguments,
     PublishArguments,
+    ScheduleArguments,
     SweepArguments,
     VerifyArguments,
     is_first_process,
@@ -67,6 +68,29 @@ def doctor(arguments: DoctorArguments) -> int:
     result = examine(Path(arguments.run))
     print(json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else examined_text(result))
     return ExitCode.DONE if result.resume else ExitCode.FAILED
+
+
+def schedule(arguments: ScheduleArguments) -> int:
+    """See a learning rate before the run: schedule --peak_lr 1e-3 --tokens_per_step 8192 --steps 10000 --versus cosine."""
+    from hf_power.plots.schedule import plot_rates, rates
+    from hf_power.schedule.words import COLUMNS, describe, sketch, whose
+
+    planned = arguments.planned()
+    given = {"a": arguments.a, "b": arguments.b, "batch_exponent": arguments.batch_exponent}
+    print(describe(planned, whose(arguments.law, given, arguments.peak_lr)))
+    curves = [("power", "*", rates(planned, num_points=COLUMNS)[1])]
+    if arguments.versus:
+        curves = [(arguments.versus, "o", rates(planned, arguments.versus, COLUMNS)[1]), *curves]
+    for name, _, values in curves:
+        print(f"{name}: mean rate {sum(values) / len(values):.3g}")
+    print(sketch(curves))
+    kwargs = {name: value for name, value in planned.law.to_dict().items() if value is not None}
+    print(f"learning_rate={planned.max_lr:g}, lr_scheduler_kwargs={kwargs}")
+    if arguments.picture:
+        from hf_power.plots.figures import save
+
+        print(f"picture: {save(plot_rates(planned, arguments.versus), arguments.picture)}")
+    return ExitCode.DONE
 
 
 def coord_check(arguments: CoordCheckArguments) -> int:

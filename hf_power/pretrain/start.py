@@ -19,7 +19,7 @@ from hf_power.records.errors import UserError
 from hf_power.records.machine import hardware, versions
 from hf_power.records.run import Change, Run
 from hf_power.schedule import Schedule
-from hf_power.scheduler import Progress, plan_schedule
+from hf_power.schedule.lengths import Progress, plan_schedule
 from hf_power.settings.settings import Settings
 
 if TYPE_CHECKING:
