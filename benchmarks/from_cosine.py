@@ -6,10 +6,6 @@ under Power with the numbers that follow from the best of them. The cells of "ch
 Rows: benchmarks/results/from_cosine.jsonl, one per run; the table: from_cosine.md beside them.
 """
 
-import argparse
-import itertools
-import json
-import multiprocessing
 import sysconfig
 import time
 from pathlib import Path
@@ -18,8 +14,6 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
-
-import hf_power
 
 ROWS = Path(__file__).resolve().parent / "results" / "from_cosine.jsonl"
 BLOCK, VOCABULARY, MICRO = 128, 512, 32
@@ -40,7 +34,7 @@ def text_tokens(folder):
         ids = [np.array(each.ids, dtype=np.int16) for each in tokenizer.encode_batch(texts)]
         np.save(stored, np.concatenate(ids))
     tokens = np.load(stored).astype(np.int64)
-    held = 256 * BLOCK
+    held = 128 * BLOCK
     blocks = torch.from_numpy(tokens[: len(tokens) // BLOCK * BLOCK]).view(-1, BLOCK)
     return blocks[held // BLOCK :], blocks[: held // BLOCK]
 
@@ -57,9 +51,7 @@ def train(job, folder):
     model = GPT2LMHeadModel(GPT2Config(**sizes, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     kwargs = {} if job["schedule"] == "cosine" else {"tokens_per_step": job["tokens_per_step"], **job["kwargs"]}
-    schedule = get_scheduler(
-        job["schedule"], optimizer, job["warmup"], job["steps"], scheduler_specific_kwargs=kwargs
-    )
+    schedule = get_scheduler(job["schedule"], optimizer, job["warmup"], job["steps"], scheduler_specific_kwargs=kwargs)
     rows = job["tokens_per_step"] // BLOCK
     order = np.random.default_rng(job["seed"]).permutation(len(blocks))
     for step in range(job["steps"]):

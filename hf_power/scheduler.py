@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hf_power.records.errors import UserError
 from hf_power.schedule.cosine import check_peak, with_peak
-from hf_power.schedule.law import PAPER_MAX_LR, check_cap
+from hf_power.schedule.law import check_cap
 from hf_power.schedule.lengths import Lengths, Progress
 from hf_power.schedule.presets import chosen_law
 from hf_power.schedule.shape import Schedule

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, TypeVar
 from hf_power.data.text import option
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
-from hf_power.schedule.law import PAPER_MAX_LR
 from hf_power.settings.sections import parse_tokens
 
 if TYPE_CHECKING:
     from hf_power.fit.form import Critical, Size
     from hf_power.fit.report import Elsewhere
-    from hf_power.schedule.shape import Schedule
 
 
 class ExitCode(enum.IntEnum):
@@ -94,6 +92,20 @@ class AnnealArguments:
 
 
 @dataclass(frozen=True)
+class AverageArguments:
+    """A finished model from the last checkpoints of a trunk, without training."""
+
+    run: str = field(
+        metadata={"positional": True, "help": "run folder with checkpoints, of pretrain or of any Trainer"}
+    )
+    kind: str = option("uniform", "uniform, ema, or decay: the weights that stand for a tail")
+    last: str = option("20%", "part of the run's tokens whose checkpoints are averaged")
+    output_dir: str | None = option(None, "the new run folder; default: beside the run, with -average-N")
+    decay_shape: str | None = option(None, "of --kind decay; default: the run's")
+    dataset: str | None = option(None, "where the run's data lie now; default: where the run read them")
+
+
+@dataclass(frozen=True)
 class EvaluateArguments:
     """Held-out text, or tasks; the data are those of the run unless options of the section data name others."""
 
@@ -151,46 +163,6 @@ class PublishArguments:
     checkpoints: str | None = option(None, "none, last (in last-checkpoint/) or all (a branch each); default: none")
     private: bool | None = option(None, "make a new repository a private one", **_SWITCH)
     overwrite: bool = option(False, "take a repository that holds something else")
-
-
-@dataclass(frozen=True)
-class ScheduleArguments:
-    """The learning rate of a run that is not begun."""
-
-    tokens_per_step: str = field(metadata={"help": "global batch in tokens, e.g. 64k"})
-    steps: int | None = option(None, "length of the run; or give --tokens")
-    tokens: str | None = option(None, "length of the run in tokens, e.g. 80M; or give --steps")
-    lr: float | None = option(None, "the cap, learning_rate of TrainingArguments; default: 0.02, the paper's")
-    peak_lr: float | None = option(None, "instead of --lr and --a: the best peak of cosine for this run")
-    warmup_steps: int = option(0, "linear warmup")
-    law: str | None = option(None, "name of a published law: paper, delphi; default: paper")
-    a: float | None = option(None, "scale of the law; default: that of --law")
-    b: float | None = option(None, "exponent of the tokens; default: that of --law")
-    batch_exponent: float | None = option(None, "exponent of the batch; default: that of --law")
-    decay_ratio: float = option(0.1, "length of the tail over the run")
-    decay_shape: str = option("exponential", "exponential, linear, 1-sqrt or cosine")
-    versus: str | None = option(None, "another schedule of the same peak and warmup beside it: cosine, linear, ...")
-    picture: str | None = option(None, "write the picture to this PNG file")
-
-    def planned(self) -> "Schedule":
-        """The schedule; a UserError for a length that is missing or given twice."""
-        from hf_power.schedule.lengths import plan_schedule
-
-        step = parse_tokens(self.tokens_per_step, "--tokens_per_step")
-        if (self.steps is None) == (self.tokens is None):
-            raise UserError(f"the length is --steps or --tokens, got {self.steps} and {self.tokens}: give one of them.")
-        if step < 1:
-            raise UserError(f"--tokens_per_step must be positive, got {self.tokens_per_step!r}: pass e.g. 64k.")
-        steps = self.steps or round(parse_tokens(self.tokens or "", "--tokens") / step)
-        if self.peak_lr is not None and self.lr not in (None, self.peak_lr):
-            raise UserError(f"--peak_lr {self.peak_lr:g} is the cap, and --lr {self.lr:g} another one: leave --lr out.")
-        if steps < 2:
-            raise UserError(f"a run of {steps} steps has no schedule to show: give more --steps or --tokens.")
-        names = ("law", "a", "b", "batch_exponent", "peak_lr", "decay_ratio", "decay_shape")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        cap = PAPER_MAX_LR if self.lr is None else self.lr
-        lengths = {"num_warmup_steps": self.warmup_steps, "num_training_steps": steps}
-        return plan_schedule(tokens_per_step=step, max_lr=self.peak_lr or cap, **lengths, **given)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ The files in scripts/ have the same bodies with their imports at the top; a test
 
 from hf_power.cli.arguments import (
     AnnealArguments,
+    AverageArguments,
     CardArguments,
     CoordCheckArguments,
     DoctorArguments,
@@ -14,13 +15,13 @@ from hf_power.cli.arguments import (
     FitArguments,
     PlanArguments,
     PublishArguments,
-    ScheduleArguments,
     SweepArguments,
     VerifyArguments,
     is_first_process,
     print_push,
     run_text,
 )
+from hf_power.cli.schedule import ScheduleArguments, schedule_text
 from hf_power.data.text import DataArguments
 from hf_power.settings.settings import Settings
 
@@ -57,6 +58,24 @@ def anneal(arguments: AnnealArguments) -> int:
     return print_push(arguments.folder(run.name)) if arguments.repo else ExitCode.DONE
 
 
+def average(arguments: AverageArguments) -> int:
+    """Finish a model without training, as the mean of a trunk's last checkpoints: average RUN [--kind decay] [--last 20%]."""
+    from hf_power.pretrain.average import average, evaluate_average
+
+    folder = average(
+        arguments.run,
+        arguments.kind,
+        arguments.last,
+        arguments.output_dir,
+        decay_shape=arguments.decay_shape,
+    )
+    run = evaluate_average(folder, arguments.dataset)
+    if run is not None and run.average is not None:
+        print(f"{run_text(run)}; {run.average.kind} average of {len(run.average.tokens)} checkpoints")
+    print(f"model: {folder}")
+    return ExitCode.DONE
+
+
 def doctor(arguments: DoctorArguments) -> int:
     """What is intact in a run, and what can be resumed: doctor RUN [--json]."""
     import dataclasses
@@ -72,23 +91,12 @@ def doctor(arguments: DoctorArguments) -> int:
 
 def schedule(arguments: ScheduleArguments) -> int:
     """See a learning rate before the run: schedule --peak_lr 1e-3 --tokens_per_step 8192 --steps 10000 --versus cosine."""
-    from hf_power.plots.schedule import plot_rates, rates
-    from hf_power.schedule.words import COLUMNS, describe, sketch, whose
+    from hf_power.plots.figures import save
+    from hf_power.plots.schedule import plot_rates
 
     planned = arguments.planned()
-    given = {"a": arguments.a, "b": arguments.b, "batch_exponent": arguments.batch_exponent}
-    print(describe(planned, whose(arguments.law, given, arguments.peak_lr)))
-    curves = [("power", "*", rates(planned, num_points=COLUMNS)[1])]
-    if arguments.versus:
-        curves = [(arguments.versus, "o", rates(planned, arguments.versus, COLUMNS)[1]), *curves]
-    for name, _, values in curves:
-        print(f"{name}: mean rate {sum(values) / len(values):.3g}")
-    print(sketch(curves))
-    kwargs = {name: value for name, value in planned.law.to_dict().items() if value is not None}
-    print(f"learning_rate={planned.max_lr:g}, lr_scheduler_kwargs={kwargs}")
+    print(schedule_text(arguments, planned))
     if arguments.picture:
-        from hf_power.plots.figures import save
-
         print(f"picture: {save(plot_rates(planned, arguments.versus), arguments.picture)}")
     return ExitCode.DONE
 

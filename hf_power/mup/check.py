@@ -57,7 +57,11 @@ def rate_without_mup(model: torch.nn.Module | None, peak: float) -> str | None:
     eq. D.1), which was found for AdamW and cosine in standard parameterization, at N up to 1.5e9.
     """
     config = getattr(model, "config", None)
-    if model is None or mup_record(cast("PreTrainedModel", model)) is not None or getattr(config, RECORD, None) is not None:
+    if (
+        model is None
+        or mup_record(cast("PreTrainedModel", model)) is not None
+        or getattr(config, RECORD, None) is not None
+    ):
         return None
     size = sum(parameter.numel() for parameter in model.parameters())
     usual = 0.003239 - 0.0001395 * math.log(min(max(size, 1), 1.5e9))

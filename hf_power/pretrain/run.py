@@ -15,7 +15,7 @@ from hf_power.checkpoints.callback import SealCheckpoints, output_folder
 from hf_power.data.order import collate_blocks
 from hf_power.data.text import require_datasets
 from hf_power.models import flops_per_token, num_experts
-from hf_power.mup.optimizer import MupAdamW
+from hf_power.mup.optimizer import optimizer_of
 from hf_power.plan.plan import describe_run
 from hf_power.plots import figures
 from hf_power.plots.runs import plot_lr_and_loss
@@ -41,6 +41,7 @@ from hf_power.pretrain.start import (
     steps_to_come,
     tokens_per_row,
     tokens_per_step,
+    use_cosine_peak,
     use_known_horizon,
 )
 from hf_power.pretrain.stops import StopOnSignal, StoppedBySignalError, full_disk_told
@@ -91,6 +92,7 @@ def train_run(start: Start) -> Run:
     per_step = tokens_per_step(settings)
     if start.recipe is not None and args.lr_scheduler_type != "power":
         use_known_horizon(settings, start.recipe, per_step)
+    use_cosine_peak(settings, per_step)
     if finished := finished_run(start):
         if args.should_save:
             print(f"the run in {folder} is finished: raise tokens to train on", flush=True)
@@ -190,7 +192,7 @@ def _trainer(
         eval_dataset=data.packed.held_out,
         processing_class=data.tokenizer,
         data_collator=collate_blocks,
-        optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
+        optimizer_cls_and_kwargs=optimizer_of(args) if settings.mup.mup else None,
         callbacks=[record],
         guards=Guards(
             record=record,

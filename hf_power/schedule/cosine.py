@@ -49,7 +49,9 @@ def check_peak(peak_lr: object) -> None:
     """Raise a UserError for what is no rate."""
     check_number("peak_lr", peak_lr)
     if not isinstance(peak_lr, int | float) or peak_lr <= 0:
-        raise UserError(f"peak_lr must be positive, got {peak_lr}: pass the best peak of cosine that you know, e.g. 1e-3.")
+        raise UserError(
+            f"peak_lr must be positive, got {peak_lr}: pass the best peak of cosine that you know, e.g. 1e-3."
+        )
 
 
 def _mean_rate(schedule: Schedule, total: int, unit: float) -> float:
@@ -72,4 +74,10 @@ def _mean_rate(schedule: Schedule, total: int, unit: float) -> float:
     # Behind the tail there is nothing but its floor.
     rest = 1.0 - last - tail if tail else 0.0
     ended = tail * (floor + (1 - floor) * mean) + rest * floor
-    return first / 2 * (rate(first) if schedule.warmup_to == "law" else 1.0) + capped - first + falling + ended * rate(last)
+    return (
+        first / 2 * (rate(first) if schedule.warmup_to == "law" else 1.0)
+        + capped
+        - first
+        + falling
+        + ended * rate(last)
+    )

@@ -160,6 +160,11 @@ class Settings:
         self.given |= set(numbers)
         if power:
             kwargs = self.schedule_kwargs
+            for name in ("law", "peak_lr"):
+                if name in kwargs:
+                    raise UserError(
+                        f"lr_scheduler_kwargs.{name} is a law beside that of the recipe: leave one of them out."
+                    )
             for name, value in recipe.schedule_kwargs(self.size_for(recipe)).items():
                 _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
                 kwargs[name] = value
