@@ -10,6 +10,7 @@ from hf_power.version import __version__
 
 if TYPE_CHECKING:
     from hf_power.checkpoints.callback import SealCheckpoints
+    from hf_power.checkpoints.ema import AverageWeights
     from hf_power.coordinates import coord_check
     from hf_power.mup.config import mup_config
     from hf_power.mup.init import mup_init_
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Whoever imports hf_power for its schedule pays for nothing else: the other public names are loaded when they are asked for.
 _WHERE = {
+    "AverageWeights": "checkpoints.ema",
     "MupAdamW": "mup.optimizer",
     "Recipe": "recipe",
     "SealCheckpoints": "checkpoints.callback",
@@ -33,6 +35,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "AverageWeights",
     "MupAdamW",
     "PowerLR",
     "Recipe",

@@ -8,7 +8,7 @@ from hf_power.records.errors import UserError
 from hf_power.schedule.law import PAPER_MAX_LR
 from hf_power.schedule.lengths import plan_schedule
 from hf_power.schedule.shape import Schedule
-from hf_power.schedule.words import COLUMNS, describe, sketch, whose
+from hf_power.schedule.words import describe, sketch, whose
 from hf_power.settings.sections import parse_tokens
 
 
@@ -53,9 +53,9 @@ class ScheduleArguments:
 def schedule_text(arguments: ScheduleArguments, planned: Schedule) -> str:
     """The schedule in a line, the mean rates, the sketch, and the arguments that make it."""
     given = {"a": arguments.a, "b": arguments.b, "batch_exponent": arguments.batch_exponent}
-    curves = [("power", "*", rates(planned, num_points=COLUMNS)[1])]
+    curves = [("power", "*", rates(planned)[1])]
     if arguments.versus:
-        curves = [(arguments.versus, "o", rates(planned, arguments.versus, COLUMNS)[1]), *curves]
+        curves = [(arguments.versus, "o", rates(planned, arguments.versus)[1]), *curves]
     means = [f"{name}: mean rate {sum(values) / len(values):.3g}" for name, _, values in curves]
     kwargs = {name: value for name, value in planned.law.to_dict().items() if value is not None}
     if arguments.peak_lr is not None:

@@ -1,6 +1,7 @@
 """A schedule before its run: the rates of `TrainingArguments`, in a picture and in characters, beside another schedule."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
@@ -47,7 +48,8 @@ def schedule_of(args: TrainingArguments, tokens_per_step: int | None = None, ste
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if name != "power":
         raise UserError(f"lr_scheduler_type is {name}, but only power can be previewed: set it to power.")
-    kwargs = dict(args.lr_scheduler_kwargs or {})
+    # TrainingArguments have made a mapping of them where they came as text.
+    kwargs = dict(cast("Mapping[str, Any]", args.lr_scheduler_kwargs or {}))
     if tokens_per_step is not None:
         kwargs["tokens_per_step"] = tokens_per_step
     length = args.max_steps if steps is None else steps
@@ -79,7 +81,7 @@ def rates(schedule: Schedule, versus: str | None = None, num_points: int = POINT
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=schedule.max_lr)
     with refused_by(f"the schedule {versus}"):
         made = get_scheduler(versus, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
-        factor = made.lr_lambdas[0]  # type: ignore[attr-defined]
+        factor = made.lr_lambdas[0]
     return tokens, [schedule.max_lr * factor(round(n / step)) for n in tokens]
 
 

@@ -94,6 +94,7 @@ def new_run(start: Start, per_step: int) -> Run:
         status="running",
         lineage=before.lineage or uuid.uuid4().hex,
         parent=parent,
+        average=before.average,
         tokens_seen=seen,
         total_tokens=start.tokens,
         tokens_per_step=per_step,

@@ -1,6 +1,5 @@
 """Published laws by their names, as arguments of the schedule: whose numbers they are, and what they were measured under."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -74,9 +73,8 @@ def chosen_law(arguments: Mapping[str, Any], name: str | None = None) -> Law:
 
 
 def preset(name: str) -> Preset:
-    """The preset of this name; a UserError, with the nearest one, where there is none."""
+    """The preset of this name; a UserError where there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(PRESETS)}, or give a and b."
-        raise UserError(f"there is no law of the name {shown(name)}: {hint}")
+        known = ", ".join(PRESETS)
+        raise UserError(f"there is no law of the name {shown(name)}: take one of {known}, or give a and b.")
     return PRESETS[name]
