@@ -46,7 +46,13 @@ def train(job, folder):
     blocks, held = text_tokens(folder)
     torch.manual_seed(job["seed"])
     width, layers = SIZES[job["size"]]
-    sizes = {"vocab_size": VOCABULARY, "n_positions": BLOCK, "n_embd": width, "n_layer": layers, "n_head": max(1, width // 32)}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "n_positions": BLOCK,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": max(1, width // 32),
+    }
     ends = {"bos_token_id": None, "eos_token_id": None}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **ends, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -18,7 +18,7 @@ from hf_power.records.run import RUN_FILE, Average, Run
 from hf_power.settings.settings import Settings
 
 # What a checkpoint holds for going on with its training, beside the model.
-STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|trainer_state|training_args)")
+STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|average\.safetensors)")
 
 
 def average(
