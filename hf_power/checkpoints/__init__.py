@@ -2,5 +2,7 @@
 
 * seal.py      seal, problems, newest_intact, rotate: the manifest of a checkpoint; examine: what a run can resume from
 * callback.py  SealCheckpoints: the Trainer's callback that seals and rotates
+* average.py   shares, merge: the mean of several checkpoints' weights
+* ema.py       AverageWeights: the Trainer's callback that keeps a mean in training
 * locate.py    find_model, weights_sha256: a model by its name, in a folder or on the Hub
 """

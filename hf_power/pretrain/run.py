@@ -54,7 +54,8 @@ from hf_power.records.files import LOCK, free_bytes, only_one, refuse_at_work
 from hf_power.records.machine import refuse_alone, tune_cpu
 from hf_power.records.results import EVAL_FILE
 from hf_power.records.run import Change, Run
-from hf_power.schedule import Schedule
+from hf_power.schedule import LAW_NAMES, Schedule
+from hf_power.schedule.words import whose
 from hf_power.settings.settings import Settings, build_model
 
 
@@ -216,6 +217,11 @@ def _announce(start: Start, run: Run, schedule: Schedule | None, changed: list[C
     for each in changed:
         print(f"  changed      {each.name} {shown(each.before)} -> {shown(each.after)}", flush=True)
     if recipe is None:
+        if schedule is not None:
+            kwargs = start.settings.schedule_kwargs
+            law = kwargs.get("law")
+            numbers = {name: kwargs.get(name) for name in LAW_NAMES}
+            print(f"  law          {whose(None if law is None else str(law), numbers)}", flush=True)
         return
     width = start.settings.model.hidden_size
     for warning in warnings_for(recipe, tokens=run.total_tokens, tokens_per_step=run.tokens_per_step, width=width):
