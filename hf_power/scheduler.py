@@ -145,7 +145,7 @@ class PowerLR(LRScheduler):
 
     def _warn_if_cap_binds(self) -> None:
         total, end = self.total_tokens, self.schedule.end_of_law
-        if total is None or total <= self._at.tokens:
+        if total is None or total <= self._at.tokens or self._peak is not None:
             return
         law = self.schedule.law.lr(end, self.tokens_per_step)
         if law >= self.max_lr:

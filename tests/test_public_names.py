@@ -33,7 +33,7 @@ FLAGS = {
         base_intermediate_size base_attention_width base_head_dim base_num_layers preset embedding_multiplier residual_multiplier
         attention_multiplier initializer_range dataset dataset_config split eval_split eval_fraction streaming
         text_column skip_bad_lines tokenizer vocab_size block_size num_proc data_cache_dir tokens recipe max_eval_tokens
-        max_skipped_steps allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2
+        max_skipped_steps average_window allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2
         max_grad_norm logging_steps logging_nan_inf_filter prediction_loss_only save_steps
         train_sampling_strategy
     """,

@@ -110,7 +110,10 @@ class AverageWeights(TrainerCallback):
         for name, tensor in model.state_dict().items():
             if (twin := tied.get(tensor.data_ptr())) is not None:
                 weights[name] = weights[twin]
+        # The Trainer turns the cache off for training, and the finished model is to generate with it.
+        used, model.config.use_cache = model.config.use_cache, True
         model.save_pretrained(folder, state_dict=weights)
+        model.config.use_cache = used
         if processing_class is not None:
             processing_class.save_pretrained(folder)
 

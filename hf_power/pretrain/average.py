@@ -86,6 +86,13 @@ def evaluate_average(folder: Path, dataset: str | None = None) -> Run | None:
     return record
 
 
+def record_of_kept(run: Run) -> Run:
+    """The record of the mean that a run has kept while it trained; `hf-power evaluate RUN/average` scores it."""
+    made = Average("window", [run.tokens_seen], [1.0])
+    weights = {"weights_step": run.steps, "weights_tokens": run.tokens_seen}
+    return replace(run, kind="average", name=f"{run.name}-average", average=made, held_out_loss=None, **weights)
+
+
 def _share(last: str) -> float:
     text = str(last).strip()
     try:

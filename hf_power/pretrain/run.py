@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_power.checkpoints.callback import SealCheckpoints, output_folder
+from hf_power.checkpoints.ema import FOLDER as KEPT
+from hf_power.checkpoints.ema import AverageWeights
 from hf_power.data.order import collate_blocks
 from hf_power.data.text import require_datasets
 from hf_power.models import flops_per_token, num_experts
@@ -19,6 +21,7 @@ from hf_power.mup.optimizer import optimizer_of
 from hf_power.plan.plan import describe_run
 from hf_power.plots import figures
 from hf_power.plots.runs import plot_lr_and_loss
+from hf_power.pretrain.average import record_of_kept
 from hf_power.pretrain.bad_numbers import BadNumbers
 from hf_power.pretrain.dry_run import dry_run
 from hf_power.pretrain.record import ExpertLoad, RunRecord, TokenProgress
@@ -133,13 +136,17 @@ def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, cha
         refuse_other_engine(resume, trainer.is_fsdp_enabled)
     if pushes:
         refuse_sharded(getattr(trainer.accelerator.state, "fsdp_plugin", None))
+    window = start.settings.run.average_window
+    kept = [] if window is None else [AverageWeights(window)]
     # A signal asks for a save that is then sealed, and the guard pushes what is sealed: so they stand in this order.
-    for callback in (stop, seals, *([guard] if guard else [])):
+    for callback in (*kept, stop, seals, *([guard] if guard else [])):
         trainer.add_callback(callback)
     _train(trainer, record, stop, resume)
     # A stream has read more by now, and may have skipped some of it.
     record.update(replace(record.run, data=data.packed.about()))
     _finish(trainer, record)
+    if kept and args.should_save:
+        record_of_kept(record.run).save(record.folder / KEPT)
     if guard:
         guard.finish()
     return record.run

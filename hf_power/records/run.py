@@ -198,7 +198,8 @@ class Average:
     """Of which checkpoints the weights are the mean.
 
     Attributes:
-        kind: "uniform", "ema" or "decay", see `hf_power.checkpoints.average.shares`.
+        kind: "uniform", "ema" or "decay", see `hf_power.checkpoints.average.shares`; "window" of a mean that was kept in
+            training (`hf_power.AverageWeights`), whose one entry is the end of it.
         tokens: that each checkpoint had seen, oldest first.
         shares: of each in the mean.
         decay_shape: of the tail that "decay" stands for.

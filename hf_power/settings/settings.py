@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from hf_power.checkpoints.ema import AverageWeights
 from hf_power.compat import CHECKPOINTING, PreTrainedConfig, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
@@ -197,6 +198,8 @@ class Settings:
         if self.run.tokens < 1:
             raise UserError(f"tokens must be positive, got {self.run.tokens!r}.")
         self.allowed_changes()
+        if self.run.average_window is not None:
+            AverageWeights(self.run.average_window)
         config = self.model.config()
         self.check_layer()
         refuse_reentrant(config, getattr(self.training, f"{CHECKPOINTING}_kwargs"))

@@ -102,6 +102,21 @@ def test_what_cannot_be_averaged_is_refused(trunk, averaged, tmp_path):
         average(tmp_path)
 
 
+def test_pretrain_keeps_a_mean_where_it_is_asked_to(sections, tmp_path):
+    given = sections(tmp_path / "kept", tokens=4 * 128)
+    given["run"]["average_window"] = 0.5
+    pretrain(Settings.from_dict(given))
+    folder = tmp_path / "kept/average"
+    kept, trained = load_file(folder / "model.safetensors"), load_file(tmp_path / "kept/model.safetensors")
+    assert set(kept) == set(trained)
+    assert not torch.equal(kept["model.norm.weight"], trained["model.norm.weight"])
+    run = Run.load(folder)
+    assert (run.stage, run.average.kind, run.average.tokens) == ("averaged", "window", [4 * 128])
+    given["run"]["average_window"] = 2.0
+    with refused(UserError, "window must lie above 0 and up to 1, got 2.0"):
+        pretrain(Settings.from_dict(given))
+
+
 class Weights(TrainerCallback):
     """The weights after each step."""
 
