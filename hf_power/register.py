@@ -21,6 +21,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from hf_power.compat import uncounted_sharers
 from hf_power.records.errors import MissingPackageError, UserError
+from hf_power.schedule.words import describe, highest
 from hf_power.scheduler import PowerLR, get_power_schedule
 
 NAME = "power"
@@ -98,6 +99,7 @@ def _finding_tokens(create_scheduler: Callable[..., LRScheduler]) -> Callable[..
             )
             if power:
                 _count_skipped_steps(self)
+                _follow_schedule(self)
         given = cast("dict[str, object]", getattr(self.args, "lr_scheduler_kwargs", None) or {})
         if not power or getattr(self, "lr_scheduler", None) is not None or "tokens_per_step" in given:
             return create_scheduler(self, *args, **kwargs)
@@ -146,6 +148,85 @@ class CountSkippedSteps(TrainerCallback):
                 # torch warns where no step of the optimizer came before the first one of the schedule.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 lr_scheduler.step()
+
+
+class FollowSchedule(TrainerCallback):
+    """Says in one line what the schedule will do, and adds the tokens seen and the rates of all groups to each log.
+
+    It stands before the callbacks of the trackers, so that what it adds reaches them, and the state's log history too.
+
+    Args:
+        pretrained: where the weights came from; None where they are new.
+    """
+
+    def __init__(self, pretrained: str | None) -> None:
+        self.pretrained = pretrained
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: LRScheduler | None = None,
+        model: torch.nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Print the line, and warn of what speaks against it."""
+        power = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        if not isinstance(power, PowerLR) or not state.is_world_process_zero:
+            return
+        print(describe(power.schedule, power.whose, power.tokens_seen), flush=True)
+        if power.tokens_seen:
+            return
+        from hf_power.mup.check import rate_without_mup
+
+        peak = highest(power.schedule)[1]
+        said = rate_without_mup(model, peak)
+        if self.pretrained is not None:
+            said = (
+                f"the weights come from {self.pretrained}, but the schedule begins at 0 tokens, with its highest rate of "
+                f"{peak:.3g}: to go on with pretraining pass tokens_seen=<tokens that they have seen> in lr_scheduler_kwargs; "
+                "for fine-tuning, take a small learning_rate and another schedule"
+            )
+        if said is not None:
+            warnings.warn(f"{said}.", stacklevel=2)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        lr_scheduler: LRScheduler | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Add tokens_seen, and lr/NAME of each group where they differ."""
+        power = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        if logs is None or "learning_rate" not in logs or not isinstance(power, PowerLR):
+            return
+        # The log's own rate is that of the last step, of which the groups' bases are ratios.
+        bases = [float(base) for base in power.base_lrs]
+        found: dict[str, float] = {"tokens_seen": power.tokens_seen}
+        if bases[0] and len(set(bases)) > 1:
+            names = [group.get("name", f"group{i}") for i, group in enumerate(power.optimizer.param_groups)]
+            found |= {
+                f"lr/{name}": logs["learning_rate"] * base / bases[0] for name, base in zip(names, bases, strict=True)
+            }
+        logs |= found
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1] |= found
+
+
+def _follow_schedule(trainer: Trainer) -> None:
+    """hf_power's own Trainer says and logs more by itself, and has a mark that says so."""
+    known = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    if FollowSchedule.__name__ in known or getattr(trainer, "tells_schedule", False):
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # from_pretrained leaves a model in evaluation mode, and one that is made of a config alone is not.
+    loaded = hasattr(model, "peft_config") or not model.training
+    name = str(getattr(model, "name_or_path", "") or "")
+    trainer.callback_handler.callbacks.insert(0, FollowSchedule(name if loaded and name else None))
 
 
 def _count_skipped_steps(trainer: Trainer) -> None:

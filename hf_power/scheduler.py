@@ -3,119 +3,20 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from hf_power.records.errors import UserError
-from hf_power.schedule import LAW_NAMES, PAPER_LAW, PAPER_MAX_LR, Law, Schedule, check_cap, check_length, check_number
+from hf_power.schedule.cosine import check_peak, with_peak
+from hf_power.schedule.law import check_cap
+from hf_power.schedule.lengths import Lengths, Progress
+from hf_power.schedule.presets import chosen_law
+from hf_power.schedule.shape import Schedule
+from hf_power.schedule.words import advice, whose
 
-
-class Progress(NamedTuple):
-    """How far a run is: the tokens seen after so many calls of `PowerLR.step`, of which a step makes calls_per_step."""
-
-    # Whole numbers throughout: after 1e16 tokens a float no longer holds every single one.
-    tokens: int
-    calls: int
-    calls_per_step: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Warmup, run and tail as a caller states them, in steps or in tokens; the arguments of `PowerLR` have the details.
-
-    Raises:
-        UserError: a length that is no number, negative, or given twice.
-    """
-
-    num_warmup_steps: int | None = 0
-    num_training_steps: int | None = None
-    warmup_tokens: int | None = None
-    decay_ratio: float | None = None
-    decay_tokens: int | None = None
-    decay_start_tokens: int | None = None
-    tokens_seen: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_warmup_steps", "warmup_tokens", "decay_tokens", "decay_start_tokens", "tokens_seen"):
-            check_length(name, getattr(self, name))
-        if self.decay_ratio is not None:
-            check_number("decay_ratio", self.decay_ratio)
-        if self.warmup_tokens is not None and self.num_warmup_steps:
-            raise UserError(
-                f"warmup is given twice, num_warmup_steps={self.num_warmup_steps} and warmup_tokens={self.warmup_tokens}: "
-                "pass one of them."
-            )
-        if self.decay_ratio is not None and (self.decay_tokens is not None or self.decay_start_tokens is not None):
-            raise UserError(
-                f"the decay is given twice, decay_ratio={self.decay_ratio} and decay_tokens={self.decay_tokens} / "
-                f"decay_start_tokens={self.decay_start_tokens}: pass one of them."
-            )
-        if not 0 <= (self.decay_ratio or 0) <= 1:
-            raise UserError(
-                f"decay_ratio must lie between 0 and 1, got {self.decay_ratio}: pass 0.1 for the last 10 %."
-            )
-
-    def tail(self, total: int | None) -> tuple[int | None, int]:
-        """First token and length of the tail of a run that ends at token `total`; (None, 0) where there is no tail."""
-        start, length = self.decay_start_tokens, self.decay_tokens
-        # Either end of the tail may be left open, and then the end of the run stands in for it.
-        needs_end = length if start is None else length is None
-        if total is None and (needs_end or self.decay_ratio):
-            raise UserError("a decay that ends with the run needs its length: pass num_training_steps.")
-        if start is None:
-            if total is None:
-                return None, 0
-            if length is None:
-                # The ratio is one of this run, for a run from other weights must not begin its tail before itself.
-                length = round(
-                    (total - int(self.tokens_seen)) * (0.1 if self.decay_ratio is None else self.decay_ratio)
-                )
-            start = total - length
-        elif length is None:
-            length = (total or 0) - start
-        if start < 0 or length < 0 or (total is not None and start + length > total):
-            raise UserError(
-                f"a decay of {length:,} tokens from token {start:,} does not fit into a run of {total or 0:,} tokens: "
-                "shorten the decay or train longer."
-            )
-        return (start, length) if length else (None, 0)
-
-    def applied_to(self, schedule: Schedule, at: Progress | None = None) -> Schedule:
-        """The schedule with these lengths, from the beginning of the run or from where it is resumed.
-
-        Raises:
-            UserError: warmup and tail do not fit into the run.
-        """
-        at = at or Progress(int(self.tokens_seen), 0)
-
-        def tokens(calls: int) -> int:
-            return calls * schedule.tokens_per_step // at.calls_per_step
-
-        total = None
-        if self.num_training_steps is not None:
-            total = at.tokens + tokens(max(0, self.num_training_steps - at.calls))
-        start, length = self.tail(total)
-        warmup = tokens(self.num_warmup_steps or 0) if self.warmup_tokens is None else self.warmup_tokens
-        end = total if start is None else start
-        # A run that is resumed after its warmup may have become shorter than that.
-        if end is not None and warmup > end and warmup > at.tokens:
-            raise UserError(
-                f"a warmup of {warmup:,} tokens does not fit before token {end:,}, where the "
-                f"{'run ends' if start is None else 'decay starts'}: shorten the warmup or the decay, or train longer."
-            )
-        return replace(
-            schedule, warmup_tokens=warmup, decay_start_tokens=start, decay_tokens=length, total_tokens=total
-        )
-
-
-def plan_schedule(resumed: Progress | None = None, /, **arguments: Any) -> Schedule:
-    """The schedule of a `PowerLR` with these arguments and max_lr, from where the run is `resumed` (None: its beginning)."""
-    law = replace(PAPER_LAW, **{name: arguments.pop(name) for name in LAW_NAMES if name in arguments})
-    lengths = {f.name: arguments.pop(f.name) for f in fields(Lengths) if f.name in arguments}
-    return Lengths(**lengths).applied_to(Schedule(law=law, **arguments), resumed)
+DEFAULT_LR = 5e-5  # Of TrainingArguments, who give it to every optimizer for which no other rate is chosen.
 
 
 class PowerLR(LRScheduler):
@@ -133,7 +34,11 @@ class PowerLR(LRScheduler):
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step: sequences x sequence length, over all data-parallel processes,
             accumulation included.
-        a, b, batch_exponent, critical_batch_tokens, critical_batch_growth: see `Law`; the paper's by default.
+        law: name of the preset that has those of the next five that are not given: see
+            `hf_power.schedule.presets.PRESETS`; "paper" by default.
+        a, b, batch_exponent, critical_batch_tokens, critical_batch_growth: see `hf_power.schedule.Law`.
+        peak_lr: instead of a and of the cap, the best peak of cosine for this run, see
+            `hf_power.schedule.cosine.with_peak`; the optimizer's lr is then left out, or the same.
         warmup_tokens: linear warmup, in tokens, instead of num_warmup_steps.
         warmup_to: "law": up to the law at the end of the warmup (eq. 8); "max": up to eta_max (Granite 3.0).
         decay_ratio: length of the tail as a ratio of the run, in [0, 1]; 0.1 by default, 0 for a trunk without a tail.
@@ -146,6 +51,7 @@ class PowerLR(LRScheduler):
 
     Attributes:
         schedule: the `Schedule` that it follows.
+        whose: whose numbers its law has, in words.
         tokens_seen: tokens seen so far.
 
     Raises:
@@ -165,11 +71,13 @@ class PowerLR(LRScheduler):
         num_training_steps: int | None = None,
         *,
         tokens_per_step: int,
-        a: float = PAPER_LAW.a,
-        b: float = PAPER_LAW.b,
-        batch_exponent: float = PAPER_LAW.batch_exponent,
+        law: str | None = None,
+        a: float | None = None,
+        b: float | None = None,
+        batch_exponent: float | None = None,
         critical_batch_tokens: float | None = None,
-        critical_batch_growth: float = 0.0,
+        critical_batch_growth: float | None = None,
+        peak_lr: float | None = None,
         warmup_tokens: int | None = None,
         warmup_to: str = "law",
         decay_ratio: float | None = None,
@@ -180,10 +88,22 @@ class PowerLR(LRScheduler):
         tokens_seen: int = 0,
         last_epoch: int = -1,
     ) -> None:
+        given = {
+            "a": a,
+            "b": b,
+            "batch_exponent": batch_exponent,
+            "critical_batch_tokens": critical_batch_tokens,
+            "critical_batch_growth": critical_batch_growth,
+        }
+        # The rate for which the groups' own rates stand; under peak_lr it is no more than a unit.
+        self._unit, self._peak = _max_lr(optimizer), peak_lr
+        if peak_lr is not None:
+            _check_one_peak(peak_lr, a, self._unit, optimizer)
+        self.whose = whose(law, given, peak_lr)
         unplanned = Schedule(
-            law=Law(a, b, batch_exponent, critical_batch_tokens, critical_batch_growth),
+            law=chosen_law(given, law),
             tokens_per_step=tokens_per_step,
-            max_lr=_max_lr(optimizer),
+            max_lr=self._unit,
             warmup_to=warmup_to,
             decay_shape=decay_shape,
             min_lr_ratio=min_lr_ratio,
@@ -198,7 +118,7 @@ class PowerLR(LRScheduler):
             tokens_seen=tokens_seen,
         )
         self._at = Progress(int(tokens_seen), 0)  # The property tokens_seen counts on from here.
-        self.schedule = self._lengths.applied_to(unplanned, self._at)
+        self._plan(unplanned)
         self._warn_if_cap_binds()
         super().__init__(optimizer, last_epoch)
 
@@ -225,20 +145,19 @@ class PowerLR(LRScheduler):
 
     def _warn_if_cap_binds(self) -> None:
         total, end = self.total_tokens, self.schedule.end_of_law
-        if total is None or total <= self._at.tokens:
+        if total is None or total <= self._at.tokens or self._peak is not None:
             return
         law = self.schedule.law.lr(end, self.tokens_per_step)
         if law >= self.max_lr:
             warnings.warn(
                 f"the cap learning_rate={self.max_lr:g} binds for the whole run: the law only falls to {law:.3g} by "
-                f"{end:,} tokens, so the rate is constant until the decay; set learning_rate to the cap that you want "
-                f"({PAPER_MAX_LR} in the paper).",
+                f"{end:,} tokens, so the rate is constant until the decay; {advice(self.schedule)}.",
                 stacklevel=4,
             )
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Learning rate of each group at the present number of tokens."""
-        factor = self.schedule.lr(self.tokens_seen) / self.max_lr
+        factor = self.schedule.lr(self.tokens_seen) / self._unit
         return [base_lr * factor for base_lr in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
@@ -267,7 +186,11 @@ class PowerLR(LRScheduler):
     def _go_on_from(self, progress: Progress) -> None:
         """Plan again, because a checkpoint or accelerate has changed where the run is or what a step is."""
         self._at = progress
-        self.schedule = self._lengths.applied_to(self.schedule, progress)
+        self._plan(self.schedule)
+
+    def _plan(self, schedule: Schedule) -> None:
+        planned = self._lengths.applied_to(schedule, self._at)
+        self.schedule = planned if self._peak is None else with_peak(planned, self._peak)
 
     def state_dict(self) -> dict[str, Any]:
         """The counters only: a restored argument must never win over today's."""
@@ -314,7 +237,7 @@ def get_power_schedule(
         num_warmup_steps: linear warmup, in steps.
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step over all processes; None inside a Trainer, which finds it.
-        **kwargs: a, b, batch_exponent, critical_batch_tokens, critical_batch_growth, warmup_tokens, warmup_to, decay_ratio,
+        **kwargs: law, a, b, peak_lr, batch_exponent, critical_batch_tokens, critical_batch_growth, warmup_tokens, warmup_to, decay_ratio,
             decay_tokens, decay_start_tokens, decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
 
     Returns:
@@ -347,3 +270,16 @@ def _max_lr(optimizer: torch.optim.Optimizer) -> float:
     said = "the highest of its groups is the cap" if unchosen else above
     warnings.warn(f"the optimizer's lr is {cap:g} and a group's is {highest:g}, so {said}.", stacklevel=4)
     return check_cap(highest) if unchosen else cap
+
+
+def _check_one_peak(peak_lr: float, a: float | None, lr: float, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a second number that says how large the rate is."""
+    check_peak(peak_lr)
+    if a is not None:
+        raise UserError(f"peak_lr={peak_lr} and a={a} both say how large the rate is: give one of them.")
+    default = inspect.signature(type(optimizer).__init__).parameters.get("lr")
+    if lr not in (peak_lr, DEFAULT_LR, default.default if default is not None else None):
+        raise UserError(
+            f"peak_lr={peak_lr:g} is the cap of the schedule, and learning_rate={lr:g} another one: leave learning_rate out, "
+            "or give it the same value."
+        )

@@ -8,17 +8,20 @@ import hf_power
 from hf_power.cli import main
 
 NAMES = [
+    "AverageWeights",
     "MupAdamW",
     "PowerLR",
     "Recipe",
     "SealCheckpoints",
     "__version__",
     "coord_check",
+    "from_cosine",
     "get_power_schedule",
     "mup_adamw",
     "mup_config",
     "mup_init_",
     "mup_param_groups",
+    "plot_schedule",
     "power_lr",
     "register_power_scheduler",
 ]
@@ -30,11 +33,12 @@ FLAGS = {
         base_intermediate_size base_attention_width base_head_dim base_num_layers preset embedding_multiplier residual_multiplier
         attention_multiplier initializer_range dataset dataset_config split eval_split eval_fraction streaming
         text_column skip_bad_lines tokenizer vocab_size block_size num_proc data_cache_dir tokens recipe max_eval_tokens
-        max_skipped_steps allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2
+        max_skipped_steps average_window allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2
         max_grad_norm logging_steps logging_nan_inf_filter prediction_loss_only save_steps
         train_sampling_strategy
     """,
     "anneal": "from tokens output_dir decay_shape repo dataset resume_from_checkpoint",
+    "average": "kind last output_dir decay_shape dataset",
     "evaluate": """
         dataset dataset_config split eval_split eval_fraction streaming text_column skip_bad_lines tokenizer vocab_size
         block_size num_proc data_cache_dir max_tokens batch_size dtype output tasks tasks_dir num_fewshot limit
@@ -51,6 +55,8 @@ FLAGS = {
         target parameters tokens tokens_per_step block_size devices flops_per_device utilisation output_dir
     """,
     "verify": "seeds tolerance",
+    "schedule": "tokens_per_step steps tokens lr peak_lr warmup_steps law a b batch_exponent decay_ratio decay_shape versus"
+    " picture",
     "doctor": "json",
 }
 

@@ -9,6 +9,7 @@ from hf_power.cli import arguments as args
 from hf_power.cli import verbs
 from hf_power.cli.front import ExitCode
 from hf_power.cli.parser import EvaluateParser, Parser, SettingsParser
+from hf_power.cli.schedule import ScheduleArguments
 from hf_power.pretrain.bad_numbers import NonFiniteError
 from hf_power.pretrain.stops import SIGNALS, StoppedBySignalError, disk_is_full
 from hf_power.records.errors import UserError, one_line
@@ -34,6 +35,7 @@ def _takes(kind: type) -> Callable[[str, str], Parser]:
 VERBS = {
     "pretrain": Verb(verbs.pretrain, SettingsParser),
     "anneal": Verb(verbs.anneal, _takes(args.AnnealArguments)),
+    "average": Verb(verbs.average, _takes(args.AverageArguments)),
     "evaluate": Verb(verbs.evaluate, EvaluateParser),
     "export": Verb(verbs.export, _takes(args.ExportArguments)),
     "card": Verb(verbs.card, _takes(args.CardArguments)),
@@ -44,6 +46,7 @@ VERBS = {
     "fit": Verb(verbs.fit, _takes(args.FitArguments)),
     "plan": Verb(verbs.plan, _takes(args.PlanArguments)),
     "verify": Verb(verbs.verify, lambda verb, summary: SettingsParser(verb, summary, args.VerifyArguments)),
+    "schedule": Verb(verbs.schedule, _takes(ScheduleArguments)),
     "doctor": Verb(verbs.doctor, _takes(args.DoctorArguments)),
 }
 

@@ -5,6 +5,7 @@ The files in scripts/ have the same bodies with their imports at the top; a test
 
 from hf_power.cli.arguments import (
     AnnealArguments,
+    AverageArguments,
     CardArguments,
     CoordCheckArguments,
     DoctorArguments,
@@ -22,6 +23,7 @@ from hf_power.cli.arguments import (
     print_push,
     run_text,
 )
+from hf_power.cli.schedule import ScheduleArguments, schedule_text
 from hf_power.data.text import DataArguments
 from hf_power.settings.settings import Settings
 
@@ -62,6 +64,24 @@ def anneal(arguments: AnnealArguments) -> int:
     return print_push(folder) if arguments.repo else ExitCode.DONE
 
 
+def average(arguments: AverageArguments) -> int:
+    """Finish a model without training, as the mean of a trunk's last checkpoints: average RUN [--kind decay] [--last 20%]."""
+    from hf_power.pretrain.average import average, evaluate_average
+
+    folder = average(
+        arguments.run,
+        arguments.kind,
+        arguments.last,
+        arguments.output_dir,
+        decay_shape=arguments.decay_shape,
+    )
+    run = evaluate_average(folder, arguments.dataset)
+    if run is not None and run.average is not None:
+        print(f"{run_text(run)}; {run.average.kind} average of {len(run.average.tokens)} checkpoints")
+    print(f"model: {folder}")
+    return ExitCode.DONE
+
+
 def doctor(arguments: DoctorArguments) -> int:
     """What is intact in a run, and what can be resumed: doctor RUN [--json]."""
     import dataclasses
@@ -73,6 +93,18 @@ def doctor(arguments: DoctorArguments) -> int:
     result = examine(Path(arguments.run))
     print(json.dumps(dataclasses.asdict(result), indent=2) if arguments.json else examined_text(result))
     return ExitCode.DONE if result.resume else ExitCode.FAILED
+
+
+def schedule(arguments: ScheduleArguments) -> int:
+    """See a learning rate before the run: schedule --peak_lr 1e-3 --tokens_per_step 8192 --steps 10000 --versus cosine."""
+    from hf_power.plots.figures import save
+    from hf_power.plots.schedule import plot_rates
+
+    planned = arguments.planned()
+    print(schedule_text(arguments, planned))
+    if arguments.picture:
+        print(f"picture: {save(plot_rates(planned, arguments.versus), arguments.picture)}")
+    return ExitCode.DONE
 
 
 def coord_check(arguments: CoordCheckArguments) -> int:

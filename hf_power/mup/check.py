@@ -15,6 +15,9 @@ from hf_power.mup.rules import RECORD, mup_record
 from hf_power.mup.shrink import WIDTH, shrink
 from hf_power.records.errors import UserError
 
+# Beyond so many times the rate that is usual for a model of its size a peak is said to be high.
+HIGH = 4.0
+
 
 def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
     """One sentence about an optimizer that trains a muP model at rates that are not muP's; None where all is well.
@@ -80,3 +83,27 @@ def refuse_without_rule(
             f"in a {config.model_type} a token sees those that come after it, so that it cannot be trained to tell the next "
             "one: take a causal model (is_decoder: true, where its config has that)."
         )
+
+
+def rate_without_mup(model: torch.nn.Module | None, peak: float) -> str | None:
+    """What speaks against a peak where muP is absent: it is far above what is usual for the model's size.
+
+    The usual rate is ``.003239 - .0001395 ln N`` with N the number of parameters (Kaplan et al. 2020, arXiv:2001.08361,
+    eq. D.1), which was found for AdamW and cosine in standard parameterization, at N up to 1.5e9.
+    """
+    config = getattr(model, "config", None)
+    if (
+        model is None
+        or mup_record(cast("PreTrainedModel", model)) is not None
+        or getattr(config, RECORD, None) is not None
+    ):
+        return None
+    size = sum(parameter.numel() for parameter in model.parameters())
+    usual = 0.003239 - 0.0001395 * math.log(min(max(size, 1), 1.5e9))
+    if peak <= HIGH * usual:
+        return None
+    return (
+        f"the rate rises to {peak:.3g}, {peak / usual:.3g} times what is usual for {size:,} parameters without muP "
+        f"({usual:.2g}): if the loss does not fall, give the best peak of cosine that you know as "
+        'lr_scheduler_kwargs={"peak_lr": ...}, warm up longer, or train under muP (hf_power.mup_init_)'
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -143,13 +144,18 @@ class MupAdamW:
 
         Raises:
             UserError: args.optim is no variant of AdamW, or one whose package is missing.
+
+        Warns:
+            UserWarning: weight decay and beta2 are both those that TrainingArguments have by default.
         """
-        name = str(getattr(args.optim, "value", args.optim))
-        if name not in ADAMW:
-            raise UserError(f"optim is {name}, but muP has a rule for AdamW alone: give one of {', '.join(ADAMW)}.")
-        with refused_by(f"optim {name}"):
-            optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        return cls, {"optimizer": optimizer, "weight_decay": args.weight_decay, "fused": False, "max_grad_norm": args.max_grad_norm, **kwargs}
+        if args.weight_decay == 0 and args.adam_beta2 == 0.999:
+            warnings.warn(
+                "weight_decay 0 and adam_beta2 0.999 are the defaults of TrainingArguments, and not what muP's laws were tuned "
+                "with: give TrainingArguments(weight_decay=0.1, adam_beta2=0.95), as hf-power pretrain has them.",
+                stacklevel=2,
+            )
+        factory, kwargs = optimizer_of(args)
+        return factory, kwargs
 
     def __call__(
         self,
@@ -194,6 +200,22 @@ class MupAdamW:
                 if isinstance(module, nn.Embedding):
                     GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
         return optimizer(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **variant)
+
+
+def optimizer_of(args: TrainingArguments) -> tuple[type[MupAdamW], dict[str, Any]]:
+    """What `MupAdamW.for_trainer` returns, for whoever has chosen the numbers of AdamW himself."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in ADAMW:
+        raise UserError(f"optim is {name}, but muP has a rule for AdamW alone: give one of {', '.join(ADAMW)}.")
+    with refused_by(f"optim {name}"):
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    return MupAdamW, {
+        "optimizer": optimizer,
+        "weight_decay": args.weight_decay,
+        "fused": False,
+        "max_grad_norm": args.max_grad_norm,
+        **kwargs,
+    }
 
 
 def mup_adamw(model: PreTrainedModel, args: TrainingArguments) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from hf_power.plan.target import Machine, Target
 from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.run import Run
 from hf_power.schedule import Law, Schedule, beta
-from hf_power.scheduler import plan_schedule
+from hf_power.schedule.lengths import plan_schedule
 
 # A sweep at the target would need at least one run at each of so many learning rates, as in the paper's grid (Table 2).
 DIRECT_SWEEP_RUNS = 8

@@ -2,6 +2,7 @@
 
 * run.py          pretrain, and train_run, which both verbs share: the steps of a run in their order
 * anneal.py       anneal: the tail of a trunk, as a run of its own
+* average.py      average: a finished model from a trunk's last checkpoints
 * start.py        Start, RunData: what a run begins with, its first record, the preview of its schedule, its data
 * dry_run.py      dry_run: a training of one number before the data are touched
 * resume.py       which checkpoint a run goes on from, and what may be another in it now

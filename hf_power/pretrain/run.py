@@ -12,13 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from hf_power.checkpoints.callback import SealCheckpoints, output_folder
+from hf_power.checkpoints.ema import FOLDER as KEPT
+from hf_power.checkpoints.ema import AverageWeights
 from hf_power.data.order import collate_blocks
 from hf_power.data.text import require_datasets
 from hf_power.models import SOFTMAX_ROUTERS, flops_per_token
-from hf_power.mup.optimizer import MupAdamW
+from hf_power.mup.optimizer import optimizer_of
 from hf_power.plan.plan import describe_run
 from hf_power.plots import figures
 from hf_power.plots.runs import plot_lr_and_loss
+from hf_power.pretrain.average import record_of_kept
 from hf_power.pretrain.bad_numbers import BadNumbers
 from hf_power.pretrain.dry_run import dry_run
 from hf_power.pretrain.record import ExpertLoad, RunRecord, TokenProgress
@@ -41,6 +44,7 @@ from hf_power.pretrain.start import (
     steps_to_come,
     tokens_per_row,
     tokens_per_step,
+    use_cosine_peak,
     use_known_horizon,
 )
 from hf_power.pretrain.stops import StopOnSignal, StoppedBySignalError, full_disk_told
@@ -53,7 +57,8 @@ from hf_power.records.files import LOCK, free_bytes, only_one, refuse_at_work
 from hf_power.records.machine import refuse_alone, tune_cpu
 from hf_power.records.results import EVAL_FILE
 from hf_power.records.run import Change, Run
-from hf_power.schedule import Schedule
+from hf_power.schedule import LAW_NAMES, Schedule
+from hf_power.schedule.words import whose
 from hf_power.settings.settings import Settings, build_model
 
 
@@ -91,6 +96,7 @@ def train_run(start: Start) -> Run:
     per_step = tokens_per_step(settings)
     if start.recipe is not None and args.lr_scheduler_type != "power":
         use_known_horizon(settings, start.recipe, per_step)
+    use_cosine_peak(settings, per_step)
     if finished := finished_run(start):
         if args.should_save:
             print(f"the run in {folder} is finished: raise tokens to train on", flush=True)
@@ -130,13 +136,17 @@ def _train_alone(start: Start, record: RunRecord, schedule: Schedule | None, cha
         refuse_other_engine(resume, trainer.is_fsdp_enabled)
     if pushes:
         refuse_sharded(getattr(trainer.accelerator.state, "fsdp_plugin", None))
+    window = start.settings.run.average_window
+    kept = [] if window is None else [AverageWeights(window)]
     # A signal asks for a save that is then sealed, and the guard pushes what is sealed: so they stand in this order.
-    for callback in (stop, seals, *([guard] if guard else [])):
+    for callback in (*kept, stop, seals, *([guard] if guard else [])):
         trainer.add_callback(callback)
     _train(trainer, record, stop, resume)
     # A stream has read more by now, and may have skipped some of it.
     record.update(replace(record.run, data=data.packed.about()))
     _finish(trainer, record)
+    if kept and args.should_save:
+        record_of_kept(record.run).save(record.folder / KEPT)
     if guard:
         guard.finish()
     return record.run
@@ -190,7 +200,7 @@ def _trainer(
         eval_dataset=data.packed.held_out,
         processing_class=data.tokenizer,
         data_collator=collate_blocks,
-        optimizer_cls_and_kwargs=MupAdamW.for_trainer(args) if settings.mup.mup else None,
+        optimizer_cls_and_kwargs=optimizer_of(args) if settings.mup.mup else None,
         callbacks=[record],
         guards=Guards(
             record=record,
@@ -214,6 +224,11 @@ def _announce(start: Start, run: Run, schedule: Schedule | None, changed: list[C
     for each in changed:
         print(f"  changed      {each.name} {shown(each.before)} -> {shown(each.after)}", flush=True)
     if recipe is None:
+        if schedule is not None:
+            kwargs = start.settings.schedule_kwargs
+            law = kwargs.get("law")
+            numbers = {name: kwargs.get(name) for name in LAW_NAMES}
+            print(f"  law          {whose(None if law is None else str(law), numbers)}", flush=True)
         return
     width = start.settings.model.hidden_size
     for warning in warnings_for(recipe, tokens=run.total_tokens, tokens_per_step=run.tokens_per_step, width=width):

@@ -15,11 +15,11 @@ from hf_power.data.text import load_text
 from hf_power.data.tokenizer import check_token_ids, load_tokenizer, tokenizer_fingerprint
 from hf_power.pretrain.resume import TOKENIZER, changes, is_of, other_machine, vocab_size_of
 from hf_power.recipe import Recipe
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, shown
 from hf_power.records.machine import hardware, versions
 from hf_power.records.run import Change, Run
 from hf_power.schedule import Schedule
-from hf_power.scheduler import Progress, plan_schedule
+from hf_power.schedule.lengths import Progress, plan_schedule
 from hf_power.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def new_run(start: Start, per_step: int) -> Run:
         status="running",
         lineage=before.lineage or uuid.uuid4().hex,
         parent=parent,
+        average=before.average,
         tokens_seen=seen,
         total_tokens=start.tokens,
         tokens_per_step=per_step,
@@ -153,6 +154,26 @@ def use_known_horizon(settings: Settings, recipe: Recipe, per_step: int) -> None
             tail["decay_type"] = recipe.decay_shape
         args.lr_scheduler_kwargs = {**tail, **settings.schedule_kwargs}
     settings.given |= {"learning_rate", "warmup_steps", "lr_scheduler_kwargs"}
+
+
+def use_cosine_peak(settings: Settings, per_step: int) -> None:
+    """The law and cap of a peak of cosine, which the record then has: a tail or a resumed run keeps them as they are."""
+    args, kwargs = settings.training, settings.schedule_kwargs
+    peak = kwargs.pop("peak_lr", None)
+    if peak is None or args.lr_scheduler_type != "power":
+        return
+    if "learning_rate" in settings.given and args.learning_rate != peak:
+        raise UserError(
+            f"lr_scheduler_kwargs.peak_lr is {shown(peak)} and learning_rate {args.learning_rate}, and both are the cap: "
+            "leave one of them out."
+        )
+    steps = math.ceil((settings.run.tokens or 0) / per_step)
+    lengths = {"num_training_steps": steps, "num_warmup_steps": args.get_warmup_steps(steps)}
+    found = plan_schedule(peak_lr=peak, tokens_per_step=per_step, max_lr=peak, **lengths, **kwargs)
+    law = {name: value for name, value in found.law.to_dict().items() if value is not None}
+    args.learning_rate = found.max_lr
+    args.lr_scheduler_kwargs = {**{name: value for name, value in kwargs.items() if name != "law"}, **law}
+    settings.given |= {"learning_rate", "lr_scheduler_kwargs"}
 
 
 def steps_to_come(run: Run) -> int:

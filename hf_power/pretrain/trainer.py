@@ -53,6 +53,8 @@ class PowerTrainer(Trainer):
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
+    # The run prints a preview of its own, and its logs have more than what is added to those of any Trainer.
+    tells_schedule = True
 
     def __init__(self, *, guards: Guards, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -173,7 +175,7 @@ class PowerTrainer(Trainer):
         """Add tokens and group learning rates, so that every tracker in report_to gets them."""
         if "learning_rate" in logs and "initial_lr" in self.optimizer.param_groups[0]:
             record = self.guards.record
-            logs["tokens"] = record.tokens_after(self.state.global_step)
+            logs["tokens_seen"] = record.tokens_after(self.state.global_step)
             if start_time is not None:
                 # The record's clock never jumps; start_time is of the wall clock, which may be set.
                 seconds = max(1e-9, time.monotonic() - record.started)

@@ -181,14 +181,16 @@ TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "
 
 
 def branch_name(run: Run) -> str:
-    """The branch of a checkpoint by its run.json: trunk-2.1B-tokens; decay- in the run's own tail, anneal- in a later one.
+    """The branch of a checkpoint by its run.json: trunk-2.1B-tokens.
+
+    It begins with decay- in the run's own tail, with anneal- in a later one, and with average- for averaged weights.
 
     >>> branch_name(Run(kind="pretrain", tokens_seen=2_097_152_000, schedule={"decay_start_tokens": None}))
     'trunk-2.09715B-tokens'
     """
     phase = "decay" if run.stage in ("decaying", "decayed") else "trunk"
-    if run.kind == "anneal":
-        phase = "anneal"
+    if run.kind in ("anneal", "average"):
+        phase = run.kind
     return f"{phase}-{short_tokens(run.tokens_of_weights)}-tokens"
 
 

@@ -18,13 +18,12 @@ from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
 from hf_power.records.run import Intervals, PowerScale, Sample, Validity
 from hf_power.records.schema import Finite, Json, Limit, Positive, PositiveNumber, check_fields, decode, encode, one_of
-from hf_power.schedule import DECAY_SHAPES, PAPER_LAW, PAPER_MAX_LR, PAPER_OPTIMA, Law
+from hf_power.schedule import DECAY_SHAPES, PAPER_LAW, PAPER_MAX_LR, Law
+from hf_power.schedule.presets import POWER_TO_WSD
 
 SCHEMA = 1
 FILE_NAME = "recipe.json"
 MAX_SAMPLES = 500
-# The paper's a of the schedule over its a of the optima of WSD, for a sweep that has no runs of Power.
-POWER_TO_WSD = PAPER_LAW.a / PAPER_OPTIMA.a
 MUP = (
     *("base_width", "embedding_multiplier", "residual_multiplier", "initializer_range"),
     *("attention_multiplier", "base_intermediate_size", "base_attention_width"),

@@ -193,6 +193,24 @@ class SinceLog:
     finite: Amount = 0.0
 
 
+@dataclass(frozen=True)
+class Average:
+    """Of which checkpoints the weights are the mean.
+
+    Attributes:
+        kind: "uniform", "ema" or "decay", see `hf_power.checkpoints.average.shares`; "window" of a mean that was kept in
+            training (`hf_power.AverageWeights`), whose one entry is the end of it.
+        tokens: that each checkpoint had seen, oldest first.
+        shares: of each in the mean.
+        decay_shape: of the tail that "decay" stands for.
+    """
+
+    kind: str
+    tokens: list[Count]
+    shares: list[Finite]
+    decay_shape: str | None = None
+
+
 class Computation(TypedDict, total=False):
     """How a run computes, as its Trainer, optimizer and model say it.
 
@@ -234,10 +252,11 @@ class Run(Record):
     An empty text, and 0 for a length, stand for what a file does not say; `load` asks for what its caller needs.
 
     Attributes:
-        kind: "pretrain" or "anneal".
+        kind: "pretrain", "anneal", or "average" of a run's checkpoints.
         status: "running", "finished", "stopped" or "failed".
         lineage: an id that a run shares with its checkpoints, its tails and their exports.
-        parent: FOLDER/checkpoint-N that a tail began at.
+        parent: FOLDER/checkpoint-N that a tail began at, or the last one of an average.
+        average: of an averaged model, of which checkpoints; of a run that went on from one, too.
         tokens_seen: tokens trained, those of the trunk and of skipped steps included.
         weights_step, weights_tokens: after how many steps and tokens of the run the weights beside the record were
             saved: fewer than `steps` under load_best_model_at_end, and where a finished run trains on; None without weights.
@@ -259,6 +278,7 @@ class Run(Record):
     status: str = ""
     lineage: str | None = None
     parent: str | None = None
+    average: Average | None = field(default=None, metadata=UNTIL_KNOWN)
     tokens_seen: Count = 0
     total_tokens: Count = 0
     tokens_per_step: Positive = 0
@@ -287,8 +307,13 @@ class Run(Record):
     finished: str | None = field(default=None, metadata=UNTIL_KNOWN)
 
     @property
-    def stage(self) -> Literal["", "trunk", "decaying", "decayed"]:
-        """Where its weights stand in the power schedule's decay; "" under another schedule or before the first token."""
+    def stage(self) -> Literal["", "trunk", "decaying", "decayed", "averaged"]:
+        """Where its weights stand in the power schedule's decay; "" under another schedule or before the first token.
+
+        "averaged" are the weights that `hf-power average` has made of a trunk's.
+        """
+        if self.kind == "average":
+            return "averaged"
         seen = self.tokens_of_weights
         if self.schedule is None or not seen:
             return ""

@@ -248,6 +248,12 @@ class RunArguments:
     recipe: str | None = field(default=None, metadata={"help": "recipe.json or Hub repository with tuned numbers."})
     max_eval_tokens: Tokens = field(default=Tokens("200k"), metadata={"help": "Held-out tokens used in an evaluation."})
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row without a finite gradient: stop."})
+    average_window: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep a mean of the weights over about this part of the steps, e.g. 0.1, in OUTPUT_DIR/average."
+        },
+    )
     allow_changed: str | None = field(
         default=None,
         metadata={

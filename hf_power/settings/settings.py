@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from hf_power.checkpoints.ema import AverageWeights
 from hf_power.compat import CHECKPOINTING, PreTrainedConfig, own_name, recorded_name
 from hf_power.data.text import DataArguments
 from hf_power.data.tokenizer import check_token_ids, num_token_ids
@@ -206,6 +207,11 @@ class Settings:
             self._compare_with_base()
         if power:
             kwargs = self.schedule_kwargs
+            for name in ("law", "peak_lr"):
+                if name in kwargs:
+                    raise UserError(
+                        f"lr_scheduler_kwargs.{name} is a law beside that of the recipe: leave one of them out."
+                    )
             for name, value in recipe.schedule_kwargs(self.size_for(recipe)).items():
                 _agree(f"lr_scheduler_kwargs.{name}", value, kwargs.get(name, value))
                 kwargs[name] = value
@@ -238,6 +244,8 @@ class Settings:
         if self.run.tokens < 1:
             raise UserError(f"tokens must be positive, got {self.run.tokens!r}.")
         self.allowed_changes()
+        if self.run.average_window is not None:
+            AverageWeights(self.run.average_window)
         config = self.model.config()
         self.check_layer()
         refuse_reentrant(config, getattr(self.training, f"{CHECKPOINTING}_kwargs"))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_power.models import block_losses, is_stock_block, num_experts
-from hf_power.mup.optimizer import MupAdamW
+from hf_power.mup.optimizer import optimizer_of
 from hf_power.pretrain.speed import attend_to_blocks_
 from hf_power.records.errors import UserError
 from hf_power.settings.settings import Settings, build_model
@@ -110,7 +110,7 @@ class Ensemble:
         self._stacks = self._stacked(batched)
         self.batched = bool(self._stacks)
         self._named = [dict(model.named_parameters()) for model in self.models]
-        factory, kwargs = MupAdamW.for_trainer(args)
+        factory, kwargs = optimizer_of(args)
         self.optimizers = [
             factory()(model, **kwargs | {"lr": member.learning_rate})
             for model, member in zip(self.models, members, strict=True)

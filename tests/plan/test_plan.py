@@ -13,7 +13,7 @@ from hf_power.plan.target import Machine, Target
 from hf_power.recipe import warnings_for
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
-from hf_power.scheduler import plan_schedule
+from hf_power.schedule.lengths import plan_schedule
 
 RUN = Run(
     kind="pretrain",

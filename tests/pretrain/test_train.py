@@ -225,7 +225,7 @@ def test_every_group_is_logged(sections, tmp_path, monkeypatch):
     assert len(steps) == len(logs) == 6
     for i, (used, log) in enumerate(zip(steps, logs, strict=True)):
         assert [log[f"lr/{name}"] for name in ("embedding", "hidden", "vector")] == pytest.approx(used, rel=1e-12)
-        assert log["tokens"] == (i + 1) * PER_STEP
+        assert log["tokens_seen"] == (i + 1) * PER_STEP
         assert log["tokens_per_second"] > 0
 
 
