@@ -257,7 +257,7 @@ def _fit(losses: _Losses, terms: _Terms, floor: bool) -> _Fitted:
 
         solution = least_squares(residuals, values, slopes, max_nfev=100)
         values = solution.x
-        found, jacobian, scaled = form_terms(numbers(values), places)
+        found, _, scaled = form_terms(numbers(values), places)
         rest = np.log(found.sum(axis=1)) - y
         inverse = np.linalg.inv(solution.jac.T @ solution.jac)
         used = float(np.trace(solution.jac[: len(y)] @ inverse @ solution.jac[: len(y)].T))
