@@ -10,7 +10,7 @@ import numpy as np
 from hf_power.fit.result import Cell
 from hf_power.fit.rows import SAME_HORIZON
 from hf_power.fit.squares import Array
-from hf_power.recipe.forecast import VARYING, Forecast, LossForm, Place, form_terms, seen
+from hf_power.recipe.forecast import VARYING, Batches, Forecast, LossForm, Place, form_terms, seen
 from hf_power.schedule import TOKENS_PER_BETA
 
 # A model departs from the trend over the sizes by this share of the loss, for its depth over width is another one; the
@@ -326,11 +326,8 @@ def forecast_text(forecast: Forecast) -> list[str]:
     return lines + [f"  WARNING {sentence}" for sentence in forecast.missing]
 
 
-def batches_text(batches: object) -> str:
+def batches_text(batches: Batches) -> str:
     """The best and the critical batch in words."""
-    from hf_power.recipe.forecast import Batches
-
-    assert isinstance(batches, Batches)
     text = f"the best batch is {batches.best:,.0f} tokens per step (beta = {batches.best / TOKENS_PER_BETA:.3g})"
     if batches.critical is None or batches.critical_interval is None:
         return f"{text}, and twice the tokens are not needed at any batch that the cells can tell of"

@@ -182,6 +182,10 @@ class Forecast:
         taken = float(self.forms[0].log_loss(place)[0])
         return LossInterval(math.exp(taken), math.exp(min(ends)), math.exp(max(ends)))
 
+    def tokens_to(self, loss: float, tokens: float, tokens_per_step: float, size: float | None = None) -> float:
+        """The tokens with which a batch reaches a loss, between 1/32 and 1,024 times those given; infinite beyond."""
+        return _tokens_to(self, self.forms[0], tokens_per_step, math.log(loss), tokens, size, least=1 / 32)
+
     def batches(self, tokens: float, size: float | None = None) -> "Batches | None":
         """Tokens to the loss over the batch, at the loss of the best batch; None without a batch term."""
         return _batches(self, tokens, size)
@@ -240,28 +244,34 @@ def _batches(forecast: Forecast, tokens: float, size: float | None) -> Batches |
 
 
 def _tokens_to(
-    forecast: Forecast, form: LossForm, batch: float, target: float, tokens: float, size: float | None
+    forecast: Forecast,
+    form: LossForm,
+    batch: float,
+    target: float,
+    tokens: float,
+    size: float | None,
+    least: float = 1.0,
 ) -> float:
-    """The tokens at which a batch reaches a log loss, up to 1,024 times those given."""
-    more = np.geomspace(1, 1024, 401) * tokens
+    """The tokens at which a batch reaches a log loss, from `least` to 1,024 times those given."""
+    more = np.geomspace(least, 1024, 401) * tokens
     losses = form.log_loss(forecast._places(np.full_like(more, batch), more, size))
     reached = np.flatnonzero(losses <= target + 1e-12)
     if not len(reached):
         return math.inf
     i = int(reached[0])
     if i == 0:
-        return tokens
+        return float(more[0])
     share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
     return float(np.exp(np.log(more[i - 1]) + share * np.log(more[i] / more[i - 1])))
 
 
 def _critical(grid: Array, needed: Array, tokens: float) -> float | None:
-    above = np.flatnonzero((needed[1:] > CRITICAL_OVERHEAD * tokens) & (np.diff(np.append(0, needed[1:])) > 0))
+    """The batch beyond the best one that takes CRITICAL_OVERHEAD times the tokens; None if there is none in the grid."""
     best = int(np.argmin(needed))
-    above = above[above + 1 > best]
+    above = np.flatnonzero(needed[best:] > CRITICAL_OVERHEAD * tokens)
     if not len(above):
         return None
-    i = int(above[0]) + 1
+    i = best + int(above[0])
     if not math.isfinite(needed[i]):
         return float(grid[i])
     share = (CRITICAL_OVERHEAD * tokens - needed[i - 1]) / (needed[i] - needed[i - 1])
