@@ -9,6 +9,8 @@
 * form.py: which form of the law left-out cells support (`choose_form`); law.py: the law of a form (`FittedLaw`).
 * misfit.py: where a law fails within its own cells, in words.
 * validity.py: what cells must have to carry a law, what follows from a law, and how far it may be trusted.
+* forecast.py: from the cells to the loss of a larger run (`fit_forecast`).
+* curves.py: from loss curves to that of another schedule (`fit_curves`).
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
 * report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`), which begins with
   the sentence of headline.py.

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from hf_power.fit.elsewhere import read_csv
 from hf_power.fit.fit import fit_law, fit_laws
+from hf_power.fit.forecast import fit_forecast, forecast_text
 from hf_power.fit.form import Critical, Size
 from hf_power.fit.result import FIT_FILE
 from hf_power.fit.text import fit_text
@@ -100,9 +101,13 @@ def fit_sweep(
         save(plot(part), folder / f"{name}.png")
         written.append(f"{name}.png")
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
-    Recipe.from_fit(fit.to_json(), rows, laws, from_csv.told() if from_csv else None).save(folder / FILE_NAME)
+    forecast = fit_forecast(fit.cells)
+    told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast)}
+    Recipe.from_fit(fit.to_json(), rows, laws, told).save(folder / FILE_NAME)
     written.insert(1, FILE_NAME)
-    lines = [*problems, fit_text(fit), "", f"wrote: {', '.join(str(folder / name) for name in written)}"]
+    foreseen = ["", *forecast_text(forecast)] if forecast else []
+    wrote = f"wrote: {', '.join(str(folder / name) for name in written)}"
+    lines = [*problems, fit_text(fit), *foreseen, "", wrote]
     if from_csv:
         how = f"muP of base width {from_csv.base_width}" if from_csv.base_width else "standard parameterization"
         lines.append(

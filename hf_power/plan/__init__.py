@@ -2,6 +2,7 @@
 
 * target.py: the run, its machine, and how it uses the memory there (`Target`, `Machine`, `Layout`).
 * footprint.py: all bytes on a device (`footprint`), and those of a micro-step's activations (`activation_bytes`).
+* loss.py: the loss at its end, with other batches (`planned_loss`).
 * record.py: the content of plan.json (`Plan`), and a run on several numbers of devices (`scale_table`).
 * plan.py: the recipe at a target (`make_plan`), and as text (`plan_text`, `describe_run`).
 * report.py: from a recipe to a plan's files, with a picture (`plan_run`).

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hf_power.models import count_parameters, flops_per_token
+from hf_power.plan.loss import loss_text, planned_loss
 from hf_power.plan.record import CappedLaw, Compute, Plan, PlannedTarget, Point, ProxyCost, Timescale, duration
 from hf_power.plan.target import Machine, Target
 from hf_power.recipe import Recipe, warnings_for
@@ -55,6 +56,8 @@ def make_plan(
     peaks: dict[str, float] = {name: recipe.peak_lr(total, per_step, name, size) for name in recipe.laws}
     low, high = recipe.factors(total, per_step, size)
     outside = warnings_for(recipe, tokens=total, tokens_per_step=per_step, width=width, weight_decay=decay, size=size)
+    sizes: dict[str, float | None] = {"parameters": planned.parameters or None, "width": width}
+    loss, no_loss = planned_loss(recipe, target, machine, sizes, per_token)
     return Plan(
         target=planned,
         tokens_per_step=per_step,
@@ -75,7 +78,8 @@ def make_plan(
         compute=_compute(per_token, target, machine),
         proxies=_proxy_cost(proxies, per_token * total),
         curve=tuple(_point(recipe, schedule, size, n) for n in _curve_tokens(schedule, total)),
-        warnings=tuple([*_warnings(schedule, target.steps, timescales), *outside]),
+        warnings=tuple([*_warnings(schedule, target.steps, timescales), *outside, *no_loss]),
+        loss=loss,
     )
 
 
@@ -201,6 +205,8 @@ def plan_text(plan: Plan) -> str:
             f"  proxies      {plan.proxies.flops:.3g} FLOP, {100 * plan.proxies.share_of_direct_sweep:.2g} % of "
             f"{DIRECT_SWEEP_RUNS} runs of full length at the target"
         )
+    if plan.loss:
+        lines += loss_text(plan.loss, compute.devices)
     lines.append(f"  schedule     {_formula(law, law.max_lr)}")
     for p in plan.milestones:
         between = f"  ({p.low:.2e} to {p.high:.2e})" if p.low < p.high else ""

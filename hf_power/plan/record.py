@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from hf_power.compat import PreTrainedConfig
 from hf_power.models import flops_per_token
 from hf_power.plan.footprint import footprint
+from hf_power.plan.loss import PlannedLoss
 from hf_power.plan.target import SHARDINGS, Layout, Machine, Target, check_positive
 from hf_power.records.errors import UserError
 from hf_power.records.files import Record
@@ -194,6 +195,7 @@ class Plan(Record):
         peak_lrs: of schedules that know their horizon; peak_intervals are the 95 % intervals of a new cell.
         weight_decay: None where the recipe does not know that of its sweep.
         proxies: None where the recipe does not say what its sweep took.
+        loss: at the end; None where the recipe has no forecast of it, or one that does not reach so far.
         scale: the run on several numbers of devices; None where the target's config is not known.
     """
 
@@ -217,5 +219,6 @@ class Plan(Record):
     proxies: ProxyCost | None
     curve: tuple[Point, ...]
     warnings: tuple[str, ...]
+    loss: PlannedLoss | None = field(default=None, metadata=UNTIL_KNOWN)
     scale: tuple[ScaleRow, ...] | None = field(default=None, metadata=UNTIL_KNOWN)
     peak_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 from hf_power.models import ANY
 from hf_power.mup.config import PRESETS
 from hf_power.mup.init import initializer_range
+from hf_power.recipe.forecast import Forecast
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
@@ -93,6 +94,7 @@ class Recipe:
         scatter_octaves: scatter of cells around the law, see `hf_power.fit.result.Fit`.
         validity: what the fit has seen: "widths", "parameters", "tokens_per_step" and "tokens" as [min, max],
             "extrapolates_to", "misfit".
+        forecast: of the loss at the end of a run; None where the sweep tells none.
         provenance: how the numbers were found (versions, data fingerprint, sweep).
     """
 
@@ -128,6 +130,7 @@ class Recipe:
     samples: Annotated[list[Sample], _FEW] = field(default_factory=list)
     scatter_octaves: Finite = 0.0
     validity: Validity = field(default_factory=Validity)
+    forecast: Forecast | None = None
     provenance: dict[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
