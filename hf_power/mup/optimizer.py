@@ -149,7 +149,13 @@ class MupAdamW:
             raise UserError(f"optim is {name}, but muP has a rule for AdamW alone: give one of {', '.join(ADAMW)}.")
         with refused_by(f"optim {name}"):
             optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-        return cls, {"optimizer": optimizer, "weight_decay": args.weight_decay, "fused": False, "max_grad_norm": args.max_grad_norm, **kwargs}
+        return cls, {
+            "optimizer": optimizer,
+            "weight_decay": args.weight_decay,
+            "fused": False,
+            "max_grad_norm": args.max_grad_norm,
+            **kwargs,
+        }
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """The tuned numbers of a sweep, as recipe.json, and where they hold.
 
 * recipe.py: `Recipe`, its laws for a known horizon (`KnownHorizon`), and how far apart new optima lie (`predictive_factors`).
+* proxies.py: which numbers of muP the runs of a sweep had.
 * beyond.py: `warnings_for`, where a run lies beyond what the recipe's sweep has seen, in sentences.
 """
 
