@@ -41,7 +41,13 @@ OTHERS = {
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 96},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
     "gpt_oss": {**EXPERTS, "head_dim": 16},
-    "deepseek_v3": {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    "deepseek_v3": {
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    }
     | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 48}
     | {"first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 8},
 }

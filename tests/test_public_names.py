@@ -30,7 +30,7 @@ FLAGS = {
     "pretrain": """
         model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
         tie_word_embeddings num_local_experts num_experts_per_tok model_config mup base_width
-        base_intermediate_size base_attention_width base_head_dim base_num_layers preset embedding_multiplier residual_multiplier
+        base_intermediate_size base_attention_width base_config base_head_dim base_num_layers preset embedding_multiplier residual_multiplier
         attention_multiplier initializer_range dataset dataset_config split eval_split eval_fraction streaming
         text_column skip_bad_lines tokenizer vocab_size block_size num_proc data_cache_dir tokens recipe max_eval_tokens
         max_skipped_steps average_window allow_changed license learning_rate lr_scheduler_type weight_decay adam_beta2

@@ -71,8 +71,12 @@ def test_round_trip_by_file_and_folder(tmp_path):
         ({"b": 0.5}, ["a, max_lr and base_width must be positive and b negative, got a=0.012, b=0.5"]),
         ({"preset": 3}, ["preset must be one of paper, ibm, power_of_two, got 3"]),
         ({"preset": "papr"}, ["preset must be one of paper, ibm, power_of_two, got 'papr'"]),
-        ({"model_type": "gpt2"}, ["model_type must be one of llama, mixtral or null, got 'gpt2'"]),
-        ({"model_type": ["llama"]}, ["model_type must be one of llama, mixtral or null, got ['llama']"]),
+        ({"model_type": "gpt22"}, ["model_type must be a model type of transformers, e.g. llama or null, got 'gpt22'"]),
+        (
+            {"model_type": ["llama"]},
+            ["model_type must be a model type of transformers, e.g. llama or null, got ['llama']"],
+        ),
+        ({"form": "both"}, ["form must be"]),
         ({"tokenizer": 12}, ["tokenizer must be a text or null, got 12"]),
         ({"critical_batch_tokens": 0}, ["critical_batch_tokens must be a finite number or null above 0, got 0"]),
         ({"critical_batch_tokens": math.inf}, ["critical_batch_tokens must be a finite number or null above 0"]),
@@ -220,3 +224,51 @@ def test_decay_ratio_gives_back_the_tail(ratio, steps):
     found = Recipe.from_fit(FIT, [row]).decay_ratio
     assert round(found * steps) == round(ratio * steps)
     assert found == pytest.approx(ratio, abs=0.01)
+
+
+ANY_ROW = replace(
+    ROW,
+    model_type="qwen3",
+    settings={
+        "model": {"model_type": "any", "model_config": {"model_type": "qwen3", "initializer_range": 0.04}},
+        "mup": {"base_width": 64},
+    },
+)
+
+
+def test_a_sweep_of_any_family_makes_a_recipe_of_the_plain_form(tmp_path):
+    recipe = Recipe.from_fit(FIT, [ANY_ROW])
+    assert (recipe.form, recipe.model_type, recipe.base_width, recipe.initializer_range) == ("plain", "qwen3", 64, 0.04)
+    assert (recipe.embedding_multiplier, recipe.residual_multiplier) == (1.0, 1.0)
+    expected = {"learning_rate": recipe.max_lr, "weight_decay": 0.2, "base_width": 64, "initializer_range": 0.04}
+    assert recipe.settings() == expected
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.load(tmp_path) == recipe
+    base = {"model_type": "qwen3", "hidden_size": 32}
+    of_two = replace(ANY_ROW, settings=ANY_ROW.settings | {"mup": {"base_config": base, "initializer_range": 0.05}})
+    assert Recipe.from_fit(FIT, [of_two]).settings() == {
+        **{"learning_rate": recipe.max_lr, "weight_decay": 0.2, "base_config": base, "initializer_range": 0.05}
+    }
+
+
+def test_a_run_takes_the_numbers_of_the_plain_form_and_no_others(tmp_path):
+    from hf_power.settings.settings import Settings
+
+    Recipe.from_fit(FIT, [ANY_ROW]).save(tmp_path / "recipe.json")
+    shape = {"model_type": "qwen3", "hidden_size": 128}
+
+    def settings(model, **mup):
+        run = {"recipe": str(tmp_path)}
+        return Settings.from_dict({"model": model, "mup": mup, "run": run, "training": {"output_dir": "x"}})
+
+    made = settings({"model_type": "any", "model_config": shape})
+    made.apply_recipe()
+    assert (made.mup.base_width, made.mup.initializer_range) == (64, 0.04)
+    assert made.under_mup(made.model.config()).initializer_range == 0.04
+    with refused(ValueError, "model_type is llama in the settings but qwen3 in the recipe"):
+        settings({}).apply_recipe()
+    with refused(ValueError, "initializer_range is 0.02 in the settings but 0.04 in the recipe"):
+        settings({"model_type": "any", "model_config": shape | {"initializer_range": 0.02}}).apply_recipe()
+    Recipe(model_type="llama").save(tmp_path / "recipe.json")
+    with refused(ValueError, "the recipe was tuned with the multiplier form of muP"):
+        settings({"model_type": "any", "model_config": shape | {"model_type": "llama"}}).apply_recipe()

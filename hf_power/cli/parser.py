@@ -199,7 +199,7 @@ class SettingsParser(Parser):
         sections = {f"options of {self.prog}": kind for kind in self.beside} | SECTIONS
         for section, kind in sections.items():
             group = page.add_argument_group(section)
-            for key in dataclasses.fields(kind):
+            for key in (each for each in dataclasses.fields(kind) if each.init):
                 if section != "training" or key.name in TRAINING_DEFAULTS:
                     text = OWN_HELP.get(key.name) or " ".join(key.metadata["help"].split()).replace("%", "%%")
                     default = TRAINING_DEFAULTS.get(key.name, key.default)

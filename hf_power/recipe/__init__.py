@@ -2,6 +2,7 @@
 
 * recipe.py: `Recipe`, its laws for a known horizon (`KnownHorizon`), and how far apart new optima lie (`predictive_factors`).
 * forecast.py: `Forecast`, the loss at the end of a run over size, tokens and batch, with its interval.
+* proxies.py: which numbers of muP the runs of a sweep had.
 * beyond.py: `warnings_for`, where a run lies beyond what the recipe's sweep has seen, in sentences.
 """
 

@@ -5,15 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import numpy as np
 from transformers import CONFIG_MAPPING
 
-from hf_power.models import ANY
 from hf_power.mup.config import PRESETS
-from hf_power.mup.init import initializer_range
 from hf_power.recipe.forecast import Forecast
+from hf_power.recipe.proxies import MUP, mup_of
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
@@ -25,11 +24,6 @@ from hf_power.schedule.presets import POWER_TO_WSD
 SCHEMA = 1
 FILE_NAME = "recipe.json"
 MAX_SAMPLES = 500
-MUP = (
-    *("base_width", "embedding_multiplier", "residual_multiplier", "initializer_range"),
-    *("attention_multiplier", "base_intermediate_size", "base_attention_width"),
-    *("base_head_dim", "base_num_layers"),
-)
 _FEW = Limit(lambda words: f"{words} of at most {MAX_SAMPLES} draws", lambda draws: len(draws) <= MAX_SAMPLES)
 _FAMILY = Limit(
     lambda words: words.replace("a text", "a model type of transformers, e.g. llama"),
@@ -359,7 +353,7 @@ def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
         found["warmup_tokens"] = max(row.warmup_tokens or 0 for row in rows)
     found["tokenizer"] = first.data.get("tokenizer")
     if first.settings:
-        found |= _mup_of(first)
+        found |= mup_of(first)
     if first.decay_tokens is not None:
         longest = max(rows, key=lambda row: row.tokens / row.tokens_per_step)
         steps = longest.tokens // longest.tokens_per_step
@@ -368,15 +362,3 @@ def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
         ratios = (round(tail / steps, digits) for digits in range(1, 16))
         found["decay_ratio"] = next((ratio for ratio in ratios if round(ratio * steps) == tail), tail / steps)
     return found
-
-
-def _mup_of(row: Row) -> dict[str, object]:
-    """The numbers of muP that a run of the sweep was made with."""
-    given = row.settings.get("mup", {}).items()
-    mup: dict[str, object] = {name: v for name, v in given if v is not None and name in (*MUP, "preset", "base_config")}
-    if row.settings.get("model", {}).get("model_type") != ANY:
-        return {**PRESETS[str(mup.get("preset", "paper"))], **mup}
-    config = cast("dict[str, object]", row.settings["model"]["model_config"])
-    class_ = CONFIG_MAPPING[str(config["model_type"])]
-    plain = {"form": "plain", "embedding_multiplier": 1.0, "residual_multiplier": 1.0}
-    return {**plain, "initializer_range": initializer_range(class_.from_dict(dict(config))), **mup}

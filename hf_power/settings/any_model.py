@@ -94,12 +94,13 @@ def names_of_config(kind: type[PreTrainedConfig]) -> dict[str, str]:
     # In most families the alias stands for an argument; in some it is the argument.
     pairs = [pair for alias, name in kind.attribute_map.items() for pair in ((alias, name), (name, alias))]
     aliases = {other: name for other, name in pairs if name in own and other not in own}
-    return {name: name for name in own | _read_by_the_model(kind)} | aliases
+    return {name: name for name in own | _read_by_the_model(kind.model_type)} | aliases
 
 
 @functools.cache
-def _read_by_the_model(kind: type[PreTrainedConfig]) -> frozenset[str]:
+def _read_by_the_model(model_type: str) -> frozenset[str]:
     """Names that the code of a config's causal LM reads and its class need not declare, such as head_dim of Qwen3-MoE."""
+    kind = CONFIG_MAPPING[model_type]
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return frozenset()
     source = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[kind].__module__])

@@ -121,7 +121,9 @@ def estimate_text(cost: Estimate) -> str:
         "an edge come on top."
     )
     if not all(group.stackable for group in cost.groups):
-        lines.append("models of this family cannot be computed as one: the members of a group are trained one after another.")
+        lines.append(
+            "models of this family cannot be computed as one: the members of a group are trained one after another."
+        )
     return "\n".join(lines)
 
 

@@ -198,6 +198,35 @@ def test_held_out_loss_counts_each_block_once(base, two):
 
 
 @pytest.mark.slow
+def test_the_clipped_norm_of_folded_multipliers_is_the_same_in_shards(base):
+    """A head with 1/4 folded in, every step clipped: FSDP2 has other tensors in a pass than those that the optimizer was made of."""
+    folder = base / "folded"
+    folder.mkdir()
+    made = settings_of(base, output_dir=str(folder / "one"), max_grad_norm=0.05, save_strategy="no").to_dict()
+    shape = {
+        "model_type": "qwen3",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_size": 32,
+    }
+    shape |= {"intermediate_size": 80, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    made["model"], made["mup"] = {"model_type": "any", "model_config": shape}, {"base_width": 8}
+    made["run"]["tokens"], made["training"]["output_dir"] = 6 * 128, str(folder / "one")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(made))
+    train.pretrain(Settings.from_dict(made))
+    split = ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1"]
+    assert "sharded to the end" in sharded(folder, [*split, "--output_dir", folder / "shards"])
+    curves = [
+        [(p["loss"], p["grad_norm"]) for p in record(folder / name)["loss_curve"] if "loss" in p]
+        for name in ("one", "shards")
+    ]
+    assert len(curves[0]) == 6
+    for one, other in zip(*curves, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_accumulation_and_activation_checkpointing_under_torchrun(base):
     flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     flags += ["--activation_checkpointing", "True", "--output_dir", base / "accumulated"]

@@ -87,22 +87,36 @@ def test_sizes_that_do_not_grow_are_those_of_two_configs(settings):
 MISTAKES = [
     ({**QWEN3, "num_hiden_layers": 3}, {}, "model_config.num_hiden_layers is unknown: did you mean num_hidden_layers?"),
     ({**QWEN3, "model_type": "qwen33"}, {}, "model_type 'qwen33' of model_config is unknown"),
-    ({"model_type": "custom", "auto_map": {}}, {}, "model_type 'custom' of model_config brings its own code (auto_map)"),
+    (
+        {"model_type": "custom", "auto_map": {}},
+        {},
+        "model_type 'custom' of model_config brings its own code (auto_map)",
+    ),
     ({"hidden_size": 32}, {}, "model_config needs a model_type"),
     ({"model_type": "t5"}, {}, "model_type t5 of model_config is no causal language model"),
-    ({"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}, {}, "is_decoder: true"),
+    (
+        {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64},
+        {},
+        "is_decoder: true",
+    ),
     ({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}, {}, "there is no muP rule for the tensor"),
     ("nowhere.yaml", {}, "model_config must be a mapping of config arguments or a config.json"),
     ("[1]", {}, "model_config must be a mapping of config arguments or a config.json, got '[1]'"),
     (QWEN3, {"preset": "ibm"}, "preset belongs to the multipliers of muP"),
-    (QWEN3, {"base_config": GEMMA | {"model_type": "gemma2"}}, "base_config is of a gemma2, but model_config of a qwen3"),
+    (
+        QWEN3,
+        {"base_config": GEMMA | {"model_type": "gemma2"}},
+        "base_config is of a gemma2, but model_config of a qwen3",
+    ),
     (QWEN3, {"base_config": QWEN3, "base_width": 16}, "base_width stands beside base_config"),
     (QWEN3, {"base_config": QWEN3 | {"head_dim": 8, "hidden_size": 16}}, "the plain form keeps the head size"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "mup", "part"), MISTAKES, ids=lambda each: each[:24] if isinstance(each, str) else "")
+@pytest.mark.parametrize(
+    ("config", "mup", "part"), MISTAKES, ids=lambda each: each[:24] if isinstance(each, str) else ""
+)
 def test_mistakes_before_any_data(settings, config, mup, part):
     with pytest.raises(UserError) as caught:
         settings(config, **mup).check()

@@ -194,7 +194,7 @@ def test_bad_flags(flags, message):
         ({"training": {"lr_scheduler_kwargs": {"decy_ratio": 1}}}, r"decy_ratio is unknown: did you mean decay_ratio"),
         ({"model": {"hidden_size": 130}}, "hidden_size 130 is not a multiple of num_attention_heads 4: change one"),
         ({"model": {"num_key_value_heads": 3}}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"model": {"model_type": "gpt2"}}, "no muP rule for model_type 'gpt2': use llama or mixtral"),
+        ({"model": {"model_type": "gpt2"}}, "model_type 'gpt2' has no sizes here: use llama or mixtral, or any"),
         ({"model": {"model_config": {"rope_thet": 1}}}, "model_config.rope_thet is unknown"),
         ({"mup": {"preset": "papr"}}, "preset must be one of paper, ibm, power_of_two, got 'papr'"),
         ({"run": {"max_eval_tokens": "some"}}, "max_eval_tokens must be a number of tokens"),
