@@ -45,8 +45,9 @@ REMARKS = (
     "then changes as width**0.3 (+.31 as well at widths 128 to 1024). See the rule of such tensors in hf_power/mup/roles.py.",
     "",
     "An earlier table had one seed, widths to 256 and an init of .02, and 26 of its rows failed. The noise of one seed was most of it. In "
-    "OLMo 2 and EXAONE 4, whose blocks normalize what a branch puts out, it was the init: at width 64 it leaves an output of .0005, below "
-    "the epsilon of that norm, so that a step changes it many times over. The rules have not been changed since.",
+    "OLMo 2 and EXAONE 4, whose blocks normalize what a branch puts out, it was the init: at width 64 a branch then puts out .00004 "
+    "to .003, below the square root of the norm's epsilon, .0032, and one step changes it many times over; with .06 it is .008 to .3. "
+    "No rule has been changed since.",
 )
 LIMIT, ROUTER_LIMIT = 0.1, -0.6
 

@@ -89,7 +89,7 @@ def refuse_sizes_per_layer(config: PreTrainedConfig) -> None:
     """Raise a UserError where layers have sizes of their own, as Gemma 4's have; reading such a size is an error there."""
     if getattr(config, "is_heterogeneous", False):
         raise UserError(
-            f"the layers of {config.model_type} have {', '.join(sorted(config.per_layer_attributes))} of their own, for which "
+            f"the layers of {config.model_type} have {', '.join(sorted(config.per_layer_attributes or ()))} of their own, for which "
             "the plain form of muP has no rule: take a model whose layers are alike."
         )
 
