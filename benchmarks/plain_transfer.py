@@ -158,16 +158,18 @@ def best(losses, seeds):
 def missing(rows, family, way, seeds, spacing):
     """The (k, seed) that a cell lacks until its best rate is surrounded by neighbours, each with all seeds."""
     losses = losses_of(rows, family, way)
-    if losses:
-        center = best(losses, set(seeds))
-    elif way == "base":
-        center = START
+    if not losses:
+        starts = [START if way == "base" else best(losses_of(rows, family, "base"), {0}) + OFFSETS[way]]
     else:
-        center = best(losses_of(rows, family, "base"), {0}) + OFFSETS[way]
+        starts = [best(losses, {0}), best(losses, set(seeds))]
     # A second valley beside the start would else be taken for the only one.
-    centers = {center, START} if way == "base" else {center}
-    wanted = [(each + step, seed) for each in centers for seed in seeds for step in NEIGHBOURS[spacing]]
-    return [(k, seed) for k, seed in wanted if seed not in losses.get(k, {})]
+    starts += [START] if way == "base" else []
+    # The best rate of the first seed comes first: before its neighbours have all seeds, the mean over seeds misleads.
+    for center in starts:
+        wanted = [(center + step, seed) for seed in seeds for step in NEIGHBOURS[spacing]]
+        if lacking := [(k, seed) for k, seed in wanted if seed not in losses.get(k, {})]:
+            return lacking
+    return []
 
 
 def measure(size, rows, path, families):
