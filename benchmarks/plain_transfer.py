@@ -60,10 +60,10 @@ class Size:
 SIZES = {"cpu": Size(32, 128, 32, 200, 16, "cpu"), "gpu": Size(128, 512, 256, 2000, 64, "cuda")}
 VOCABULARY, NUM_HELD_OUT = 128, 512
 WAYS = ("mup", "standard", "embedding_rate")
-# A learning rate is LOWEST * 2**(k / 2), and k its number here. Where a cell begins: the k of a family at the base, and what
-# the other cells add to the base's best one.
+# A learning rate is LOWEST * 2**(k / 2), and k its number here. Where a cell begins: a k at the base, and what the other
+# cells add to the base's best one.
 LOWEST = 0.001
-START = {"qwen3": 8, "olmo2": 14, "gemma2": 10, "qwen3_moe": 8}
+START = 8
 OFFSETS = {"mup": 0, "standard": -4, "embedding_rate": -2}
 # Which cells, which seeds, and how many steps of sqrt(2) lie between neighbours: each round refines the ones before.
 ROUNDS = (
@@ -158,14 +158,18 @@ def best(losses, seeds):
 def missing(rows, family, way, seeds, spacing):
     """The (k, seed) that a cell lacks until its best rate is surrounded by neighbours, each with all seeds."""
     losses = losses_of(rows, family, way)
-    if losses:
-        center = best(losses, set(seeds))
-    elif way == "base":
-        center = START.get(family, 8)
+    if not losses:
+        starts = [START if way == "base" else best(losses_of(rows, family, "base"), {0}) + OFFSETS[way]]
     else:
-        center = best(losses_of(rows, family, "base"), {0}) + OFFSETS[way]
-    wanted = [(center + step, seed) for seed in seeds for step in NEIGHBOURS[spacing]]
-    return [(k, seed) for k, seed in wanted if seed not in losses.get(k, {})]
+        starts = [best(losses, {0}), best(losses, set(seeds))]
+    # A second valley beside the start would else be taken for the only one.
+    starts += [START] if way == "base" else []
+    # The best rate of the first seed comes first: before its neighbours have all seeds, the mean over seeds misleads.
+    for center in starts:
+        wanted = [(center + step, seed) for seed in seeds for step in NEIGHBOURS[spacing]]
+        if lacking := [(k, seed) for k, seed in wanted if seed not in losses.get(k, {})]:
+            return lacking
+    return []
 
 
 def measure(size, rows, path, families):

@@ -1,7 +1,8 @@
 """Which of transformers' causal LMs have a muP rule in the plain form: python benchmarks/plain_types.py.
 
 Each type of MODEL_FOR_CAUSAL_LM_MAPPING_NAMES is built from its default config with small sizes, first without memory. It is
-then one of: classified, refused with a reason, not buildable (its own default config, or its code, does not make a model).
+then one of: classified; refused, with the sentence that a user gets; of several models, whose text model counts; or not built,
+where its default config with small sizes makes no model that runs, for which this script's sizes are as likely at fault.
 benchmarks/results/plain_types.json is written, of which plain_families.py makes a part of its page.
 """
 
@@ -40,25 +41,25 @@ def small(family, **changes):
 
 
 def outcome(family):
-    """("classified", "") or ("refused", why) or ("not buildable", why)."""
+    """("classified", "") or ("refused", why) or ("not built", why)."""
     try:
         config = CONFIG_MAPPING[family]()
         if getattr(config, "get_text_config", None) and config.get_text_config() is not config:
             return "of several models", f"its text model is {config.get_text_config().model_type}"
-        config = small(family)
+        config = small(family, pad_token_id=2)  # Encoders cannot do without one.
         with torch.device("meta"):
             size = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
         if size > LARGEST:
-            return "not buildable", f"{size:,} parameters with small sizes"
+            return "not built", f"{size:,} parameters with small sizes"
         model = AutoModelForCausalLM.from_config(config)
         model(input_ids=torch.tensor([[1, 0]]), use_cache=False)
     except UserError as error:
         return "refused", str(error)
     except Exception as error:  # Whatever another package's code raises at its own defaults.
-        return "not buildable", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return "not built", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     try:
         mup_init_(model, base_width=32)
-        assert len(factors_of(model)) == len(list(model.parameters()))
+        assert len(factors_of(model)) == sum(tensor.requires_grad for tensor in model.parameters())
     except UserError as error:
         return "refused", str(error)
     except Exception as error:  # A fault of ours, which is shown as what it is.

@@ -1,7 +1,7 @@
 """Parameterizations that are wrong on purpose, or a baseline: what a coordinate check or a transfer sweep is held against."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ def standard_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 
     """One learning rate for all, and no weight decay of gains and biases, as the Trainer has it."""
     return [
         {"name": name, "params": tensors, "weight_decay": decay}
-        for name, tensors, decay in _split(model, weight_decay, [])
+        for name, tensors, decay in _split(model, weight_decay, ())
     ]
 
 
@@ -57,13 +57,13 @@ def embedding_rate_groups(model: PreTrainedModel, *, lr: float, weight_decay: fl
     m, embedding = width_ratio(model), model.get_input_embeddings().weight
     rest = [
         {"name": name, "params": tensors, "lr": lr / m, "weight_decay": decay * m}
-        for name, tensors, decay in _split(model, weight_decay, [embedding])
+        for name, tensors, decay in _split(model, weight_decay, (embedding,))
     ]
     return [{"name": "embedding", "params": [embedding], "lr": lr, "weight_decay": weight_decay}, *rest]
 
 
 def _split(
-    model: PreTrainedModel, weight_decay: float, without: list[torch.Tensor]
+    model: PreTrainedModel, weight_decay: float, without: Sequence[object]
 ) -> list[tuple[str, list[torch.Tensor], float]]:
     """The trainable tensors that muP decays, with this coefficient, and the others, with none."""
     found, left_out = factors_of(model), {id(tensor) for tensor in without}

@@ -14,7 +14,7 @@ from hf_power.compat import PreTrainedConfig
 from hf_power.models import kind_of
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
 from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
-from hf_power.mup.scale import head_size
+from hf_power.mup.scale import head_size, refuse_sizes_per_layer
 from hf_power.records.errors import UserError, refused_by
 
 _STD_NAMES = ("initializer_range", "init_std", "initializer_std")
@@ -134,6 +134,7 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
         )
     if base_width is not None and base_width < 1:
         raise UserError(f"base_width must be a positive number of features, got {base_width}.")
+    refuse_sizes_per_layer(model.config)
     sizes = None if base_config is None else base_sizes(model.config, base_config)
     roles_of(model, other_width(model, base_width, sizes))
     if not isinstance(model.get_output_embeddings(), nn.Linear):

@@ -52,13 +52,15 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
             width that does not grow, as in Qwen3 (16 heads of 128 at hidden_size 1024 and at 2048).
 
     Raises:
-        UserError: a size that would not be a whole number, or a name in `fixed` that is none of the config's sizes.
+        UserError: a size that would not be a whole number, a name in `fixed` that is none of the config's sizes, or a config
+            whose layers have sizes of their own.
     """
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise UserError(
             f"the config of {config.model_type} has no hidden_size, so that it cannot be scaled: if it is of several models, "
             "take that of the text alone."
         )
+    refuse_sizes_per_layer(config)
     scaled = copy.deepcopy(config)
     known = [name for part in _parts(config) for name in GROWING if getattr(part, name, None) is not None]
     for name in fixed:
@@ -79,6 +81,15 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
             if size is not None and not isinstance(size, bool):
                 setattr(new, name, _scaled(name, size, config, hidden_size))
     return scaled
+
+
+def refuse_sizes_per_layer(config: PreTrainedConfig) -> None:
+    """Raise a UserError where layers have sizes of their own, as Gemma 4's have; reading such a size is an error there."""
+    if getattr(config, "is_heterogeneous", False):
+        raise UserError(
+            f"the layers of {config.model_type} have {', '.join(sorted(config.per_layer_attributes or ()))} of their own, for which "
+            "the plain form of muP has no rule: take a model whose layers are alike."
+        )
 
 
 def head_size(config: PreTrainedConfig) -> float | None:

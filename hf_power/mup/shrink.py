@@ -4,7 +4,7 @@ import copy
 
 from hf_power.compat import PreTrainedConfig
 from hf_power.models import EXPERTS_PER_TOKEN, NUM_EXPERTS
-from hf_power.mup.scale import HEADS, MLPS, RANKS
+from hf_power.mup.scale import HEADS, MLPS, RANKS, refuse_sizes_per_layer
 from hf_power.records.errors import UserError, refused_by
 
 WIDTH, HEAD, LAYERS, EXPERTS = 64, 16, 2, 4
@@ -26,13 +26,15 @@ def shrink(config: PreTrainedConfig, **changes: object) -> PreTrainedConfig:
         changes: more values of the config.
 
     Raises:
-        UserError: a config without a hidden_size, or one whose class refuses the small sizes.
+        UserError: a config without a hidden_size, one whose layers have sizes of their own, or one whose class refuses the
+            small sizes.
     """
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise UserError(
             f"the config of {config.model_type} has no hidden_size, so that it cannot be made small: if it is of several "
             "models, take that of the text alone."
         )
+    refuse_sizes_per_layer(config)
     values = copy.deepcopy(config.to_dict())
     chosen = _layers(config)
     for name, value in values.items():

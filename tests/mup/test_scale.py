@@ -2,7 +2,15 @@
 
 import pytest
 from sentences import refused
-from transformers import DeepseekV3Config, Gemma3Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    CONFIG_MAPPING,
+    DeepseekV3Config,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from hf_power.mup.scale import scale_width
 from hf_power.mup.shrink import shrink
@@ -66,6 +74,15 @@ def test_fixed_sizes_stay():
 def test_what_cannot_be_scaled_is_refused(act, parts):
     with refused(ValueError, *parts):
         act()
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this version of transformers has no Gemma 4")
+@pytest.mark.parametrize("act", [shrink, lambda config: scale_width(config, 2 * config.hidden_size)])
+def test_layers_with_sizes_of_their_own_are_refused(act):
+    with refused(
+        ValueError, "the layers of gemma4_text have head_dim of their own", "take a model whose layers are alike"
+    ):
+        act(CONFIG_MAPPING["gemma4_text"]())
 
 
 def test_small_sizes_keep_the_kind():
