@@ -10,5 +10,6 @@
 * misfit.py: where a law fails within its own cells, in words.
 * validity.py: what cells must have to carry a law, what follows from a law, and how far it may be trusted.
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
+* published.py: laws of others, and what they cost on the cells (`compare`).
 * report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`).
 """
