@@ -21,6 +21,7 @@ def main(arguments: FitArguments) -> int:
         critical_batch=arguments.most(),
         size=arguments.exponent_of(),
         elsewhere=arguments.elsewhere(),
+        published=arguments.compare,
     )
     print(text)
     return ExitCode.DONE

@@ -269,6 +269,7 @@ class FitArguments:
     decay_shape: str | None = option(None, "of the tail, of a CSV")
     model_type: str | None = option(None, "llama or mixtral, of a CSV")
     tokenizer: str | None = option(None, "its fingerprint as in a recipe.json, of a CSV")
+    compare: bool = option(False, "set published laws beside the fitted one: a table and compare.png")
 
     def most(self) -> "Critical":
         """The most that is looked for of a critical batch."""

@@ -161,6 +161,7 @@ def fit(arguments: FitArguments) -> int:
         critical_batch=arguments.most(),
         size=arguments.exponent_of(),
         elsewhere=arguments.elsewhere(),
+        published=arguments.compare,
     )
     print(text)
     return ExitCode.DONE

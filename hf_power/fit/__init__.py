@@ -12,6 +12,7 @@
 * forecast.py: from the cells to the loss of a larger run (`fit_forecast`).
 * curves.py: from loss curves to that of another schedule (`fit_curves`).
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
+* published.py: laws of others, and what they cost on the cells (`compare`).
 * report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`), which begins with
   the sentence of headline.py.
 """

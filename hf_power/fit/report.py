@@ -9,11 +9,13 @@ from hf_power.fit.elsewhere import read_csv
 from hf_power.fit.fit import fit_law, fit_laws
 from hf_power.fit.forecast import fit_forecast, forecast_text
 from hf_power.fit.form import Critical, Size
+from hf_power.fit.published import compare, compared_text
 from hf_power.fit.result import FIT_FILE
 from hf_power.fit.text import fit_text
 from hf_power.plots.cells import pages_of, plot_cells
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.plots.law import plot_law, plot_map
+from hf_power.plots.published import plot_published
 from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.records.errors import UserError
 from hf_power.records.rows import ROWS_FILE, Row, load_rows
@@ -65,6 +67,7 @@ def fit_sweep(
     critical_batch: Critical = "growing",
     size: Size | None = None,
     elsewhere: Elsewhere | None = None,
+    published: bool = False,
 ) -> str:
     """Fit a sweep; write fit.json, recipe.json and the pictures cells.png, law.png and map.png.
 
@@ -77,6 +80,7 @@ def fit_sweep(
         size: look for an exponent of the "parameters" or the "width"; None: of a CSV under standard parameterization of
             either that it has, else of none.
         elsewhere: of a CSV.
+        published: set published laws beside the fitted one, in the text and in compare.png.
 
     Returns:
         The text to print: the law, its cells, and what was written.
@@ -93,21 +97,26 @@ def fit_sweep(
     folder = (source if source.is_dir() else source.parent) if folder is None else folder
     options: _Options = {"batch_exponent": batch_exponent, "critical_batch": critical_batch, "size": size}
     fit = fit_law(rows, schedule=schedule or "warmup_stable_decay", **options)
+    laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
+    # A law that makes no recipe is refused here, before anything is written.
+    forecast = fit_forecast(fit.cells)
+    told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast) if forecast else None}
+    recipe = Recipe.from_fit(fit.to_json(), rows, laws, told)
+    compared = compare(fit, recipe.base_width if recipe.parameterization == "mup" else None) if published else []
     folder.mkdir(parents=True, exist_ok=True)
     fit.save(folder)
-    written = [FIT_FILE]
-    pictures = [(name, plot_cells, part) for name, part in pages_of(fit).items()]
-    for name, plot, part in (*pictures, ("law", plot_law, fit), ("map", plot_map, fit)):
-        save(plot(part), folder / f"{name}.png")
+    recipe.save(folder / FILE_NAME)
+    written = [FIT_FILE, FILE_NAME]
+    figures = [(name, plot_cells(part)) for name, part in pages_of(fit).items()]
+    figures += [("law", plot_law(fit)), ("map", plot_map(fit))]
+    figures += [("compare", plot_published(compared))] if compared else []
+    for name, figure in figures:
+        save(figure, folder / f"{name}.png")
         written.append(f"{name}.png")
-    laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
-    forecast = fit_forecast(fit.cells)
-    told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast)}
-    Recipe.from_fit(fit.to_json(), rows, laws, told).save(folder / FILE_NAME)
-    written.insert(1, FILE_NAME)
-    foreseen = ["", *forecast_text(forecast)] if forecast else []
+    text = [fit_text(fit), *([compared_text(compared)] if compared else [])]
+    text += ["\n".join(forecast_text(forecast))] if forecast else []
     wrote = f"wrote: {', '.join(str(folder / name) for name in written)}"
-    lines = [*problems, fit_text(fit), *foreseen, "", wrote]
+    lines = [*problems, "\n\n".join(text), "", wrote]
     if from_csv:
         how = f"muP of base width {from_csv.base_width}" if from_csv.base_width else "standard parameterization"
         lines.append(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,9 @@ def sha256_of(rows: Sequence[Row]) -> str:
 # A finished run that is so far above another one of its cell, in nats per token, at no lower rate, has diverged. On public
 # sweeps losses are within 0.3 of their cell's best, or more than 1.5 above it.
 BLOWN_UP_NATS = 1.0
+# At the lowest rate nothing lies lower to compare with. A U-curve that is so near its bottom (nats above the cell's best) does
+# not fall by so much on the octave before.
+BOTTOM_NATS, CLIFF_NATS = 0.3, 1.5
 # Horizons that differ by less than this share are one: batches round them to whole steps.
 SAME_HORIZON = 0.01
 
@@ -39,7 +43,8 @@ def by_cell(rows: Sequence[Row]) -> dict[CellKey, list[Row]]:
     """The rows of each cell but the failed ones, sorted by the cell.
 
     A finished run becomes a diverged one if its loss is more than BLOWN_UP_NATS above that of a run of the cell at the
-    same or a lower learning rate. (At a rate far too low the loss is high, too, but at lower ones still higher.)
+    same or a lower learning rate. (At a rate far too low the loss is high, too, but at lower ones still higher.) So it does if
+    it is CLIFF_NATS above a run within the octave above it whose loss is within BOTTOM_NATS of the cell's best.
     Horizons of one model and batch within SAME_HORIZON are one, named after the most frequent of them.
     """
     grouped: dict[tuple[str, int, int, int], list[Row]] = defaultdict(list)
@@ -68,11 +73,19 @@ def horizons_of(tokens: Sequence[int]) -> list[list[int]]:
 
 
 def _mark_blown_up(rows: Sequence[Row]) -> list[Row]:
-    finished = sorted((row.learning_rate, row.loss) for row in rows if row.loss is not None)
+    # Where one seed diverged, the others were lucky.
+    lucky = {row.learning_rate for row in rows if row.status == "diverged"}
+    finished = [
+        (row.learning_rate, row.loss) for row in rows if row.loss is not None and row.learning_rate not in lucky
+    ]
+    best = min((loss for _, loss in finished), default=math.inf)
     marked = []
     for row in rows:
-        least = min((loss for rate, loss in finished if rate <= row.learning_rate), default=0.0)
-        blown_up = row.loss is not None and row.loss > least + BLOWN_UP_NATS
+        lr = float(row.learning_rate)
+        lower = min((loss for rate, loss in finished if rate <= lr), default=math.inf)
+        above = min((loss for rate, loss in finished if lr < rate <= 2.01 * lr), default=math.inf)
+        cliff = above + CLIFF_NATS if above <= best + BOTTOM_NATS else math.inf
+        blown_up = row.loss is not None and row.loss > min(lower + BLOWN_UP_NATS, cliff)
         marked.append(replace(row, status="diverged", loss=None) if blown_up else row)
     return marked
 

@@ -13,13 +13,13 @@ _DELIMITERS = ",;\t|"
 # What stands in a cell that has no value.
 _EMPTY = {"", "-", "--", "n/a", "na", "#n/a", "none", "null", "nil"}
 _NOT_FINITE = {"nan", "inf", "infinity", "∞"}
-_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _SPACES = " '_\u00a0\u2009\u202f\u2019"
 # A number with a decimal point may part its thousands by commas, one with a decimal comma by points.
 _FORMS = {
     decimal: re.compile(
         rf"(?P<sign>[+-]?)(?P<whole>[1-9]\d{{0,2}}(?:[{thousands}{_SPACES}]\d{{3}})+|\d*)(?:{decimal}(?P<part>\d*))?"
-        r"(?P<exponent>[eE][+-]?\d+)?\s*(?P<unit>[kMBT]?)"
+        r"(?P<exponent>[eE][+-]?\d+)?\s*(?P<unit>[kKMBT]?)"
     )
     for decimal, thousands in ((r"\.", ","), (",", r"\."))
 }

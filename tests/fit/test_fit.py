@@ -235,6 +235,14 @@ def test_a_finished_run_far_above_its_cell_is_diverged():
     assert "2 diverged (2 of them finished far above their cell's best)" in fit_text(fit)
 
 
+def test_a_run_that_blew_up_at_the_lowest_rate_is_diverged_and_one_at_a_rate_far_too_low_is_not():
+    """The loss does not fall by 5 nats on the octave before the bottom of a U; on the way there it may."""
+    (blown,) = fit_cells(with_losses(8.2, 3.1, 3.0, 3.1, 3.4))
+    (slow,) = fit_cells(with_losses(8.2, 5.1, 3.5, 3.0, 3.1, 3.4))
+    assert (blown.diverged, slow.diverged) == ((2**-10,), ())
+    assert math.log2(blown.optimum_lr) == pytest.approx(-8, abs=0.2)
+
+
 def test_horizons_within_a_percent_are_one():
     rows = [replace(row, tokens=row.tokens + i % 3 * 20_000) for i, row in enumerate(sweep())]
     cells = [(c.tokens_per_step, c.tokens) for c in fit_cells(rows)]
