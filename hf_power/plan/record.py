@@ -102,7 +102,7 @@ def duration(days: float) -> str:
     for unit, length in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440), ("seconds", 1 / 86_400)):
         if days >= length:
             number = days / length
-            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
+            return f"{number:,.0f} {unit}" if number >= 9.95 else f"{number:.2g} {unit}"
     return "under a second"
 
 
