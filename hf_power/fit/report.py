@@ -98,9 +98,9 @@ def fit_sweep(
     options: _Options = {"batch_exponent": batch_exponent, "critical_batch": critical_batch, "size": size}
     fit = fit_law(rows, schedule=schedule or "warmup_stable_decay", **options)
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
-    # A law that makes no recipe is refused here, before anything is written.
     forecast = fit_forecast(fit.cells)
     told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast) if forecast else None}
+    # A law that makes no recipe is refused here, before anything is written.
     recipe = Recipe.from_fit(fit.to_json(), rows, laws, told)
     compared = compare(fit, recipe.base_width if recipe.parameterization == "mup" else None) if published else []
     folder.mkdir(parents=True, exist_ok=True)

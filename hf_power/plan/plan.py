@@ -179,7 +179,7 @@ def headline(plan: Plan) -> str:
     beware = len(plan.warnings)
     warned = f"; {beware} warning{'s' if beware > 1 else ''} below" if beware else ""
     return (
-        f"{target.tokens:,} tokens are {target.steps:,} steps of {plan.tokens_per_step:,}, about {duration(compute.days)} on "
+        f"{target.tokens:,} tokens are {target.steps:,} steps of {plan.tokens_per_step:,}, {duration(compute.days)} on "
         f"{compute.devices} devices; Power peaks at {top.lr:.2g}{between}{warned}"
     )
 

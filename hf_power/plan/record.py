@@ -87,13 +87,13 @@ def scale_table(
 
 def table_text(rows: Sequence[ScaleRow]) -> str:
     """Rows of `scale_table` as text for people; memory that does not fit has an exclamation mark."""
-    lines = ["  devices  batch x accum.  GB none  GB optimizer  GB full  GB checkpoint      steps        time"]
+    lines = ["  devices  batch x accum.  GB none  GB optimizer  GB full  GB checkpoint      steps            time"]
     for row in rows:
         none, optimizer, full = (f"{row.bytes[name] / 1e9:.1f}{' ' if row.fits[name] else '!'}" for name in SHARDINGS)
         batch = f"{row.per_device_batch_size} x {row.gradient_accumulation_steps}"
         lines.append(
             f"  {row.devices:>7,}  {batch:>14}  {none:>7}  {optimizer:>12}  {full:>7}  "
-            f"{row.checkpoint_bytes / 1e9:>13.1f}  {row.steps:>9,}  {duration(row.days):>10}"
+            f"{row.checkpoint_bytes / 1e9:>13.1f}  {row.steps:>9,}  {duration(row.days):>14}"
         )
     return "\n".join(lines)
 
@@ -103,7 +103,7 @@ def duration(days: float) -> str:
     for unit, length in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440), ("seconds", 1 / 86_400)):
         if days >= length:
             number = days / length
-            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
+            return f"{number:,.0f} {unit}" if number >= 9.95 else f"{number:.2g} {unit}"
     return "under a second"
 
 

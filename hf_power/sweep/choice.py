@@ -27,8 +27,6 @@ from hf_power.sweep.jobs import Group, Job, belongs, edges, horizon_tokens, job_
 ROUND = 0.1
 # New runs lie so near to the law's optimum, in octaves: further out a loss is no parabola any more.
 NEAR_OCTAVES = 1.6
-FEWEST_RATES = 3
-MOST_RATES = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def next_answer(grid: Grid, groups: Sequence[Group], rows: Sequence[Row], aim: A
 
     Round 0 trains the smallest and the largest batch of the smallest width, with one seed, at every horizon. A later round
     first adds learning rates beyond the edges at which a cell's best loss lies. With every cell bracketed, it takes the
-    runs that lower the expected half-width of the interval most for their tokens, see `hf_power.sweep.interval`. A round
+    first jobs of the cheapest plan that is expected to reach the aim, see `_most_telling`. A round
     follows from the rows of those before it alone, so that a killed sweep goes on with the round that it was in.
     """
     before = [row for row in rows if row.extension is not None and row.extension < number]
@@ -196,10 +194,8 @@ def _known(table: _Table, law: Law) -> Known:
     kind: Critical = "growing" if law.critical_batch_growth else "fixed"
     form, cap = Form("width" if law.size else None), (math.inf, 0.0)
     if law.critical_batch_tokens is not None:
-        form, cap = (
-            form._replace(critical=kind),
-            (math.log2(beta(law.critical_batch_tokens)), law.critical_batch_growth),
-        )
+        form = form._replace(critical=kind)
+        cap = math.log2(beta(law.critical_batch_tokens)), law.critical_batch_growth
     variances = {place: cell.optimum().sd_octaves ** 2 for place, cell in used.items()}
     known = Known(law, form, cap, 0.0, variances, noise_of(used, table.runs, sorted(table.grid.tokens)))
     lr = np.log2([cell.optimum().lr for cell in used.values()])

@@ -89,19 +89,25 @@ def run_sweep(
                 path.unlink()
             bench = prepare(grid, folder)
             _same_grid(bench)
-        mine = [stage[process.process_index :: process.num_processes] for stage in stages]
         with Crew(bench, workers) as crew:
-            # So that the bar is one, and its time left that of the whole sweep.
-            crew.expect([group for groups in mine for group in groups])
-            for stage, share in zip(stages, mine, strict=True):
-                law = _law_for(stage, folder)
-                crew.run([group.with_law(law) for group in share] if law else share)
-                # The law of the next stage needs the rows of all processes.
-                while process.num_processes > 1 and any(next_job(grid, g, sweep_rows(folder)) for g in stage):
-                    time.sleep(POLL_SECONDS)
+            _run_stages(crew, stages, process)
             if aim is not None:
                 _run_rounds(crew, bench, aim)
     return load_rows(folder / ROWS_FILE)[0]
+
+
+def _run_stages(crew: Crew, stages: Sequence[list[Group]], process: _Process) -> None:
+    """Train this process's share of each stage in turn."""
+    grid, folder = crew.bench.grid, crew.bench.folder
+    mine = [stage[process.process_index :: process.num_processes] for stage in stages]
+    # So that the bar is one, and its time left that of the whole sweep.
+    crew.expect([group for groups in mine for group in groups])
+    for stage, share in zip(stages, mine, strict=True):
+        law = _law_for(stage, folder)
+        crew.run([group.with_law(law) for group in share] if law else share)
+        # The law of the next stage needs the rows of all processes.
+        while process.num_processes > 1 and any(next_job(grid, each, sweep_rows(folder)) for each in stage):
+            time.sleep(POLL_SECONDS)
 
 
 def stages_of(grid: Grid) -> list[list[Group]]:

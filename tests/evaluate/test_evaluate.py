@@ -26,9 +26,10 @@ from hf_power.checkpoints.locate import weights_sha256
 from hf_power.data.packing import pack
 from hf_power.data.text import DataArguments, load_text
 from hf_power.data.tokenizer import load_tokenizer
-from hf_power.evaluate.heldout import data_of_run, evaluate_model, load_metric, scores_text
+from hf_power.evaluate.heldout import data_of_run, evaluate_model, evaluation_text, load_metric, scores_text
 from hf_power.evaluate.metrics.token_bytes import token_bytes
 from hf_power.pretrain import run as train
+from hf_power.records.results import Evaluation
 from hf_power.settings.settings import Settings
 
 
@@ -142,6 +143,15 @@ def test_scores_are_shown_a_line_each():
         ["boolq", "acc", "0.5"],
         ["boolq", "num_samples", "8"],
     ]
+
+
+def test_an_evaluation_is_shown_with_its_units_and_its_text():
+    data = {"dataset": "corpus.jsonl", "split": "train", "eval_fraction": 0.05}
+    made = Evaluation(model={"name": "run"}, metrics={"loss": 1.25, "perplexity": 3.49}, num_tokens=12345, data=data)
+    lines = evaluation_text(made).splitlines()
+    assert lines[0] == "run on corpus.jsonl train, 0.05 of it held out: 12,345 tokens"
+    assert lines[1].split() == ["loss", "1.25", "nats", "per", "token"]
+    assert lines[2].split() == ["perplexity", "3.49"]
 
 
 @pytest.mark.slow

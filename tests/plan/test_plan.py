@@ -9,6 +9,7 @@ from transformers import LlamaConfig, MixtralConfig
 from hf_power import Recipe, power_lr
 from hf_power.models import flops_per_token
 from hf_power.plan.plan import describe_run, make_plan, plan_text
+from hf_power.plan.record import duration
 from hf_power.plan.target import Machine, Target
 from hf_power.recipe import warnings_for
 from hf_power.records.errors import UserError
@@ -237,3 +238,18 @@ def test_plans_that_cannot_be(change, parts):
     machine = {name: change.pop(name) for name in ("devices", "utilisation", "flops_per_device") if name in change}
     with refused(UserError, *parts):
         make_plan(PAPER, replace(TRILLION, **change), Machine(**machine))
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [
+        (2e-8, "under a second"),
+        (1.5 / 86_400, "1.5 seconds"),
+        (0.5, "12 hours"),
+        (3.0, "3 days"),
+        (99.6, "100 days"),
+        (1234.5, "1,234 days"),
+    ],
+)
+def test_a_time_has_a_unit_for_people(days, said):
+    assert duration(days) == said
