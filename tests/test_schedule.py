@@ -549,7 +549,7 @@ ERRORS = (  # arguments; what, got, what to do
     ({"b": 0.51}, "b, the exponent of the power law, must be negative", "got 0.51", "the paper has -0.51"),
     ({"b": 0}, "b, the exponent", "got 0", "-0.51"),
     ({"b": -math.inf}, "b must be a finite number", "got -inf", "e.g."),
-    ({"batch_exponent": None}, "batch_exponent must be a finite number", "got None", "write it"),
+    ({"batch_exponent": "1"}, "batch_exponent must be a finite number", "got '1'", "write it"),
     ({"critical_batch_tokens": 0}, "critical_batch_tokens must be positive", "got 0", "None for none"),
     ({"critical_batch_tokens": -4096.0}, "critical_batch_tokens must be positive", "got -4096.0", "tokens per step"),
     ({"critical_batch_tokens": "4M"}, "critical_batch_tokens must be a finite number", "got '4M'", "without quotes"),

@@ -3,6 +3,7 @@
 * front.py: `main`, which answers --help, --version and a wrong verb at once; the exit codes.
 * dispatch.py: `run_verb`: the table of verbs, and which exit code an error has.
 * arguments.py: a dataclass of arguments for each verb, and what is printed after a run or a push.
+* average.py, schedule.py: the arguments of these two verbs, and what schedule prints.
 * parser.py: from a dataclass to a parser, `parse_settings`, and one sentence for a bad option.
 * completion.py: a script for the shell that completes verbs and options.
 * verbs.py: what the verbs do, a function each.

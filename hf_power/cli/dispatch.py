@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from hf_power.cli import arguments as args
 from hf_power.cli import verbs
+from hf_power.cli.average import AverageArguments
 from hf_power.cli.front import ExitCode
 from hf_power.cli.parser import EvaluateParser, Parser, SettingsParser
 from hf_power.cli.schedule import ScheduleArguments
@@ -35,7 +36,7 @@ def _takes(kind: type) -> Callable[[str, str], Parser]:
 VERBS = {
     "pretrain": Verb(verbs.pretrain, SettingsParser),
     "anneal": Verb(verbs.anneal, _takes(args.AnnealArguments)),
-    "average": Verb(verbs.average, _takes(args.AverageArguments)),
+    "average": Verb(verbs.average, _takes(AverageArguments)),
     "evaluate": Verb(verbs.evaluate, EvaluateParser),
     "export": Verb(verbs.export, _takes(args.ExportArguments)),
     "card": Verb(verbs.card, _takes(args.CardArguments)),

@@ -60,8 +60,8 @@ def schedule_text(arguments: ScheduleArguments, planned: Schedule) -> str:
     kwargs = {name: value for name, value in planned.law.to_dict().items() if value is not None}
     if arguments.peak_lr is not None:
         means.append(
-            "a gives the run the mean rate of cosine with this peak, the best one for this batch and length; the exponents are "
-            "not measured on your model"
+            "a gives the run the mean rate of cosine with this peak, which is taken to be the best one "
+            "for this batch and length; the exponents are not measured on your model"
         )
     made = f"learning_rate={planned.max_lr:g}, lr_scheduler_kwargs={kwargs}"
     return "\n".join([describe(planned, whose(arguments.law, given, arguments.peak_lr)), *means, sketch(curves), made])

@@ -5,7 +5,6 @@ The files in scripts/ have the same bodies with their imports at the top; a test
 
 from hf_power.cli.arguments import (
     AnnealArguments,
-    AverageArguments,
     CardArguments,
     CoordCheckArguments,
     DoctorArguments,
@@ -23,6 +22,7 @@ from hf_power.cli.arguments import (
     print_push,
     run_text,
 )
+from hf_power.cli.average import AverageArguments
 from hf_power.cli.schedule import ScheduleArguments, schedule_text
 from hf_power.data.text import DataArguments
 from hf_power.settings.settings import Settings

@@ -89,8 +89,8 @@ def evaluate_average(folder: Path, dataset: str | None = None) -> Run | None:
 def record_of_kept(run: Run) -> Run:
     """The record of the mean that a run has kept while it trained; `hf-power evaluate RUN/average` scores it."""
     made = Average("window", [run.tokens_seen], [1.0])
-    weights = {"weights_step": run.steps, "weights_tokens": run.tokens_seen}
-    return replace(run, kind="average", name=f"{run.name}-average", average=made, held_out_loss=None, **weights)
+    run = replace(run, weights_step=run.steps, weights_tokens=run.tokens_seen, held_out_loss=None)
+    return replace(run, kind="average", name=f"{run.name}-average", average=made)
 
 
 def _share(last: str) -> float:

@@ -7,21 +7,18 @@ from hf_power.records.errors import UserError
 from hf_power.schedule.law import check_number
 from hf_power.schedule.shape import DECAY_SHAPES, Schedule
 
-# The mean rate of Power over the run, as a ratio of cosine's, which is half of its peak. benchmarks/from_cosine.py has
-# the cells on which it was chosen, and others on which it was checked.
-MEAN_OVER_COSINE = 1.0
-
 
 def with_peak(schedule: Schedule, peak_lr: float) -> Schedule:
-    """The schedule with the peak of cosine as its cap, and with the scale that gives its run the mean rate of cosine.
+    """The schedule with the peak of cosine as its cap, and the scale that gives its run the mean rate of cosine.
 
-    Cosine to zero has the mean rate peak_lr / 2, whatever its warmup. Under Power, with w, s the shares of the run at which
-    warmup ends and tail begins, r(x) = min(1, u x**b) and m the mean of the tail's shape::
+    Cosine to zero has the mean rate peak_lr / 2, whatever its warmup. Under Power, with w and s the shares of the run
+    at which warmup ends and tail begins, r(x) = min(1, u x**b) and m the mean of the tail's shape::
 
         mean / peak_lr = w / 2 r(w) + integral of r from w to s + (1 - s) m r(s)
 
     which grows with u, so that there is one u for each mean; ``a = u peak_lr / (beta**c T**b)`` then holds for every batch
-    and horizon. b and c stay those of the schedule's law.
+    and horizon. b and c stay those of the schedule's law. Other means were worse than cosine itself in one of the cells of
+    benchmarks/from_cosine.py on which the rule was chosen.
 
     Args:
         schedule: of a run with an end; its cap and its law's a are replaced.
@@ -40,7 +37,7 @@ def with_peak(schedule: Schedule, peak_lr: float) -> Schedule:
     low, high = 0.0, (schedule.end_of_law / total) ** -law.b  # From there on the cap binds for the whole run.
     for _ in range(60):
         middle = (low + high) / 2
-        below = _mean_rate(schedule, total, middle) < MEAN_OVER_COSINE / 2
+        below = _mean_rate(schedule, total, middle) < 0.5
         low, high = (middle, high) if below else (low, middle)
     return replace(schedule, law=replace(law, a=law.a * high / unit), max_lr=peak_lr)
 

@@ -22,7 +22,7 @@ class FromCosine:
         max_lr: the cap, which is the peak of cosine.
         warmup_tokens: length of the warmup.
         tokens, tokens_per_step: of the run in which cosine's peak was the best.
-        caption: what was assumed, in sentences.
+        decay_ratio, decay_shape: the tail that Power has.
     """
 
     law: Law
@@ -30,22 +30,25 @@ class FromCosine:
     warmup_tokens: int
     tokens: int
     tokens_per_step: int
+    decay_ratio: float
+    decay_shape: str
 
     @property
     def caption(self) -> str:
         """What the numbers assume, in sentences."""
         end = self.law.lr(self.tokens, self.tokens_per_step)
         return (
-            f"a {self.law.a:.3g} gives Power over {self.tokens:,} tokens the mean rate of a cosine with the peak "
-            f"{self.max_lr:g}, which is also the cap; the law is at {end:.3g} by then. This assumes that the peak is the best "
-            f"one for {self.tokens_per_step:,} tokens per step. Another batch or horizon is reached by the exponents "
+            f"a {self.law.a:.3g} gives Power over {self.tokens:,} tokens the mean rate of a cosine "
+            f"with the peak {self.max_lr:g}, which is also the cap; the law is at {end:.3g} by then. This assumes that the "
+            f"peak is the best one for {self.tokens_per_step:,} tokens per step. Another batch or horizon is reached by the exponents "
             f"{self.law.batch_exponent:g} and {self.law.b:g}, which are not measured on your model: a sweep does that."
         )
 
     def arguments(self, tokens_per_step: int | None = None) -> dict[str, Any]:
         """Arguments of `transformers.TrainingArguments`, for a batch of so many tokens, by default cosine's own."""
         steps = round(self.warmup_tokens / (tokens_per_step or self.tokens_per_step))
-        kwargs = {name: value for name, value in self.law.to_dict().items() if value is not None}
+        law = {name: value for name, value in self.law.to_dict().items() if value is not None}
+        kwargs = {**law, "decay_ratio": self.decay_ratio, "decay_shape": self.decay_shape}
         return {
             "lr_scheduler_type": "power",
             "learning_rate": self.max_lr,
@@ -66,7 +69,8 @@ def from_cosine(
 ) -> FromCosine:
     """Power's law, cap and warmup from the best peak of cosine in a run that you know.
 
-    The cap is the peak, and a is such that the mean rate over the run is that of cosine, peak_lr / 2; see `with_peak`.
+    The cap is the peak, and a is such that the mean rate over the run is that of cosine, peak_lr / 2; see
+    `hf_power.schedule.cosine.with_peak`.
 
     Args:
         peak_lr: the best peak of cosine (from the warmup's end to zero), for these tokens and this batch, > 0.
@@ -104,4 +108,5 @@ def from_cosine(
         decay_ratio=decay_ratio,
         decay_shape=decay_shape,
     )
-    return FromCosine(planned.law, planned.max_lr, warmup_tokens, int(tokens), int(tokens_per_step))
+    run = int(tokens), int(tokens_per_step)
+    return FromCosine(planned.law, planned.max_lr, warmup_tokens, *run, decay_ratio, decay_shape)

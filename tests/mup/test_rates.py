@@ -25,8 +25,9 @@ def model():
 
 def said_by(model, tmp_path, recwarn, **kwargs):
     """What a stock Trainer warns of when it makes its optimizer and schedule."""
+    adamw = {"weight_decay": 0.1, "adam_beta2": 0.95}
     args = TrainingArguments(
-        str(tmp_path / "out"), learning_rate=0.02, use_cpu=True, report_to="none", **kwargs.pop("args", {})
+        str(tmp_path / "out"), learning_rate=0.02, use_cpu=True, report_to="none", **adamw, **kwargs.pop("args", {})
     )
     if kwargs.pop("mup", False):
         kwargs["optimizers"] = (hf_power.mup_adamw(model, args), None)

@@ -1,0 +1,19 @@
+"""The arguments of the verb average."""
+
+from dataclasses import dataclass, field
+
+from hf_power.data.text import option
+
+
+@dataclass(frozen=True)
+class AverageArguments:
+    """A finished model from the last checkpoints of a trunk, without training."""
+
+    run: str = field(
+        metadata={"positional": True, "help": "run folder with checkpoints, of pretrain or of any Trainer"}
+    )
+    kind: str = option("uniform", "uniform, ema, or decay: the weights that stand for a tail")
+    last: str = option("20%", "part of the run's tokens whose checkpoints are averaged")
+    output_dir: str | None = option(None, "the new run folder; default: beside the run, with -average-N")
+    decay_shape: str | None = option(None, "of --kind decay; default: the run's")
+    dataset: str | None = option(None, "where the run's data lie now; default: where the run read them")
