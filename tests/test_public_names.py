@@ -49,6 +49,7 @@ FLAGS = {
     "plan": """
         target parameters tokens tokens_per_step block_size devices flops_per_device utilisation output_dir
     """,
+    "forecast": "curves schedules times branches tail_steps tail_shape output_dir",
     "verify": "seeds tolerance",
     "doctor": "json",
 }

@@ -10,6 +10,7 @@
 * validity.py: what cells must have to carry a law, what follows from a law, and how far it may be trusted.
 * forecast.py: from the cells to the loss of a larger run (`fit_forecast`).
 * curves.py: from loss curves to that of another schedule (`fit_curves`).
+* curve_report.py: the same from files to text and files (`forecast_curves`).
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
 * report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`).
 """

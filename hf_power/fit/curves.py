@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_power.fit.squares import Array
-from hf_power.records.errors import UserError
+from hf_power.records.errors import NotFoundError, UserError
 from hf_power.records.run import Run
+from hf_power.schedule import DECAY_SHAPES
 
 # Points of a curve that the fit looks at, and intervals over which a falling rate is summed: more change nothing but time.
 _POINTS, _DROPS = 120, 250
@@ -263,14 +264,46 @@ def _fitted(curves: Sequence[Curve], start: Array | None = None) -> tuple[Array,
     return np.exp(best.x), np.linalg.inv(precision), scatter
 
 
-def read_curve(path: Path) -> Curve:
+def longer(curve: Curve, times: float) -> Curve:
+    """The schedule of a curve, stretched to so many times its steps."""
+    if not 0.1 <= times <= 100:
+        raise UserError(f"times must lie between 0.1 and 100, got {times}: correct it.")
+    return Curve(f"{curve.name} x {times:g}", curve.steps * times, curve.rates, np.empty(0))
+
+
+def with_tail(curve: Curve, start: int, length: int, shape: str) -> Curve:
+    """The schedule of a curve up to a step (its last rate goes on beyond its end), and from there a tail to 0."""
+    if shape not in DECAY_SHAPES:
+        raise UserError(f"the tail's shape must be one of {', '.join(DECAY_SHAPES)}, got {shape}: correct it.")
+    if start <= curve.steps[0] or length < 1:
+        raise UserError(
+            f"a tail must begin after the warmup, at step {curve.steps[0]:,.0f} or later, and have a step or more, got "
+            f"{start:,} and {length:,}: correct them."
+        )
+    kept = curve.steps < start
+    rate = float(np.interp(start, curve.steps, curve.rates))
+    shares = np.linspace(0, 1, 101)
+    tail = rate * np.array([max(DECAY_SHAPES[shape](share), 0.0) for share in shares])
+    steps = np.concatenate([curve.steps[kept], start + shares * length])
+    name = f"{curve.name}, {shape} from {start:,}"
+    return Curve(name, steps, np.concatenate([curve.rates[kept], tail]), np.empty(0))
+
+
+def read_curve(path: Path, *, loss: bool = True) -> Curve:
     """A loss curve: a CSV with the columns step, lr and loss (loss may be missing), or a run.json or its folder.
 
     The rise of the rate at the start, a warmup, is left out, and counted as a line from 0.
 
+    Args:
+        path: of the file or folder.
+        loss: keep rows without a loss out, as a tracker leaves it empty where it logged something else.
+
     Raises:
+        NotFoundError: there is no such file.
         UserError: no such columns, values that are no numbers or out of range, or too few points.
     """
+    if not path.exists():
+        raise NotFoundError(f"there is no loss curve at {path}: correct the path.")
     if path.is_dir() or path.suffix == ".json":
         return _of_run(path)
     try:
@@ -286,7 +319,8 @@ def read_curve(path: Path) -> Curve:
             "rename them."
         )
     wanted = [column for column in columns.values() if column is not None]
-    # A tracker leaves the loss of a step empty where it logged something else.
+    if not loss and any(not (row[wanted[-1]] or "").strip() for row in rows):
+        wanted = wanted[:2]
     kept = [row for row in rows if all((row[column] or "").strip() for column in wanted)]
     try:
         values = np.array([[float(row[column]) for column in wanted] for row in kept], dtype=np.float64)
