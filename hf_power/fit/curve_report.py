@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_power.fit.curves import Curve, CurveLaw, fit_curves, last_loss, longer, read_curve, with_tail
+from hf_power.fit.curve import Curve, longer, read_curve, with_tail
+from hf_power.fit.curves import CurveLaw, fit_curves, last_loss
 from hf_power.plots.curves import plot_curves
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.records.errors import UserError
@@ -29,7 +30,7 @@ def forecast_curves(
     """What another schedule would reach, by the multi-power law of the loss curves of a few runs, as text.
 
     Args:
-        paths: of the curves, see `hf_power.fit.curves.read_curve`: one model, batch and data set.
+        paths: of the curves, see `hf_power.fit.curve.read_curve`: one model, batch and data set.
         schedules: further CSVs with step and lr, whose losses are asked for; a loss in them is compared.
         times: each curve's schedule at so many times its length is asked for too.
         branches: steps of the last curve at which a tail to 0 begins.
