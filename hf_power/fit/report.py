@@ -102,7 +102,7 @@ def fit_sweep(
         written.append(f"{name}.png")
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
     forecast = fit_forecast(fit.cells)
-    told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast)}
+    told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast) if forecast else None}
     Recipe.from_fit(fit.to_json(), rows, laws, told).save(folder / FILE_NAME)
     written.insert(1, FILE_NAME)
     foreseen = ["", *forecast_text(forecast)] if forecast else []
