@@ -12,7 +12,7 @@ from warm import python
 PACKAGE = Path(__file__).parent.parent / "hf_power"
 
 # A room is a module or package below hf_power. It may import from itself and from those before it only; version and the
-# exports of __init__ stand outside of the order. The report.py of fit and plan write files and their pictures: they are
+# exports of __init__ stand outside of the order. The report files of fit and plan write files and their pictures: they are
 # of the room "report", above the pictures, which are of values from the packages below them.
 ORDER = [
     "records",
@@ -52,7 +52,7 @@ def room_of(path):
 
 
 def room_named(parts):
-    return "report" if parts in (("fit", "report"), ("plan", "report")) else parts[0]
+    return "report" if parts in (("fit", "report"), ("fit", "curve_report"), ("plan", "report")) else parts[0]
 
 
 def imports(tree, top_level_only=False):

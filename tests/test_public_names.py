@@ -54,6 +54,7 @@ FLAGS = {
     "plan": """
         target parameters tokens tokens_per_step block_size devices flops_per_device utilisation output_dir
     """,
+    "forecast": "curves schedules times branches tail_steps tail_shape output_dir",
     "verify": "seeds tolerance",
     "schedule": "tokens_per_step steps tokens lr peak_lr warmup_steps law a b batch_exponent decay_ratio decay_shape versus"
     " picture",

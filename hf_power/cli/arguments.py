@@ -310,6 +310,26 @@ class PlanArguments:
 
 
 @dataclass(frozen=True)
+class ForecastArguments:
+    """What other schedules would reach, from the loss curves of a few runs."""
+
+    curves: list[str] = field(
+        default_factory=list,
+        metadata={"metavar": "CURVE", "help": "CSVs with step, lr and loss, or runs; the last one is the trunk"},
+    )
+    schedules: list[str] = field(
+        default_factory=list, metadata={"metavar": "CSV", "help": "step and lr of schedules that are asked about"}
+    )
+    times: float | None = option(None, "ask about each curve's schedule at so many times its length")
+    branches: list[int] = field(
+        default_factory=list, metadata={"metavar": "STEP", "help": "steps of the trunk at which a tail to 0 begins"}
+    )
+    tail_steps: int | None = option(None, "length of these tails; default: a quarter of the step")
+    tail_shape: str = option("1-sqrt", "of these tails: exponential, linear, 1-sqrt or cosine")
+    output_dir: str | None = option(None, "of forecast.csv and forecast.png; default: nothing is written")
+
+
+@dataclass(frozen=True)
 class VerifyArguments:
     """The check before a big run; the settings of pretrain come beside these."""
 

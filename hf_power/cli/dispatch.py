@@ -46,6 +46,7 @@ VERBS = {
     "sweep": Verb(verbs.sweep, _takes(args.SweepArguments)),
     "fit": Verb(verbs.fit, _takes(args.FitArguments)),
     "plan": Verb(verbs.plan, _takes(args.PlanArguments)),
+    "forecast": Verb(verbs.forecast, _takes(args.ForecastArguments)),
     "verify": Verb(verbs.verify, lambda verb, summary: SettingsParser(verb, summary, args.VerifyArguments)),
     "schedule": Verb(verbs.schedule, _takes(ScheduleArguments)),
     "doctor": Verb(verbs.doctor, _takes(args.DoctorArguments)),

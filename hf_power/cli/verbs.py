@@ -12,6 +12,7 @@ from hf_power.cli.arguments import (
     ExitCode,
     ExportArguments,
     FitArguments,
+    ForecastArguments,
     PlanArguments,
     PublishArguments,
     ReportArguments,
@@ -181,6 +182,25 @@ def plan(arguments: PlanArguments) -> int:
         devices=arguments.devices,
         flops_per_device=arguments.flops_per_device,
         utilisation=arguments.utilisation,
+        output_dir=arguments.output_dir,
+    )
+    print(text)
+    return ExitCode.DONE
+
+
+def forecast(arguments: ForecastArguments) -> int:
+    """Other schedules, from a few loss curves: forecast --curves A.csv B.csv --times 2 [--schedules C.csv]."""
+    from pathlib import Path
+
+    from hf_power.fit.curve_report import forecast_curves
+
+    text = forecast_curves(
+        [Path(path) for path in arguments.curves],
+        schedules=[Path(path) for path in arguments.schedules],
+        times=arguments.times,
+        branches=arguments.branches,
+        tail_steps=arguments.tail_steps,
+        tail_shape=arguments.tail_shape,
         output_dir=arguments.output_dir,
     )
     print(text)

@@ -10,7 +10,9 @@
 * misfit.py: where a law fails within its own cells, in words.
 * validity.py: what cells must have to carry a law, what follows from a law, and how far it may be trusted.
 * forecast.py: from the cells to the loss of a larger run (`fit_forecast`).
+* curve.py: a loss curve and its schedule (`read_curve`, `longer`, `with_tail`).
 * curves.py: from loss curves to that of another schedule (`fit_curves`).
+* curve_report.py: the same from files to text and files (`forecast_curves`).
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
 * published.py: laws of others, and what they cost on the cells (`compare`).
 * report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`), which begins with

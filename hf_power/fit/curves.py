@@ -1,21 +1,18 @@
 """From the loss curves of a few runs to that of another learning rate schedule: the multi-power law."""
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_power.fit.curve import Curve
 from hf_power.fit.squares import Array
 from hf_power.records.errors import UserError
-from hf_power.records.run import Run
 
 # Points of a curve that the fit looks at, and intervals over which a falling rate is summed: more change nothing but time.
 _POINTS, _DROPS = 120, 250
-_FEWEST_POINTS = 10
 # Priors of the logarithms: means about what Luo et al. found for their models, and standard deviations that are wide for
 # scales and narrow for exponents, which one or two decays can hardly tell.
 _NAMES = (
@@ -31,35 +28,6 @@ _HUBER = 0.001
 # The mean absolute error of the law at unseen schedules, in shares of the loss, by its authors: .0038 to .0048 nats.
 _MISFIT = 0.0015
 QUANTILE = 1.959964
-_COLUMNS = {"step": ("step", "steps", "global_step"), "lr": ("lr", "learning_rate"), "loss": ("loss", "train_loss")}
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The learning rate and, of a run that was made, the loss at rising steps.
-
-    The rate is that of the largest group, linear between the points, and linear from 0 before the first one. `losses` is
-    empty for a schedule that is asked about.
-    """
-
-    name: str
-    steps: Array
-    rates: Array
-    losses: Array
-
-    def sums(self, values: Array | None = None) -> Array:
-        """The sum of the learning rates, or of other values at the points, up to each point."""
-        values = self.rates if values is None else values
-        before = 0.5 * self.steps[0] * values[0]
-        between = np.diff(self.steps) * 0.5 * (values[1:] + values[:-1])
-        return np.asarray(before + np.concatenate([[0.0], np.cumsum(between)]))
-
-    def progress(self, exponent: float) -> tuple[Array, Array]:
-        """The sum of ``peak * (rate / peak)**exponent``, and its slope with the logarithm of the exponent."""
-        peak = float(self.rates.max())
-        logs = np.log(np.maximum(self.rates / peak, 1e-12))
-        weights = peak * np.exp(exponent * logs)
-        return self.sums(weights), self.sums(weights * logs) * exponent
 
 
 @dataclass(frozen=True)
@@ -261,64 +229,3 @@ def _fitted(curves: Sequence[Curve], start: Array | None = None) -> tuple[Array,
     weight = (_HUBER / max(scatter, 1e-5)) ** 2 / _ALIKE_POINTS
     precision = weight * jacobian[: len(y)].T @ jacobian[: len(y)] + np.diag(1 / sd**2)
     return np.exp(best.x), np.linalg.inv(precision), scatter
-
-
-def read_curve(path: Path) -> Curve:
-    """A loss curve: a CSV with the columns step, lr and loss (loss may be missing), or a run.json or its folder.
-
-    The rise of the rate at the start, a warmup, is left out, and counted as a line from 0.
-
-    Raises:
-        UserError: no such columns, values that are no numbers or out of range, or too few points.
-    """
-    if path.is_dir() or path.suffix == ".json":
-        return _of_run(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV in UTF-8: write it with the columns step, lr and loss.") from error
-    names = {name.strip().lower(): name for name in (rows[0] if rows else {}) if isinstance(name, str)}
-    columns = {key: next((names[name] for name in known if name in names), None) for key, known in _COLUMNS.items()}
-    if columns["step"] is None or columns["lr"] is None:
-        raise UserError(
-            f"{path} needs the columns step and lr, and loss for a run that was made, got {', '.join(names) or 'no rows'}: "
-            "rename them."
-        )
-    wanted = [column for column in columns.values() if column is not None]
-    # A tracker leaves the loss of a step empty where it logged something else.
-    kept = [row for row in rows if all((row[column] or "").strip() for column in wanted)]
-    try:
-        values = np.array([[float(row[column]) for column in wanted] for row in kept], dtype=np.float64)
-    except ValueError as error:
-        raise UserError(f"{path} has a value that is no number: {error}.") from error
-    return curve_of(str(path.name), values.reshape(-1, len(wanted)), str(path))
-
-
-def _of_run(path: Path) -> Curve:
-    run = Run.load(path)
-    points = [
-        (p["step"], p["learning_rate"], p["loss"]) for p in run.loss_curve if {"loss", "learning_rate"} <= p.keys()
-    ]
-    return curve_of(run.name or str(path), np.array(points, dtype=np.float64).reshape(-1, 3), str(path))
-
-
-def curve_of(name: str, values: Array, source: str) -> Curve:
-    """A curve of rows of step, rate and (perhaps) loss, sorted, without its warmup; a UserError names the source."""
-    values = values[np.argsort(values[:, 0], kind="stable")]
-    values = values[np.concatenate([np.diff(values[:, 0]) > 0, np.ones(min(len(values), 1), dtype=bool)])]
-    with_loss = values.shape[1] > 2
-    if len(values) < (_FEWEST_POINTS if with_loss else 2):
-        raise UserError(
-            f"{source} has {len(values)} points of a curve, at least {_FEWEST_POINTS} are needed: log more often."
-        )
-    wrong = (values[:, 1] < 0) | ~np.isfinite(values).all(axis=1) | (values[:, 0] < 0)
-    if with_loss:
-        wrong |= values[:, 2] <= 0
-    if wrong.any() or values[:, 1].max() <= 0:
-        line = values[int(np.argmax(wrong))].tolist()
-        raise UserError(f"{source} has a step, rate or loss that is negative, zero or not finite, {line}: correct it.")
-    start = int(np.argmax(values[:, 1] >= 0.999 * values[:, 1].max()))
-    values = values[start:]
-    # What comes right after the warmup is not yet on a power law.
-    return Curve(name, values[:, 0], values[:, 1], values[:, 2] if with_loss else np.empty(0))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_power.fit.result import Cell
 from hf_power.fit.rows import SAME_HORIZON
@@ -49,13 +50,13 @@ class _Losses:
         losses = np.log(np.array([loss for _, loss in found], dtype=np.float64))
         return cls(losses, np.log(np.array(rows, dtype=np.float64).reshape(-1, 4)))
 
-    def part(self, inside: Array) -> "_Losses":
+    def part(self, inside: NDArray[np.bool_]) -> "_Losses":
         return _Losses(self.log_loss[inside], self.logs[inside])
 
-    def same(self, column: int) -> Array:
+    def same(self, column: int) -> NDArray[np.bool_]:
         """Which cells share a size, or a horizon."""
         values = self.logs[:, column]
-        return np.abs(values[:, None] - values) < SAME_HORIZON
+        return np.asarray(np.abs(values[:, None] - values) < SAME_HORIZON)
 
 
 class _Terms(NamedTuple):
@@ -167,10 +168,8 @@ def _count(values: Array) -> int:
 def _terms(losses: _Losses) -> _Terms:
     sizes, tokens, batches = (_count(losses.logs[:, column]) for column in (0, 1, 3))
     # One batch for each horizon would leave steps and tokens the same thing.
-    free = (
-        batches >= 3
-        and np.linalg.matrix_rank(np.column_stack([np.ones(len(losses.logs)), losses.logs[:, [1, 3]]])) == 3
-    )
+    columns = np.column_stack([np.ones(len(losses.logs)), losses.logs[:, [1, 3]]])
+    free = batches >= 3 and np.linalg.matrix_rank(columns - columns.mean(axis=0), tol=0.1) == 1 + (tokens >= 2)
     return _Terms(sizes >= 2, tokens >= 2, bool(free))
 
 

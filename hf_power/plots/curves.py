@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_power.fit.curves import Curve, CurveLaw
+from hf_power.fit.curve import Curve
+from hf_power.fit.curves import CurveLaw
 from hf_power.plots.figures import BLACK, LEGEND, distinct_colors, new_figure, si_formatter
 
 if TYPE_CHECKING:

@@ -88,6 +88,7 @@ def plot_lr_and_loss(run: Run) -> "Figure":
         x, y = zip(*held_out, strict=True)
         losses.plot(x, y, "o", color="tab:orange", markersize=5, label="evaluation")
         losses.legend()
+    _draw_forecast(losses, run)
     losses.set_ylabel("loss (nats per token)")
     rates.plot(tokens, [point["learning_rate"] for point in trained], color="tab:green", linewidth=1.5, marker=marker)
     rates.set_ylabel("learning rate")
@@ -99,6 +100,18 @@ def plot_lr_and_loss(run: Run) -> "Figure":
     if run.name:
         figure.suptitle(run.name, fontsize=11)
     return figure
+
+
+def _draw_forecast(losses: "Axes", run: Run) -> None:
+    """The recipe's forecast of a run that ended at each point, with its 95 % interval, where the run has noted it."""
+    names = ("tokens", "forecast_loss", "forecast_low", "forecast_high")
+    points = [[point[name] for name in names] for point in run.loss_curve if "forecast_loss" in point]
+    if not points:
+        return
+    tokens, loss, low, high = zip(*points, strict=True)
+    losses.fill_between(tokens, low, high, color=BLACK, alpha=0.12, linewidth=0)
+    losses.plot(tokens, loss, color=BLACK, linewidth=1.0, linestyle="--", label="forecast of a run that ends here")
+    losses.legend()
 
 
 def plot_coord_check(check: CoordCheck, *, steps: tuple[int, ...] | None = None) -> "Figure":

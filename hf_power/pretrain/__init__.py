@@ -7,6 +7,7 @@
 * dry_run.py      dry_run: a training of one number before the data are touched
 * resume.py       which checkpoint a run goes on from, and what may be another in it now
 * trainer.py      PowerTrainer: the stock Trainer with tokens in its logs
+* course.py       OnCourse: the loss beside the recipe's forecast
 * record.py       RunRecord, TokenProgress, ExpertLoad: run.json, the progress bar, the load of the experts
 * bad_numbers.py  BadNumbers, NonFiniteError: steps that are not finite
 * stops.py        StopOnSignal, full_disk_told: SIGTERM and SIGINT, and a disk that fills up

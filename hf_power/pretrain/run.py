@@ -23,6 +23,7 @@ from hf_power.plots import figures
 from hf_power.plots.runs import plot_lr_and_loss
 from hf_power.pretrain.average import record_of_kept
 from hf_power.pretrain.bad_numbers import BadNumbers
+from hf_power.pretrain.course import OnCourse
 from hf_power.pretrain.dry_run import dry_run
 from hf_power.pretrain.record import ExpertLoad, RunRecord, TokenProgress
 from hf_power.pretrain.resume import (
@@ -214,6 +215,11 @@ def _trainer(
         run = record.run
         total = run.tokens_seen + (args.max_steps - run.steps) * run.tokens_per_step
         trainer.add_callback(TokenProgress(run.tokens_per_step, total))
+    if start.recipe is not None and start.recipe.forecast is not None:
+        # The callbacks are called in order, so that the record has the log before this reads it.
+        sizes = {"parameters": record.run.parameters, "width": settings.model.hidden_size}
+        forecast = start.recipe.forecast
+        trainer.add_callback(OnCourse(record, forecast, sizes.get(forecast.size or "")))
     return trainer
 
 

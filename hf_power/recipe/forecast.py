@@ -153,8 +153,9 @@ class Forecast:
                 return f"the loss depends on the {kind}, which is not given: say it."
             if term == 0 and value and not low / SAME_PLACE <= value <= high * SAME_PLACE:
                 seen = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+                at = f"a width of {value:,.0f}" if name == "width" else f"{value:,.0f} {name}"
                 return (
-                    f"there is no forecast of the loss at {value:,.0f} {name}, for the sweep has {seen} alone and nothing "
+                    f"there is no forecast of the loss at {at}, for the sweep has {seen} alone and nothing "
                     f"tells how the loss goes on from there: {remedy}."
                 )
         return None

@@ -1,7 +1,10 @@
 """The runs of a check: the recipe's learning rate and its neighbours, at one cell that it has not seen."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import cast
 
 from hf_power.coordinates import CoordCheck, coord_check
@@ -11,14 +14,15 @@ from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.errors import UserError
 from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
+from hf_power.records.rows import Row
 from hf_power.records.schema import decode
 from hf_power.settings.any_model import WIDTHS, fitting
 from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.settings import Settings
 from hf_power.sweep.grid import Grid, Sections, few_digits
-from hf_power.sweep.jobs import Group
+from hf_power.sweep.jobs import Group, row_value
 from hf_power.sweep.run import run_sweep
-from hf_power.verify.page import Coordinates, Page, judge, page_text, plot_verify
+from hf_power.verify.page import Coordinates, Foreseen, Page, judge, page_text, plot_verify
 
 FACTORS = (0.5, 1.0, 2.0)
 # Factors of 2 that are added beyond an edge, up to a factor of 8 either way.
@@ -75,7 +79,8 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
     print(f"coordinate check of a {settings.model.family} ...", flush=True)
     check = _coordinates(settings)
     print(check.verdict, flush=True)
-    page = judge(run_sweep(grid, folder, groups=[group]), group, recipe, tolerance)
+    rows = run_sweep(grid, folder, groups=[group])
+    page = replace(judge(rows, group, recipe, tolerance), forecast=_foreseen(recipe, group, rows))
     page = page.with_coordinates(Coordinates(check.passed, check.verdict, check.slopes))
     page = replace(page, warnings=_warnings(recipe, group), versions=versions())
     _write(page, check, folder)
@@ -138,6 +143,22 @@ def _warnings(recipe: Recipe, group: Group) -> list[str]:
                 "the cell lies within the range that the law was fitted on: take a larger width, batch or horizon."
             )
     return found
+
+
+def _foreseen(recipe: Recipe, group: Group, rows: Sequence[Row]) -> Foreseen | None:
+    """The recipe's forecast at the cell, beside the lowest mean over the seeds; None without either."""
+    forecast = recipe.forecast
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        found.setdefault(row_value(row), []).append(math.inf if row.loss is None else row.loss)
+    lowest = min(fmean(losses) for losses in found.values())
+    if forecast is None or not math.isfinite(lowest):
+        return None
+    size = rows[0].parameters if forecast.size == "parameters" else group.width
+    place = group.tokens[0], group.tokens_per_step, size
+    if forecast.cannot(*place):
+        return None
+    return Foreseen(*forecast.at(*place), lowest, forecast.schedule)
 
 
 def _write(page: Page, check: CoordCheck, folder: Path) -> None:

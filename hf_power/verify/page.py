@@ -71,6 +71,28 @@ class Coordinates:
     slopes: Sequence[object]
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """The loss that the recipe's forecast says for the cell with its 95 % interval, and the lowest one measured."""
+
+    loss: float
+    low: float
+    high: float
+    measured: float
+    schedule: str
+
+    @property
+    def text(self) -> str:
+        """Whether the pilot is on the forecast, in a sentence."""
+        inside = self.low <= self.measured <= self.high
+        off = self.measured - self.loss
+        return (
+            f"The lowest loss, {self.measured:.4f}, is {abs(off):.4f} {'above' if off > 0 else 'below'} the forecast of "
+            f"{self.loss:.4f} ({self.low:.4f} to {self.high:.4f}) from the sweep's {self.schedule}: "
+            f"{'on the forecast' if inside else 'OFF the forecast, so do not trust that of a larger run'}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """verify.json.
@@ -94,6 +116,7 @@ class Page:
     recipe: Tried
     seeds: Sequence[int]
     warnings: Sequence[str] = ()
+    forecast: Foreseen | None = None
     coord_check: Coordinates | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -263,6 +286,7 @@ def page_text(page: Page) -> str:
         f"* Law: min({recipe.max_lr:g}, {recipe.a:g} * beta^{recipe.batch_exponent:g} * n^{recipe.b:g}).",
         f"* Regret of the recipe's learning rate: {page.regret:.4f} nats per token{spread}; tolerance {page.tolerance:g}.",
         *checked,
+        *([f"* {page.forecast.text}"] if page.forecast else []),
         *(f"* Warning: {warning}" for warning in page.warnings),
         "",
         "| factor on the learning rate | held-out loss (nats per token) | sd over seeds |",

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -7,6 +8,8 @@ from sentences import refused
 from transformers import LlamaConfig, MixtralConfig
 
 from hf_power import Recipe, power_lr
+from hf_power.fit.forecast import fit_forecast
+from hf_power.fit.result import Cell
 from hf_power.models import flops_per_token
 from hf_power.plan.plan import describe_run, make_plan, plan_text
 from hf_power.plan.record import duration
@@ -253,3 +256,34 @@ def test_plans_that_cannot_be(change, parts):
 )
 def test_a_time_has_a_unit_for_people(days, said):
     assert duration(days) == said
+
+
+def test_the_loss_at_the_end_and_other_batches():
+    """The forecast at the target; the days of a batch are those of the tokens that it needs."""
+    octaves = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    cells = []
+    for size, tokens, batch in itertools.product((10**8, 4 * 10**8), (10**9, 4 * 10**9), (2**16, 2**18, 2**20)):
+        least = 1.8 + 60 * size**-0.25 + 300 * tokens**-0.3 + 20 * batch / tokens
+        rates, losses = tuple(2.0 ** (x - 9) for x in octaves), tuple(least + 0.02 * x * x for x in octaves)
+        cells.append(Cell("cosine", 0, batch, tokens, rates, losses, (1,) * 5, None, None, None, None, 0.02, used=True))
+        cells[-1] = replace(cells[-1], parameters=size)
+    forecast = fit_forecast(cells)
+    target = Target(8 * 10**9, 2**18, parameters=8 * 10**8)
+    plan = make_plan(Recipe(warmup_tokens=10**8, forecast=forecast), target)
+    assert (plan.loss.loss, plan.loss.low, plan.loss.high) == forecast.at(target.total_tokens, 2**18, 8 * 10**8)
+    assert plan.loss.twice_off == 0.02
+    same = next(row for row in plan.loss.batches if row.tokens_per_step == 2**18)
+    assert same.tokens == pytest.approx(target.total_tokens, rel=0.001)
+    assert same.days == pytest.approx(plan.compute.days, rel=0.001)
+    large = plan.loss.batches[-1]
+    assert large.days / same.days == pytest.approx(large.tokens / same.tokens)
+    assert large.steps == math.ceil(large.tokens / large.tokens_per_step)
+    text = plan_text(plan)
+    assert f"loss         {plan.loss.loss:.3f} ({plan.loss.low:.3f} to {plan.loss.high:.3f}) nats per token" in text
+    assert "a rate twice or half the best one costs 0.020" in text
+
+    one = make_plan(Recipe(warmup_tokens=10**8, forecast=fit_forecast(cells[:6])), target)
+    assert one.loss is None
+    assert (
+        "there is no forecast of the loss at 800,000,000 parameters, for the sweep has 100,000,000" in one.warnings[-1]
+    )
