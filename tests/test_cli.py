@@ -169,6 +169,8 @@ MISTAKES = [
     ("plan nowhere.json --tokens 1M --tokens_per_step 4k --parameters 1M", "there is no recipe at nowhere.json"),
     ("verify good.yaml --output_dir o", "verify needs a recipe"),
     ("verify good.yaml --output_dir o --recipe recipe.json --seeds 0", "seeds and tolerance must be positive, got 0"),
+    ("new", "the following arguments are required: folder, --from"),
+    ("new . --from llama", ". exists and is not empty: name a new folder"),
     ("doctor", "the following arguments are required: run"),
     ("doctor nowhere", "there is no run folder at nowhere"),
 ]

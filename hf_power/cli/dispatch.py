@@ -33,6 +33,7 @@ def _takes(kind: type) -> Callable[[str, str], Parser]:
 
 
 VERBS = {
+    "new": Verb(verbs.new, _takes(args.NewArguments)),
     "pretrain": Verb(verbs.pretrain, SettingsParser),
     "anneal": Verb(verbs.anneal, _takes(args.AnnealArguments)),
     "evaluate": Verb(verbs.evaluate, EvaluateParser),
