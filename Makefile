@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 30000
 # What the usual GPU image has beside torch 2.11, laid over the environment by tests/test_benchmarks.py.
 IMAGE := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
-.PHONY: demo test slow fast check style docs oldest newest versions
+.PHONY: demo test slow fast check style docs package oldest newest versions front-ends
 demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
@@ -27,6 +27,9 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+package: .venv/dev
+	.ci/package $(CURDIR)/$(BIN)/python
 
 style: .venv/dev
 	$(BIN)/ruff check --fix .
@@ -46,6 +49,11 @@ newest: .venv-newest/dev
 # The core beside the versions of transformers that other people's front ends pin.
 versions: .venv/dev
 	$(BIN)/python tests/versions.py 4.56.2 4.57.6 5.0.0 5.3.0 5.6.2 5.12.1 5.17.0 5.20.0
+
+# Whether other people's front ends and hf_power fit into one environment; installs nothing but the resolver.
+front-ends: .venv/dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/python tests/front_ends.py --uv $(BIN)/uv
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

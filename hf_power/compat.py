@@ -25,6 +25,10 @@ except ImportError:  # transformers 4 has it under another name; this can go whe
     from transformers import PretrainedConfig as PreTrainedConfig
 
 
+# The argument of from_config that transformers 4.55 and older call otherwise; this can go when the floor is 4.56.
+DTYPE = "dtype" if hasattr(PreTrainedConfig(), "dtype") else "torch_dtype"
+
+
 def arguments_of(config: type[PreTrainedConfig]) -> set[str]:
     """The arguments of a config class, which is no dataclass up to transformers 5.3."""
     if dataclasses.is_dataclass(config):
@@ -76,6 +80,17 @@ def own_flags(flags: list[str]) -> list[str]:
         own.append(flag)
     refuse_two_values(given, "command line")
     return own
+
+
+def sequences_per_step(trainer: Trainer) -> int:
+    """The sequences of an optimizer step over all processes, as a Trainer counts them.
+
+    transformers 4.55 and older have no method for it, and no parallelism to divide out; this can go when the floor is 4.56.
+    """
+    args = trainer.args
+    if hasattr(trainer, "get_total_train_batch_size"):
+        return int(trainer.get_total_train_batch_size(args)) // uncounted_sharers(trainer)
+    return int(trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def uncounted_sharers(trainer: Trainer) -> int:

@@ -19,14 +19,14 @@ from torch.utils.data import IterableDataset
 from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from hf_power.compat import uncounted_sharers
+from hf_power.compat import sequences_per_step
 from hf_power.records.errors import MissingPackageError, UserError
 from hf_power.schedule.words import describe, highest
 from hf_power.scheduler import PowerLR, get_power_schedule
 
 NAME = "power"
 MARK = "_finds_tokens_per_step"  # Of a create_scheduler that is wrapped already: the wrapper.
-TRAINER_PARTS = ("create_scheduler", "get_total_train_batch_size", "_get_collator_with_removed_columns")
+TRAINER_PARTS = ("create_scheduler", "_get_collator_with_removed_columns")
 SAMPLED_EXAMPLES = 64  # Tokens per sequence of padded data are averaged over so many examples.
 
 
@@ -258,7 +258,7 @@ def find_tokens_per_step(trainer: Trainer) -> int:
     Raises:
         UserError: if the tokens of a sequence cannot be counted; pass tokens_per_step in lr_scheduler_kwargs.
     """
-    sequences = trainer.get_total_train_batch_size(trainer.args) // uncounted_sharers(trainer)
+    sequences = sequences_per_step(trainer)
     if trainer.accelerator.split_batches:  # Then the per-device batch is already that of all processes.
         sequences = trainer._train_batch_size * trainer.args.gradient_accumulation_steps
     try:

@@ -171,7 +171,7 @@ class PowerLR(LRScheduler):
             RuntimeError: if a prepared scheduler runs far past its end, because its lengths were not multiplied.
         """
         before, calls = self._at.calls_per_step, PowerLR.calls_per_step()
-        if calls != before and not self._is_initial:
+        if calls != before and self._step_count:  # It is 0 in the step that torch's constructor makes.
             self.last_epoch = self.last_epoch * calls // before
             self._go_on_from(Progress(self._at.tokens, self._at.calls * calls // before, calls))
         calls, last = self._at.calls_per_step, self._lengths.num_training_steps

@@ -208,6 +208,8 @@ MISTAKES = [
     ("sweep grid.yaml --output_dir o --until -1 --tokens 1M --tokens_per_step 4k", "--until must be above 0"),
     ("sweep grid.yaml --output_dir o --until 1 --target nowhere.yaml", "there is no settings file at nowhere.yaml"),
     ("fit run --columns loss=l lr", "--columns takes pairs such as learning_rate=lr, got 'lr'"),
+    ("new", "the following arguments are required: folder, --from"),
+    ("new . --from llama", ". exists and is not empty: name a new folder"),
     ("doctor", "the following arguments are required: run"),
     ("doctor nowhere", "there is no run folder at nowhere"),
 ]

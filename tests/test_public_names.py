@@ -27,6 +27,7 @@ NAMES = [
 ]
 # Of each verb, without --help.
 FLAGS = {
+    "new": "from",
     "pretrain": """
         model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
         tie_word_embeddings num_local_experts num_experts_per_tok model_config mup base_width

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -16,6 +17,7 @@ from hf_power.records.files import read_record, refuse_at_work, refuse_pointer
 from hf_power.records.run import Model, Run
 
 _WHOLE = "pass a folder that was saved whole"
+_OF_A_MODEL = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
         if (folder / MANIFEST).exists() and (found := problems(folder)):
             raise UserError(f"the checkpoint {folder} cannot be used: {', '.join(found)}; take an earlier one.")
     else:
-        folder = _download(str(model))
+        folder = download(str(model))
         about = {"name": str(model), "revision": folder.name}
     if not (folder / "config.json").is_file() or not weight_files(folder):
         raise UserError(
@@ -128,11 +130,11 @@ def check_weights(folder: Path) -> None:
                 raise UserError(f"{path} cannot be read as safetensors ({error}): {_WHOLE}.") from error
 
 
-def _download(name: str) -> Path:
-    # What lies in folders of a repository, such as older checkpoints, is not the model.
-    files, folders = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"], ["*/*"]
+def download(name: str, files: Sequence[str] = _OF_A_MODEL) -> Path:
+    """The folder with files of a Hub repository; a NotFoundError for one that is not there, gated, or out of reach."""
     try:
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=folders))
+        # What lies in folders of a repository, such as older checkpoints, is not the model.
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except errors.HFValidationError as error:
         raise NotFoundError(f"there is no model at {name}: pass a folder, or a Hub repository.") from error
     except errors.GatedRepoError as error:

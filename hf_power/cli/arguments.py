@@ -182,6 +182,16 @@ class CoordCheckArguments:
 
 
 @dataclass(frozen=True)
+class NewArguments:
+    """Settings to begin with."""
+
+    folder: str = field(metadata={"positional": True, "help": "a new folder for sweep.yaml and target.yaml"})
+    source: str = field(
+        metadata={"option": "from", "help": "llama or mixtral (a trial of minutes), a config.json, or a Hub repository"}
+    )
+
+
+@dataclass(frozen=True)
 class SweepArguments:
     """A grid of small models."""
 

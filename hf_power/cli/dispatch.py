@@ -34,6 +34,7 @@ def _takes(kind: type) -> Callable[[str, str], Parser]:
 
 
 VERBS = {
+    "new": Verb(verbs.new, _takes(args.NewArguments)),
     "pretrain": Verb(verbs.pretrain, SettingsParser),
     "anneal": Verb(verbs.anneal, _takes(args.AnnealArguments)),
     "average": Verb(verbs.average, _takes(AverageArguments)),

@@ -13,6 +13,7 @@ from hf_power.cli.arguments import (
     ExportArguments,
     FitArguments,
     ForecastArguments,
+    NewArguments,
     PlanArguments,
     PublishArguments,
     ReportArguments,
@@ -128,6 +129,19 @@ def coord_check(arguments: CoordCheckArguments) -> int:
             print(f"control {name} ({CONTROLS[name].text}): {check.verdict}", flush=True)
             passed = passed and (name == BASELINE or not check.passed)
     return ExitCode.DONE if passed else ExitCode.FAILED
+
+
+def new(arguments: NewArguments) -> int:
+    """Settings to begin with: new my_run --from llama | Qwen/Qwen3-0.6B | path/to/config.json."""
+    from pathlib import Path
+
+    from hf_power.settings.new import new_run
+
+    for path in new_run(Path(arguments.folder), arguments.source):
+        print(f"wrote: {path}")
+    folder = arguments.folder
+    print(f"next: hf-power sweep {folder}/sweep.yaml --output_dir {folder}/sweep --dry_run")
+    return ExitCode.DONE
 
 
 def sweep(arguments: SweepArguments) -> int:

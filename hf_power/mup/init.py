@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_power.compat import PreTrainedConfig
+from hf_power.compat import DTYPE, PreTrainedConfig
 from hf_power.models import kind_of
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
 from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
@@ -26,7 +26,7 @@ class _StopForward(Exception):  # noqa: N818 - no error: it ends a forward pass 
 
 def new_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model for causal language modeling as transformers initializes it; dtype None takes the config's."""
-    kwargs = {} if dtype is None else {"dtype": dtype}
+    kwargs = {} if dtype is None else {DTYPE: dtype}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)
     return model
 

@@ -1,0 +1,75 @@
+"""`hf-power new`: settings to begin with, which the other verbs take as they are."""
+
+import json
+
+import pytest
+import yaml
+from sentences import refused
+from transformers import AutoConfig
+
+from hf_power.cli import main
+from hf_power.mup.scale import scale_width
+from hf_power.records.errors import UserError
+from hf_power.settings.new import new_run
+from hf_power.settings.settings import Settings
+from hf_power.sweep.grid import SCALED, load_grid
+
+QWEN = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "head_dim": 128}
+QWEN |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 400}
+
+
+def read(path):
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_family_gives_a_trial_that_the_other_verbs_take(tmp_path, family, capsys):
+    assert main(["new", str(tmp_path / "my run"), "--from", family]) == 0
+    said = capsys.readouterr().out
+    assert f"wrote: {tmp_path}/my run/sweep.yaml" in said
+    assert said.splitlines()[-1].startswith("next: hf-power sweep")
+    grid = load_grid(str(tmp_path / "my run/sweep.yaml"))
+    target = Settings.from_dict(read(tmp_path / "my run/target.yaml"))
+    assert grid.settings.model.model_type == target.model.model_type == family
+    # The proxies are the target at another width, on the same text in the same blocks.
+    assert grid.widths == (grid.settings.mup.base_width,)
+    proxy, scaled = grid.settings.model.config(), scale_width(target.model.config(), grid.widths[0])
+    names = (*SCALED, "num_hidden_layers", "model_type")
+    assert [getattr(proxy, name) for name in names] == [getattr(scaled, name) for name in names]
+    assert grid.settings.data == target.data
+    assert (tmp_path / "my run/target.yaml").read_text().count("EDIT") == 3
+
+
+def test_a_config_is_kept_and_gives_a_width_that_divides(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    for source in (tmp_path / "config.json", tmp_path):
+        made = new_run(tmp_path / f"made{source.suffix}", str(source))
+        assert [path.name for path in made] == ["config.json", "sweep.yaml", "target.yaml"]
+        config, sweep, target = made
+        assert json.loads(config.read_text()) == QWEN
+        # 64 would be a sixteenth, and less than NARROWEST.
+        assert read(sweep)["sweep"]["widths"] == [128]
+        assert read(sweep)["mup"] == {"base_width": 128}
+        assert read(sweep)["model"] == read(target)["model"] == {"model_type": "any", "model_config": str(config)}
+        assert read(sweep)["data"] == read(target)["data"]
+    scale_width(AutoConfig.from_pretrained(tmp_path), 128)
+
+
+def test_a_repository_of_the_hub_gives_its_config_and_its_tokenizer(tmp_path, hub):
+    hub.add_repo("some/model", {"config.json": json.dumps(QWEN).encode()})
+    made = new_run(tmp_path / "made", "some/model")
+    assert json.loads(made[0].read_text()) == QWEN
+    assert read(made[1])["data"]["tokenizer"] == "some/model"
+
+
+def test_what_is_refused(tmp_path):
+    (tmp_path / "odd.json").write_text(json.dumps(QWEN | {"num_key_value_heads": 1}))
+    with refused(UserError, "nor half of hidden_size 1024"):
+        new_run(tmp_path / "made", str(tmp_path / "odd.json"))
+    with refused(UserError, "there is no config at"):
+        new_run(tmp_path / "made", str(tmp_path / "none.json"))
+    with refused(UserError, "there is no folder no/such"):
+        new_run(tmp_path / "made", "no/such")
+    with refused(UserError, "exists and is not empty"):
+        new_run(tmp_path, "llama")
+    assert not (tmp_path / "made").exists()
