@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from examples import synthetic_rows
+from samples import synthetic_rows
 from warm import fork_workers
 
 import hf_power

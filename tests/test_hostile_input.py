@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from examples import FULL, ROW
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import FULL, ROW
 
 from hf_power import cli
 from hf_power.checkpoints.seal import problems, seal

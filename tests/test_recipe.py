@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from examples import FULL, LAW
+from samples import FULL, LAW
 from sentences import refused
 
 from hf_power import Recipe

@@ -1,7 +1,7 @@
 """Runs from elsewhere, and which runs may be fitted together."""
 
 import pytest
-from examples import ROW, record
+from samples import ROW, record
 from sentences import refused
 
 from hf_power.fit.elsewhere import read_csv

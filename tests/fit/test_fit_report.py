@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from examples import synthetic_rows
+from samples import synthetic_rows
 
 from hf_power import Recipe
 from hf_power.cli import run_verb

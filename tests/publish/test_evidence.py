@@ -7,8 +7,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from examples import FULL, record
 from fits import FIT
+from samples import FULL, record
 from sentences import refused
 
 from hf_power.cli import main

@@ -3,7 +3,7 @@ import multiprocessing
 from dataclasses import replace
 
 import pytest
-from examples import ROW, record
+from samples import ROW, record
 from sentences import refused
 
 from hf_power.records.rows import append_rows, load_rows
