@@ -50,7 +50,7 @@ FLAGS = {
     "publish": "repo license checkpoints private overwrite",
     "coord-check": "widths picture base_width steps device bf16 form fixed control controls",
     "sweep": "until tokens tokens_per_step width target output_dir dry_run workers",
-    "fit": "output_dir schedule batch_exponent critical_batch size columns block_size base_width weight_decay warmup_tokens"
+    "fit": "output_dir schedule batch_exponent critical_batch size compare columns block_size base_width weight_decay warmup_tokens"
     " decay_ratio decay_shape model_type tokenizer",
     "plan": """
         target parameters tokens tokens_per_step block_size devices flops_per_device utilisation output_dir

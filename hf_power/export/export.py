@@ -93,12 +93,17 @@ def export_model(
         proof = _write_and_prove(model, conversion, target, exact, folder)
         content = replace(content, proof=proof)
         _judge(content, proof)
-        for file in _COPIED:
-            if (model.folder / file).is_file():
-                shutil.copyfile(model.folder / file, folder / file)
-        add_older_names(folder)
+        _copy_beside(model.folder, folder)
         content.save(folder)
     return content
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """What lies beside the weights of a model, with names that older versions of transformers read."""
+    for file in _COPIED:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    add_older_names(folder)
 
 
 def export_text(content: Export) -> str:
