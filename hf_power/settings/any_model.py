@@ -19,15 +19,15 @@ from hf_power.records.files import parse_json
 WIDTHS = (64, 128, 256, 512)  # Of a coordinate check.
 DEEPEST = 4  # Layers of a model that is checked as it is; its rules are those of two layers.
 # What a published config.json says of its file, its code and its tokenizer, and not of the shape of the model.
-OF_THE_FILE = (
+OF_THE_FILE: tuple[str, ...] = (
     "architectures",
     "auto_map",
     "_name_or_path",
     "transformers_version",
     "dtype",
     "torch_dtype",
-    "use_cache",
 )
+OF_THE_FILE += ("use_cache", "quantization_config")
 OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class")
 # Arguments that configs take beside their fields, as files of older versions have them.
 BESIDE = {"model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "attn_implementation"}

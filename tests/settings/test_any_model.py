@@ -17,6 +17,7 @@ GEMMA |= {"num_key_value_heads": 1, "sliding_window": 16}
 # As published files have them: ids of another tokenizer, a dtype, remote code, and names of older versions.
 FILE = QWEN3 | {"bos_token_id": 151643, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "rope_theta": 5e5}
 FILE |= {"auto_map": {"AutoConfig": "configuration_qwen.Config"}, "architectures": ["Qwen3ForCausalLM"], "of_others": 1}
+FILE |= {"quantization_config": {"quant_method": "fp8"}}
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def test_a_file_is_the_shape_of_a_model_alone(settings, tmp_path):
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 4, 160)
     assert config.rope_parameters["rope_theta"] == 5e5
     assert not hasattr(config, "auto_map")
+    assert not hasattr(config, "quantization_config")
     assert not hasattr(config, "of_others")
     assert made.model.family == "qwen3"
     # A record has the shape itself, so that a run goes on where the file is not.
