@@ -9,8 +9,8 @@ from hf_power.fit.elsewhere import read_csv
 from hf_power.fit.fit import fit_law, fit_laws
 from hf_power.fit.forecast import fit_forecast, forecast_text
 from hf_power.fit.form import Critical, Size
-from hf_power.fit.published import compare, compared_text
-from hf_power.fit.result import FIT_FILE
+from hf_power.fit.published import Compared, compare, compared_text
+from hf_power.fit.result import FIT_FILE, Fit
 from hf_power.fit.text import fit_text
 from hf_power.plots.cells import pages_of, plot_cells
 from hf_power.plots.figures import require_matplotlib, save
@@ -103,6 +103,21 @@ def fit_sweep(
     # A law that makes no recipe is refused here, before anything is written.
     recipe = Recipe.from_fit(fit.to_json(), rows, laws, told)
     compared = compare(fit, recipe.base_width if recipe.parameterization == "mup" else None) if published else []
+    written = _save(folder, fit, recipe, compared)
+    text = [fit_text(fit), *([compared_text(compared)] if compared else [])]
+    text += ["\n".join(forecast_text(forecast))] if forecast else []
+    lines = [*problems, "\n\n".join(text), "", f"wrote: {', '.join(str(folder / name) for name in written)}"]
+    if from_csv:
+        how = f"muP of base width {from_csv.base_width}" if from_csv.base_width else "standard parameterization"
+        lines.append(
+            f"the recipe takes {how} (--base_width says muP); it leaves open: {', '.join(from_csv.open()) or 'nothing'}"
+        )
+    lines.append(f"next: hf-power plan {folder / FILE_NAME} --tokens 1T --tokens_per_step 4M --parameters 3.5B")
+    return "\n".join(lines)
+
+
+def _save(folder: Path, fit: Fit, recipe: Recipe, compared: Sequence[Compared]) -> list[str]:
+    """Write the files, and return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     fit.save(folder)
     recipe.save(folder / FILE_NAME)
@@ -113,17 +128,7 @@ def fit_sweep(
     for name, figure in figures:
         save(figure, folder / f"{name}.png")
         written.append(f"{name}.png")
-    text = [fit_text(fit), *([compared_text(compared)] if compared else [])]
-    text += ["\n".join(forecast_text(forecast))] if forecast else []
-    wrote = f"wrote: {', '.join(str(folder / name) for name in written)}"
-    lines = [*problems, "\n\n".join(text), "", wrote]
-    if from_csv:
-        how = f"muP of base width {from_csv.base_width}" if from_csv.base_width else "standard parameterization"
-        lines.append(
-            f"the recipe takes {how} (--base_width says muP); it leaves open: {', '.join(from_csv.open()) or 'nothing'}"
-        )
-    lines.append(f"next: hf-power plan {folder / FILE_NAME} --tokens 1T --tokens_per_step 4M --parameters 3.5B")
-    return "\n".join(lines)
+    return written
 
 
 class _Options(TypedDict):
