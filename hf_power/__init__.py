@@ -85,4 +85,9 @@ def _is_command_line() -> bool:
 
 
 if not _is_command_line():
-    __getattr__("register_power_scheduler")()
+    # Imported and not looked up, so that after a reload the names are those of the reloaded modules.
+    from hf_power.register import register_power_scheduler
+    from hf_power.schedule import power_lr
+    from hf_power.scheduler import PowerLR, get_power_schedule
+
+    register_power_scheduler()
