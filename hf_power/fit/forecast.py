@@ -177,7 +177,7 @@ def _missing(terms: _Terms, size: str | None, losses: _Losses) -> list[str]:
     n, t, b = (float(np.exp(losses.logs[0, column])) for column in (0, 1, 3))
     found = []
     if not terms.size:
-        one = f"one {size}, {n:,.0f}" if size else "sizes that the rows do not tell"
+        one = f"one size, {n:,.0f} ({size})" if size else "sizes that the rows do not tell"
         found.append(f"the cells have {one}: the forecast cannot say the loss of another model, sweep a second size")
     if not terms.tokens:
         found.append(
