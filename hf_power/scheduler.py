@@ -1,4 +1,4 @@
-"""The Power schedule as a PyTorch scheduler, with lengths in steps; uses private parts of torch."""
+"""The Power schedule as a PyTorch scheduler, with lengths in steps."""
 
 import inspect
 import warnings

@@ -93,10 +93,7 @@ def export_model(
         proof = _write_and_prove(model, conversion, target, exact, folder)
         content = replace(content, proof=proof)
         _judge(content, proof)
-        for file in _COPIED:
-            if (model.folder / file).is_file():
-                shutil.copyfile(model.folder / file, folder / file)
-        add_older_names(folder)
+        _copy_beside(model.folder, folder)
         content.save(folder)
     return content
 
@@ -152,6 +149,13 @@ def _made_whole(output: Path) -> Iterator[Path]:
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for file in _COPIED:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    add_older_names(folder)
 
 
 def _target_config(source: Source, donor: PreTrainedConfig, dtype: str) -> PreTrainedConfig:
