@@ -67,7 +67,7 @@ def check_parts(names: Iterable[str]) -> None:
         if not hasattr(Trainer, part):
             raise MissingPackageError(
                 f"this part of hf_power builds on Trainer.{part}, which transformers {transformers.__version__} does not "
-                "have: the schedule, muP, fit and plan need transformers 4.56 or newer, hf-power's own training 5.3."
+                "have: the schedule, muP, fit and plan need transformers 4.52.3 or newer, hf-power's own training 5.3."
             )
 
 

@@ -203,7 +203,7 @@ def test_foreign_power_is_refused(tmp_path):
 
 def test_a_changed_part_of_transformers_is_named_at_import(monkeypatch):
     monkeypatch.delattr(Trainer, "_get_collator_with_removed_columns")
-    with refused(ImportError, "builds on Trainer._get_collator_with_removed_columns", "transformers 4.56 or newer"):
+    with refused(ImportError, "builds on Trainer._get_collator_with_removed_columns", "transformers 4.52.3 or newer"):
         register_power_scheduler()
 
 

@@ -159,6 +159,13 @@ def _made_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _copy_beside(source: Path, folder: Path) -> None:
+    for file in _COPIED:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
+    add_older_names(folder)
+
+
 def _target_config(source: Source, donor: PreTrainedConfig, dtype: str) -> PreTrainedConfig:
     """The config with what the other family knows of it, and with the multipliers only if that is a muP family."""
     config, config_class = source.config, source.to.config_class
