@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from hf_power.mup.config import PRESETS
 from hf_power.recipe.forecast import Forecast
-from hf_power.recipe.proxies import MUP, mup_of
+from hf_power.recipe.proxies import MUP, proxies_settings
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
@@ -225,7 +225,7 @@ class Recipe:
             a, intervals["a"] = found.power["a"], found.power["interval"]
         caps = [row.max_lr for row in rows if row.schedule == "power" and row.max_lr is not None]
         law = {f.name: getattr(found.law, f.name) for f in fields(Law)} | {"a": a}
-        numbers = {**law, **({"max_lr": max(caps)} if caps else {}), **_proxies_settings(rows), **(told or {})}
+        numbers = {**law, **({"max_lr": max(caps)} if caps else {}), **proxies_settings(rows), **(told or {})}
         flops = sum(row.trained_tokens * row.flops_per_token for row in rows)
         about = {name: getattr(rows[0], name) for name in ("data", "versions", "hardware", "settings")}
         provenance = {
@@ -341,24 +341,3 @@ def _other_file(content: Mapping[str, object]) -> str | None:
         "an eval.json": {"metrics", "model"},
     }
     return next((what for what, keys in marks.items() if keys <= set(content)), None)
-
-
-def _proxies_settings(rows: Sequence[Row]) -> dict[str, object]:
-    """What the runs of the sweep were made with, as far as their rows tell."""
-    first = rows[0]
-    names = ("model_type", "weight_decay", "decay_shape")
-    found: dict[str, object] = {name: value for name in names if (value := getattr(first, name)) is not None}
-    if first.warmup_tokens is not None:
-        # Warmups are whole steps, and that of the smallest batch comes nearest to what was asked for.
-        found["warmup_tokens"] = max(row.warmup_tokens or 0 for row in rows)
-    found["tokenizer"] = first.data.get("tokenizer")
-    if first.settings:
-        found |= mup_of(first)
-    if first.decay_tokens is not None:
-        longest = max(rows, key=lambda row: row.tokens / row.tokens_per_step)
-        steps = longest.tokens // longest.tokens_per_step
-        tail = (longest.decay_tokens or 0) // longest.tokens_per_step
-        # A tail is a whole number of steps: the shortest ratio that gives it is the one that was asked for.
-        ratios = (round(tail / steps, digits) for digits in range(1, 16))
-        found["decay_ratio"] = next((ratio for ratio in ratios if round(ratio * steps) == tail), tail / steps)
-    return found

@@ -22,7 +22,8 @@ from hf_power.settings.settings import Settings
 from hf_power.sweep.grid import Grid, Sections, few_digits
 from hf_power.sweep.jobs import Group, row_value
 from hf_power.sweep.run import run_sweep
-from hf_power.verify.page import Coordinates, Foreseen, Page, judge, page_text, plot_verify
+from hf_power.verify.page import Coordinates, Foreseen, Page, judge, page_text
+from hf_power.verify.picture import plot_verify
 
 FACTORS = (0.5, 1.0, 2.0)
 # Factors of 2 that are added beyond an edge, up to a factor of 8 either way.

@@ -1,26 +1,18 @@
-"""The page of a check: how much the recipe's learning rate loses against the best one, the verdict, and the picture."""
+"""The page of a check: how much the recipe's learning rate loses against the best one, and the verdict."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_power.plots.figures import BLACK, GRAY, LEGEND, RED, STRONG, new_figure
 from hf_power.recipe import Recipe
 from hf_power.records.rows import Row
 from hf_power.records.schema import Json, encode
 from hf_power.sweep.jobs import Group, row_value
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 SCHEMA = 1
-COLORS = {"passed": "darkgreen", "inconclusive": "darkorange", "FAILED": "darkred"}
 # More than anybody runs for a check.
 MOST_SEEDS = 32
 
@@ -304,48 +296,3 @@ def page_text(page: Page) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def plot_verify(page: Page) -> "Figure":
-    """Loss over the factor on the recipe's learning rate, the band of tolerance above the best one, and the verdict."""
-    points, parabola = page.points, page.parabola
-    finite = [point.loss for point in points if math.isfinite(point.loss)]
-    factors = [point.factor for point in points]
-    figure = new_figure(6.4, 4.8)
-    panel = figure.subplots()
-    panel.set_xscale("log", base=2)
-    if finite:
-        best = min([*finite, parabola.min_loss] if parabola else finite)
-        label = f"within {page.tolerance:g} nats of the best"
-        panel.axhspan(best, best + page.tolerance, color="#009e73", alpha=0.2, linewidth=0, label=label)
-    else:
-        panel.set_yticks([])
-    if parabola:
-        optimum, lowest = parabola.optimum_factor, parabola.min_loss
-        x = np.geomspace(min(factors), max(factors), 100)
-        panel.plot(x, lowest + parabola.curvature * np.log2(x / optimum) ** 2, color=GRAY, label="parabola")
-        panel.plot(optimum, lowest, "v", color=GRAY, markersize=8, label=f"its optimum, {optimum:.2f} times")
-    for point in points:
-        _draw_point(panel, point)
-    panel.set_xlim(min(factors) / 1.25, max(factors) * 1.25)
-    panel.set_xticks(factors, [f"{factor:g}" + (" (recipe)" if factor == 1 else "") for factor in factors])
-    panel.minorticks_off()
-    panel.set_xlabel("factor on the recipe's learning rate")
-    panel.set_ylabel("held-out loss (nats per token)")
-    panel.ticklabel_format(axis="y", useOffset=False)
-    panel.grid(alpha=0.3)
-    title = [f"Check before the run: {page.verdict}", *(textwrap.fill(x, 75) for x in page.reasons)]
-    figure.suptitle("\n".join(title), fontsize=11, color=COLORS[page.verdict])
-    if finite:
-        figure.legend(ncols=3, **LEGEND)
-    return figure
-
-
-def _draw_point(panel: "Axes", point: Point) -> None:
-    if math.isfinite(point.loss):
-        color = STRONG if point.factor == 1 else BLACK
-        panel.errorbar(point.factor, point.loss, yerr=point.sd, fmt="o", color=color, markersize=8, capsize=4)
-        return
-    top = panel.get_xaxis_transform()
-    panel.plot(point.factor, 0.95, "x", color=RED, markersize=10, markeredgewidth=2.5, transform=top)
-    panel.text(point.factor, 0.9, "diverged", color=RED, ha="center", va="top", transform=top)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pictures import legend, lines, xy
 
-from hf_power.verify.page import plot_verify
+from hf_power.verify.picture import plot_verify
 
 matplotlib = pytest.importorskip("matplotlib")
 
