@@ -82,8 +82,8 @@ EXPECTED = (
 )
 # What is read from the rows of size cpu as they lie there; a measurement made anew needs other words.
 FINDINGS = (
-    "* **Under muP the best rate of Qwen3 and Qwen3-MoE moves by less than .1 octave, and Gemma 2's by a quarter**, on the mean of two "
-    "seeds; under standard parameterization by .5, .8 and 1.5. Two seeds leave an interval wider than a quarter of an octave, so that "
+    "* **Under muP the best rate of Qwen3 and Qwen3-MoE moves by .1 octave or less, and Gemma 2's by a quarter**, on the mean of two "
+    "seeds; under standard parameterization by .6, .8 and 1.5. Two seeds leave an interval wider than a quarter of an octave, so that "
     "less than that is what was measured, and is not proven.",
     "* **OLMo 2 is far from it.** It normalizes what a branch puts out, as Gemma 2 does, which makes its matrices scale-invariant: a matrix "
     "then grows by its updates, which turns its effective rate down, and grows the more the narrower the model, since the rate over the "
@@ -91,10 +91,10 @@ FINDINGS = (
     "with both seeds a lower one at .13, at width 128 that of .016 to .03 alone, of the rates up to .06. No drift can be read from so "
     "small a model. Fan et al. (arXiv:2510.15262) find that the effective rate of scale-invariant models depends on the width, and let "
     "weight decay grow as its root; that was not tried. The coordinate check, of a few steps from the first weights, cannot see this.",
-    "* **With muP's embedding rate alone the optimum goes up**, by 1.2 octaves in Qwen3: its hidden matrices have muP's rates, but begin "
+    "* **With muP's embedding rate alone the optimum goes up**, by about an octave in Qwen3 and Qwen3-MoE and a third in Gemma 2: the hidden matrices have muP's rates, but begin "
     "twice as large. What was expected of it was wrong.",
     "* The drift alone is measured, not which way is better. At its own best rate standard parameterization has the lower loss at width 128, "
-    "by .01 to .07 nats, and where it was run the embedding rate one lower still: their first weights are twice those of muP there, and the "
+    "by .01 to .07 nats, and the embedding rate one lower still: their first weights are twice those of muP there, and the "
     "init was not tuned.",
 )
 FIRST_TRY = (
