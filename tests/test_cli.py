@@ -210,6 +210,10 @@ MISTAKES = [
     ("fit run --columns loss=l lr", "--columns takes pairs such as learning_rate=lr, got 'lr'"),
     ("new", "the following arguments are required: folder, --from"),
     ("new . --from llama", ". exists and is not empty: name a new folder"),
+    ("report", "the following arguments are required: folder"),
+    ("report nowhere", "there is no folder nowhere: pass the one that"),
+    ("forecast", "there are no loss curves: name CSVs with step, lr and loss"),
+    ("forecast --curves nowhere.csv", "there is no loss curve at nowhere.csv"),
     ("doctor", "the following arguments are required: run"),
     ("doctor nowhere", "there is no run folder at nowhere"),
 ]

@@ -288,7 +288,7 @@ def report(arguments: ReportArguments) -> int:
     """One page of all results below a folder, for a reviewer to read and sign: report runs/."""
     from hf_power.publish.evidence import write_evidence
 
-    print(f"page: {write_evidence(arguments.folder, arguments.output)}")
+    print(ending(None, write_evidence(arguments.folder, arguments.output)))
     return ExitCode.DONE
 
 

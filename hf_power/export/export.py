@@ -98,14 +98,6 @@ def export_model(
     return content
 
 
-def _copy_beside(source: Path, folder: Path) -> None:
-    """What lies beside the weights of a model, with names that older versions of transformers read."""
-    for file in _COPIED:
-        if (source / file).is_file():
-            shutil.copyfile(source / file, folder / file)
-    add_older_names(folder)
-
-
 def export_text(content: Export) -> str:
     """The content of export.json in a few lines for a person."""
     proof, source = content.proof or Proof(), content.source

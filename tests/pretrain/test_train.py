@@ -420,4 +420,4 @@ def test_processes_that_do_not_know_of_each_other_are_refused(sections, tmp_path
 def test_every_method_that_power_trainer_replaces_is_checked_at_import():
     own = {name for name, value in vars(PowerTrainer).items() if callable(value) and not name.startswith("__")}
     assert set(REPLACED) == {name for name in own if hasattr(Trainer, name)}
-    assert own - set(REPLACED) == {"_stop_if_too_many", "_go_on_with_log", "_since_log"}
+    assert own - set(REPLACED) == {"_stop_if_too_many", "_go_on_with_log", "_since_log", "_save_sharded"}

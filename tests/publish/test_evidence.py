@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("sweep", "plan", "check", "big/checkpoint-4", "old"):
         (folder / name).mkdir(parents=True)
-    rows = [record(id="a", seconds=60.0), record(id="b", seed=1, status="diverged", reason="it did", loss=None)]
+    rows = [record(id="a", seconds=57.5), record(id="b", seed=1, status="diverged", reason="it did", loss=None)]
     append_rows(folder / "sweep/sweep.jsonl", rows)
     append_rows(folder / "check/sweep.jsonl", [record(id="c", trained_tokens=500_000)])
     FIT.save(folder / "sweep")
@@ -101,7 +101,7 @@ def test_each_record_says_its_result(page):
 def test_costs_are_summed_by_what_was_trained(page):
     costs = page.text.partition("What it cost")[2].partition("Where it comes from")[0]
     # Both proxies have 1M tokens at 4e5 FLOPs, the check has half of one, and the run has 4M at 1e6.
-    assert re.search(r"proxies 2M 8e\+11 1\.04 minutes", costs)
+    assert re.search(r"proxies 2M 8e\+11 1 minutes", costs)
     assert re.search(r"check 500k 2e\+11 2\.5 seconds", costs)
     assert re.search(r"runs 4M 4e\+12 1\.5 minutes", costs)
 
@@ -127,7 +127,7 @@ def test_what_a_record_says_is_no_markup(folder):
 
 def test_the_verb_writes_it(folder, tmp_path, capsys):
     assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().out == f"page: {tmp_path / 'page.html'}\n"
+    assert capsys.readouterr().out == f"wrote: {tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text() == make_evidence(folder)
 
 
