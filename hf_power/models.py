@@ -176,7 +176,9 @@ def _attention_head_dim(config: PreTrainedConfig) -> float:
 
 
 def _earlier_positions(config: PreTrainedConfig, block_size: int) -> float:
-    """Positions that a token attends to, as a mean over a block, summed over the layers."""
+    """Positions that a token attends to, as a mean over a block, summed over the layers; none where no block is."""
+    if not block_size:
+        return 0.0
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     sizes = {"sliding_attention": window, "chunked_attention": chunk and chunk / 2}
     if attends_to_all(config):

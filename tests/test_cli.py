@@ -136,7 +136,7 @@ def here(tmp_path_factory):
 
 MISTAKES = [
     ("pretrian", "the verb 'pretrian' is unknown: did you mean pretrain?"),
-    ("qwerty", "the verb 'qwerty' is unknown: use one of pretrain, anneal"),
+    ("qwerty", "the verb 'qwerty' is unknown: use one of new, pretrain, anneal"),
     ("pretrain", "output_dir is missing"),
     ("pretrain nowhere.yaml", "there is no settings file at nowhere.yaml"),
     ("pretrain broken.yaml", "broken.yaml is not YAML"),
@@ -149,7 +149,10 @@ MISTAKES = [
     ("pretrain good.yaml --bf16 maybe", "argument --bf16: Truthy value expected: got maybe"),
     ("pretrain good.yaml target.yaml", "'target.yaml' belongs to no option"),
     ("pretrain good.yaml --output_dir o --tokens many", "tokens must be a number of tokens such as 30M"),
-    ("pretrain good.yaml --output_dir o --model_type gpt2", "there is no muP rule for model_type 'gpt2'"),
+    (
+        "pretrain good.yaml --output_dir o --model_type gpt2",
+        "model_type 'gpt2' has no sizes here: use llama or mixtral, or any with a model_config of that model_type",
+    ),
     ("pretrain good.yaml --output_dir o --recipe nowhere.json", "there is no recipe at nowhere.json"),
     ("pretrain good.yaml --output_dir run", "the output folder run holds a run already"),
     ("pretrain good.yaml --output_dir o --resume_from_checkpoint o/checkpoint-8", "there is no checkpoint at o/checkp"),

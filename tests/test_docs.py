@@ -63,7 +63,7 @@ SMALL = {
     r"base_width=\d+": "base_width=32",
     r"max_steps=[\d_]+": "max_steps=2",
     r"warmup_steps=[\d_]+": "warmup_steps=1",
-    r"tokens=[\d_e]+": "tokens=4096",
+    r"\btokens=[\d_e]+": "tokens=81920",
 }
 
 

@@ -96,3 +96,15 @@ def test_two_processes_double_the_batch(place):
     changes = {"config_file": ROOT / "scripts/accelerate/cpu.yaml", "num_machines": 1, "num_processes": 2}
     changes |= {"main_process_ip": "127.0.0.1", "main_process_port": 0, "output_dir": place / "two"}
     assert run(place, "On", **changes)[1][:-1] == law(0.003, processes=2)
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    """Its last line of each cell is a figure or nothing; Jupyter itself is not needed."""
+    monkeypatch.chdir(ROOT)
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    space = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), space)
+    assert space["check"].passed
+    assert space["low"] < space["rate"] < space["high"]

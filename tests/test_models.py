@@ -58,7 +58,7 @@ OTHERS = {
 def test_flops_of_other_families_are_those_that_torch_counts(kind, sizes):
     """Latent attention has scores of 24 features and values of 12; shared experts, biases and projections are in it too."""
     shape = {"vocab_size": 300} if kind == "gpt2" else SHAPE
-    config = AutoConfig.for_model(kind, **shape, **{"pad_token_id": None, **sizes})
+    config = AutoConfig.for_model(kind, **{**shape, "pad_token_id": None, **sizes})
     config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     ids = torch.randint(300, (2, 48))

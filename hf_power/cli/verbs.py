@@ -80,7 +80,7 @@ def average(arguments: AverageArguments) -> int:
     run = evaluate_average(folder, arguments.dataset)
     if run is not None and run.average is not None:
         print(f"{run_text(run)}; {run.average.kind} average of {len(run.average.tokens)} checkpoints")
-    print(f"model: {folder}")
+    print(ending(f"hf-power evaluate {folder}", folder))
     return ExitCode.DONE
 
 
@@ -105,7 +105,7 @@ def schedule(arguments: ScheduleArguments) -> int:
     planned = arguments.planned()
     print(schedule_text(arguments, planned))
     if arguments.picture:
-        print(f"picture: {save(plot_rates(planned, arguments.versus), arguments.picture)}")
+        print(ending(None, save(plot_rates(planned, arguments.versus), arguments.picture)))
     return ExitCode.DONE
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_power.fit.headline import headline as fit_headline
 from hf_power.fit.result import FIT_FILE, Fit
+from hf_power.plan.plan import headline as plan_headline
 from hf_power.plan.record import PLAN_FILE, Plan, duration
 from hf_power.plots.figures import si
 from hf_power.publish.card import EVIDENCE_FILE
@@ -34,6 +36,8 @@ READINGS = {
     "the others, says that the law has the wrong form for these runs.",
     "map": "The surface shows what another pair (a, b) would cost on the same cells. A narrow valley says that the "
     "exponents are well known; a flat one says that they are not, which matters beyond the range of the proxies.",
+    "compare": "What the fitted law and published ones would have cost on these cells. Laws of others were found on other text, "
+    "models and optimizers: one that costs much here is not wrong there.",
     "plan": "The learning rate of the planned run, with the band in which the best one lies. A wide band at the end of the "
     "run says that the horizon is far from what the proxies have seen.",
     "verify": "The loss at the recipe's own learning rate and at others around it. The recipe passes if its own point lies "
@@ -204,35 +208,25 @@ def _law(path: Path, place: str, _costs: _Costs) -> Section:
         ("trusted up to, tokens", si(seen.extrapolates_to.tokens)),
         ("trusted up to, tokens per step", f"{seen.extrapolates_to.tokens_per_step:,}"),
     ]
-    pictures = _pictures(path.parent, "law", "map", "cells", "cells-*")
-    return Section("Law", place, _law_conclusion(fit), numbers=numbers, notes=fit.warnings, pictures=pictures)
-
-
-def _law_conclusion(fit: Fit) -> str:
-    tokens, per_step = fit.validity.tokens[1], fit.validity.tokens_per_step[1]
-    size = None
-    if fit.law.size:
-        size = max(cell.size_of(fit.law) or 0 for cell in fit.cells)
-    rate, low, high = fit.predict(tokens, per_step, size)
-    return (
-        f"At {si(tokens)} tokens and {per_step:,} tokens per step, the best peak of {fit.schedule} is {rate:.2g} "
-        f"(95 %: {low:.2g} to {high:.2g})."
-    )
+    pictures = _pictures(path.parent, "law", "map", "compare", "cells", "cells-*")
+    return Section("Law", place, _sentence(fit_headline(fit)), numbers=numbers, notes=fit.warnings, pictures=pictures)
 
 
 def _plan(path: Path, place: str, _costs: _Costs) -> Section:
     plan = Plan.load(path.parent)
-    compute, law = plan.compute, plan.law
-    top = max(plan.curve, key=lambda point: point.lr)
+    compute, law, loss = plan.compute, plan.law, ""
+    if plan.loss is not None:
+        loss = f"{plan.loss.loss:.3f} (95 %: {plan.loss.low:.3f} to {plan.loss.high:.3f})"
     return Section(
         "Plan",
         place,
-        f"A model of {si(plan.target.parameters)} parameters and {si(plan.target.tokens)} tokens takes "
-        f"{duration(compute.days)} on {compute.devices} devices; its learning rate is at most {top.lr:.2g}.",
+        # The third part counts the warnings, which the page shows by themselves.
+        _sentence("; ".join(plan_headline(plan).split("; ")[:2])),
         numbers=[
             ("tokens per step", f"{plan.tokens_per_step:,}"),
             ("steps", f"{plan.target.steps:,}"),
             ("law", f"min({law.max_lr:g}, {law.a:.4g} * beta^{law.batch_exponent:.4g} * n^{law.b:.4g})"),
+            *([("loss at the end, nats per token", loss)] if loss else []),
             ("FLOPs", f"{compute.flops:.3g}"),
             ("assumed share of the devices' peak", f"{compute.utilisation:.0%}"),
             *((f"learning rate, {point.what}", f"{point.lr:.3g}") for point in plan.milestones),
@@ -249,6 +243,7 @@ def _verify(path: Path, place: str, costs: _Costs) -> Section:
         _add_rows(costs, "check", load_rows(rows_path)[0])
     verdict, reasons = str(page["verdict"]), [str(reason) for reason in _items(page, "reasons")]
     cell = page.part("cell")
+    what = {"passed": "holds", "FAILED": "fails"}.get(verdict, "is neither proved nor refuted")
     numbers = [(name.replace("_", " "), _number(cell[name])) for name in ("width", "tokens_per_step", "tokens")]
     numbers += [("tolerance, nats per token", _number(page["tolerance"])), ("regret", _number(page["regret"]))]
     if interval := _items(page, "regret_interval"):
@@ -258,7 +253,8 @@ def _verify(path: Path, place: str, costs: _Costs) -> Section:
     return Section(
         "Check before the run",
         place,
-        f"The check has {verdict.lower()}" + (f": {'; '.join(reasons)}." if reasons else "."),
+        f"The recipe's learning rate {what} at width {numbers[0][1]}, {numbers[2][1]} tokens and {numbers[1][1]} per step"
+        + (f": {'; '.join(reasons)}." if reasons else "."),
         verdict=verdict.lower(),
         numbers=numbers,
         notes=[str(warning) for warning in _items(page, "warnings")],
@@ -324,6 +320,10 @@ def _items(facts: Facts, name: str) -> list[object]:
 
 def _objects(facts: Facts, name: str) -> list[Facts]:
     return [item for item in _items(facts, name) if isinstance(item, Facts)]
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _number(value: object) -> str:

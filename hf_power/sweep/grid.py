@@ -181,10 +181,7 @@ def _tokens(values: dict[str, object], key: str, where: str) -> int | None:
     value = values.get(key)
     if value is None:
         return None
-    tokens = parse_tokens(value, f"{where}.{key}")
-    if tokens < 0:
-        raise UserError(f"{where}.{key} must not be negative, got {value!r}: correct it.")
-    return tokens
+    return parse_tokens(value, f"{where}.{key}")
 
 
 def _number(value: object, name: str, low: float, high: float) -> float:

@@ -266,7 +266,9 @@ def test_there_and_back_is_bit_equal_with_powers_of_two(kind, source, tmp_path):
     before, after = tensors(folder), tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    # The names of older versions come on top.
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: back[name] for name in config} == config
 
 
 def test_stacked_experts_are_gathered_from_several_shards(source, tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ def test_from_rows_to_recipe_to_plan(sweep, tmp_path, capsys):
     assert recipe.a == pytest.approx(1.5, rel=0.02)
     assert (recipe.max_lr, recipe.decay_ratio, recipe.decay_shape, recipe.warmup_tokens) == (0.05, 0.2, "1-sqrt", 8192)
     assert (recipe.tokenizer, recipe.model_type, recipe.base_width) == ("t", "llama", 32)
-    assert "fit.json, recipe.json, cells.png, law.png, map.png" in text
+    for name in ("fit.json", "recipe.json", "cells.png", "law.png", "map.png"):
+        assert f"{sweep / name}" in text.partition("wrote: ")[2]
     for name in ("cells", "law", "map"):
         assert (sweep / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

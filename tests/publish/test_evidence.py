@@ -90,10 +90,10 @@ def page(folder):
 def test_each_record_says_its_result(page):
     assert "2 runs took 2M tokens: 1 finished, 1 diverged and 0 failed." in page.text
     # 0.02 * 2**0.7 * 8e6**-0.3 and the interval of the scatter, 2**(1.96 * 0.12) to either side.
-    assert "At 8M tokens and 8,192 tokens per step, the best peak of warmup_stable_decay is 0.00028" in page.text
-    assert "(95 %: 0.00023 to 0.00032)" in page.text
-    assert "A model of 1M parameters and 10M tokens takes" in page.text
-    assert "The check has failed: the best learning rate lies beyond 2 times the recipe's." in page.text
+    assert "At 8,000,000 tokens and 8,192 per step use a peak of 0.00028 (0.00023 to 0.00032) with warmup" in page.text
+    assert "10,002,432 tokens are 1,221 steps of 8,192, under a second on 8 devices; Power peaks at" in page.text
+    where = "at width 64, 2,000,000 tokens and 8,192 per step"
+    assert f"rate fails {where}: the best learning rate lies beyond 2 times the recipe's." in page.text
     assert "big has finished after 4M tokens, held-out loss 3.2500 nats per token." in page.text
     assert "of-a-checkpoint" not in page.text
 

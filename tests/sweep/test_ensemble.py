@@ -135,7 +135,7 @@ def test_every_step_is_that_of_pretraining(bench, make_grid, tmp_path, monkeypat
         for beside in besides:
             assert beside[:, i] == pytest.approx(expected, abs=2e-5)
         for ensemble in ensembles:
-            assert ensemble.held_out_losses()[i] == pytest.approx(record["held_out_loss"], abs=1e-5)
+            assert ensemble.held_out_losses()[i] == pytest.approx(record["held_out_loss"], abs=4e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
