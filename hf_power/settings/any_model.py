@@ -71,6 +71,10 @@ def mapping_of(source: object, where: str) -> dict[str, object]:
     Raises:
         UserError: no mapping, a model_type that transformers does not have, or a name that its config does not know.
     """
+    if source is None:
+        raise UserError(
+            f"model_type any needs a {where}: give a mapping of config arguments or the path of a config.json."
+        )
     if isinstance(source, str) and not source.lstrip().startswith("{"):
         if (path := config_file(source)) is None:
             raise UserError(f"{where} must be a mapping of config arguments or a config.json, got {shown(source)}.")

@@ -122,7 +122,7 @@ def test_the_verb_takes_any_model_in_yaml(tmp_path, capsys):
     assert "FAILED" in capsys.readouterr().out
     (tmp_path / "any.yaml").write_text(yaml.safe_dump({"model": {"model_type": "any"}}))
     assert main(arguments) == 2
-    assert "model_config needs a model_type" in capsys.readouterr().err
+    assert "model_type any needs a model_config" in capsys.readouterr().err
     assert main(["coord-check", str(tmp_path / "none.json")]) == 2
     assert "there is no config at" in capsys.readouterr().err
     (tmp_path / "mamba.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}))
