@@ -23,9 +23,12 @@ _TRIAL = {
     "batches": "[256, 512, 1024]",
     "horizons": "[128k, 256k, 512k]",
     "warmup": "8k",
-    "rates": "[0.008, 0.016, 0.032]",
+    # The trial's optima lie among these four; a rate that the sweep has to add beyond an edge waits for all before it.
+    "rates": "[0.004, 0.008, 0.016, 0.032]",
     "budget": "60M",
+    "max_eval_tokens": "32k",
     "tokens": "2M",
+    "verify_tokens": "500k",
     "tokens_per_step": "2048",
     "batch_size": "32",
 }
@@ -37,7 +40,9 @@ _REAL = _TRIAL | {
     "warmup": "1M",
     "rates": "[0.004, 0.008, 0.016]",
     "budget": "4B",
+    "max_eval_tokens": "64k",
     "tokens": "2B",
+    "verify_tokens": "64M",
     "tokens_per_step": "131072",
     "batch_size": "128",
 }

@@ -11,6 +11,7 @@ import torch
 from hf_power.models import flops_per_token
 from hf_power.settings.settings import Settings
 from hf_power.sweep.aim import Aim
+from hf_power.sweep.crew import parts_of
 from hf_power.sweep.ensemble import Ensemble, Member
 from hf_power.sweep.grid import Grid
 from hf_power.sweep.jobs import Group, groups_of, job_tokens, start_jobs
@@ -29,7 +30,8 @@ ROW_BYTES = 3000
 class GroupCost:
     """What a group will cost: tokens with its trunks counted once, or for each row; seconds of one worker.
 
-    `stackable` says whether its members can be computed as one, see `hf_power.sweep.stacked.can_be_stacked`.
+    `stackable` says whether its members can be computed as one, see `hf_power.sweep.stacked.can_be_stacked`, and `divided`
+    whether they are shared out among the workers.
     """
 
     name: str
@@ -40,6 +42,7 @@ class GroupCost:
     seconds: float
     state_bytes: int
     stackable: bool = True
+    divided: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Estimate:
 
     @classmethod
     def of(cls, groups: Sequence[GroupCost], workers: int) -> "Estimate":
-        """The estimate of all groups, of which none is ever divided among the workers."""
+        """The estimate of all groups."""
         runs, seconds = sum(group.runs for group in groups), [group.seconds for group in groups]
         return cls(
             groups,
@@ -66,7 +69,7 @@ class Estimate:
             tokens=sum(group.tokens for group in groups),
             tokens_without_sharing=sum(group.tokens_without_sharing for group in groups),
             flops=sum(group.flops for group in groups),
-            seconds=max(*seconds, sum(seconds) / workers),
+            seconds=max([sum(seconds) / workers, *(group.seconds for group in groups if not group.divided)]),
             bytes=runs * ROW_BYTES + workers * max(group.state_bytes for group in groups),
         )
 
@@ -100,6 +103,7 @@ def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = N
                 seconds=tokens * trial.seconds_per_token + runs * trial.seconds_per_evaluation,
                 state_bytes=trial.state_bytes,
                 stackable=trial.stackable,
+                divided=len(parts_of(job)) > 1,
             )
         )
     torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from multiprocessing.sharedctypes import SynchronizedArray
+from multiprocessing.sharedctypes import Synchronized
 from types import TracebackType
 
 import torch
@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from hf_power.records.machine import keep_freed_memory
 from hf_power.records.rows import ROWS_FILE, Row
 from hf_power.register import register_power_scheduler
+from hf_power.sweep.ensemble import BATCHED_CPU_TOKENS
 from hf_power.sweep.grid import Grid
-from hf_power.sweep.jobs import Group, Job, job_tokens, next_job
+from hf_power.sweep.jobs import Group, Job, job_tokens, missing, next_job
 from hf_power.sweep.trunks import Bench, prepare, run_group, run_job, sweep_rows
 
 # Variables by which accelerate's launcher tells a process which one of them it is.
@@ -32,6 +33,9 @@ class Crew:
 
     The bar counts tokens, of all that is expected and not trained yet; learning rates that are added make it longer. It
     shows the best learning rate of the cell that was measured last.
+
+    Workers take single runs, so that one group keeps all of them busy; up to BATCHED_CPU_TOKENS tokens per step the runs of
+    a group are computed as one and stay together. The rows are the same either way.
 
     Args:
         bench: the grid, its data and its folder.
@@ -48,8 +52,8 @@ class Crew:
         self._pool: ProcessPoolExecutor | None = None
         # Spawned, because torch's threads of this process would be in an unknown state in a forked child.
         self._context = multiprocessing.get_context("spawn")
-        self._counts = self._context.Array("q", 2)  # tokens trained, tokens added to the total
-        self._shown, self._size = [0, 0], -1
+        self._trained: Synchronized[int] = self._context.Value("q")  # tokens
+        self._shown, self._size = 0, -1
 
     def __enter__(self) -> "Crew":
         return self
@@ -67,12 +71,12 @@ class Crew:
 
     def expect(self, groups: Sequence[Group]) -> None:
         """Count what these groups will train, whenever they come, into the length of the bar."""
-        self._expected = {group.name: self._tokens(group) for group in groups}
+        self._expected = {group.name: self._tokens(self._parts(group)) for group in groups}
         self._lengthen(sum(self._expected.values()))
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Train what is missing of these; the dearest first, so that no worker is left alone with one at the end."""
-        costs = [(self._tokens(task), task) for task in tasks]
+        costs = [(self._tokens(self._parts(task)), task) for task in tasks]
         todo = [(tokens, task) for tokens, task in costs if tokens]
         names = [task.name for task in tasks if isinstance(task, Group)]
         known = sum(self._expected.pop(name, 0) for name in names)
@@ -87,10 +91,14 @@ class Crew:
         """Print a line above the bar."""
         tqdm.write(line)
 
-    def _tokens(self, task: Task) -> int:
-        """Tokens that the next job of a group, or a job, trains."""
-        job = next_job(self.bench.grid, task, sweep_rows(self.bench.folder)) if isinstance(task, Group) else task
-        return job_tokens(self.bench.grid, job) if job else 0
+    def _parts(self, task: Task) -> list[Job]:
+        """What is missing of a job, or of the next job of a group, in parts that can be trained side by side."""
+        rows = sweep_rows(self.bench.folder)
+        job = next_job(self.bench.grid, task, rows) if isinstance(task, Group) else task
+        return [part for part in parts_of(job) if missing(part, rows)] if job else []
+
+    def _tokens(self, parts: Sequence[Job]) -> int:
+        return sum(job_tokens(self.bench.grid, part) for part in parts)
 
     def _lengthen(self, tokens: int) -> None:
         if self._bar is None and tokens:
@@ -118,22 +126,45 @@ class Crew:
             torch.set_num_threads(1)
         try:
             for task in tasks:
-                _train(self.bench, task)
+                if isinstance(task, Group):
+                    run_group(self.bench, task)
+                else:
+                    run_job(self.bench, task)
         finally:
             torch.set_num_threads(threads)
 
     def _run_pool(self, tasks: Sequence[Task]) -> None:
         if self._pool is None:
-            start = (self.bench.grid, str(self.bench.folder), self._counts)
+            start = (self.bench.grid, str(self.bench.folder), self._trained)
             self._pool = ProcessPoolExecutor(self.workers, self._context, initializer=_start_worker, initargs=start)
-        futures: set[Future[None]] = {self._pool.submit(_work, task) for task in tasks}
-        while futures:
-            done, futures = wait(futures, timeout=0.5, return_when=FIRST_COMPLETED)
-            now = [self._counts[0], self._counts[1]]
-            self._advance(now[0] - self._shown[0], now[1] - self._shown[1])
+        of_task: dict[Future[None], Task] = {
+            self._pool.submit(_work, part): task for task in tasks for part in self._parts(task)
+        }
+        while of_task:
+            done, _ = wait(of_task, timeout=0.5, return_when=FIRST_COMPLETED)
+            now = self._trained.value
+            self._advance(now - self._shown, 0)
             self._shown = now
             for future in done:
+                task = of_task.pop(future)
                 future.result()
+                # Which learning rates a group adds follows from all rows of those before.
+                if isinstance(task, Group) and task not in of_task.values():
+                    parts = self._parts(task)
+                    self._lengthen(self._tokens(parts))
+                    of_task |= {self._pool.submit(_work, part): task for part in parts}
+
+
+def parts_of(job: Job) -> list[Job]:
+    """A job's runs one by one, or the job as it is where they are computed as one."""
+    group = job.group
+    if group.tokens_per_step <= BATCHED_CPU_TOKENS:
+        return [job]
+    return [
+        Job(replace(group, seeds=(seed,)), job.extension, {value: horizons})
+        for value, horizons in job.horizons.items()
+        for seed in group.seeds
+    ]
 
 
 def best_text(rows: Sequence[Row]) -> str:
@@ -155,18 +186,11 @@ def _width(task: Task) -> int:
     return task.width if isinstance(task, Group) else task.group.width
 
 
-def _train(bench: Bench, task: Task) -> None:
-    if isinstance(task, Group):
-        run_group(bench, task)
-    else:
-        run_job(bench, task)
-
-
 # Of a worker process, which loads the data once for all of its groups.
 _bench: Bench | None = None
 
 
-def _start_worker(grid: Grid, folder: str, counts: "SynchronizedArray[int]") -> None:
+def _start_worker(grid: Grid, folder: str, trained: "Synchronized[int]") -> None:
     global _bench
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # A worker of the command line has its parent's words, and so `import hf_power` has left this to us.
@@ -182,9 +206,8 @@ def _start_worker(grid: Grid, folder: str, counts: "SynchronizedArray[int]") -> 
     datasets.disable_progress_bars()
 
     def tell(tokens: int, more: int) -> None:
-        with counts.get_lock():
-            counts[0] += tokens
-            counts[1] += more
+        with trained.get_lock():
+            trained.value += tokens
 
     _bench = replace(prepare(grid, folder), tell=tell)
 
@@ -197,6 +220,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(task: Task) -> None:
+def _work(job: Job) -> None:
     assert _bench is not None
-    _train(_bench, task)
+    run_job(_bench, job)

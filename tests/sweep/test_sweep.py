@@ -29,6 +29,7 @@ from hf_power.sweep import run as sweep
 from hf_power.sweep import trunks
 from hf_power.sweep.aim import Aim
 from hf_power.sweep.cost import estimate, estimate_text
+from hf_power.sweep.crew import parts_of
 from hf_power.sweep.ensemble import Ensemble
 from hf_power.sweep.grid import SCHEDULES, Grid, few_digits
 from hf_power.sweep.jobs import groups_of, job_tokens, start_jobs
@@ -575,11 +576,24 @@ def test_power_without_enough_rows_says_so(make_grid, tmp_path, monkeypatch):
     assert {row.schedule for row in run_sweep(grid, tmp_path, workers=1)} == {"warmup_stable_decay", "power"}
 
 
+def test_runs_are_shared_out_that_are_not_computed_as_one(make_grid):
+    """A check before a run has one group, which would otherwise keep a single worker busy."""
+    grid = make_grid(tokens_per_step=(256, 512), tokens=(1024, 2048), seeds=(3, 4))
+    large, small = start_jobs(groups_of(grid, "warmup_stable_decay"))
+    assert parts_of(small) == [small]
+    parts = parts_of(large)
+    assert [(part.group.seeds, part.horizons) for part in parts] == [
+        ((seed,), {value: (1024, 2048)}) for value in large.group.values for seed in (3, 4)
+    ]
+    assert sum(job_tokens(grid, part) for part in parts) == job_tokens(grid, large)
+
+
 @pytest.mark.slow
 def test_rows_do_not_depend_on_the_number_of_workers(make_grid, tmp_path):
     warm.fork_workers()
     schedules = {name: every_schedule()[name] for name in ("warmup_stable_decay", "power", "cosine")}
-    grid = make_grid(widths=(16, 32), schedules=schedules, law=LAW, max_extensions=1)
+    # The runs of the larger batch are shared out one by one.
+    grid = make_grid(tokens_per_step=(64, 512), schedules=schedules, law=LAW, max_extensions=1)
     one = run_sweep(grid, tmp_path / "one", workers=1)
     two = run_sweep(grid, tmp_path / "two", workers=2)
     assert by_id(one) == by_id(two)
@@ -633,7 +647,7 @@ def test_killed_at_three_points_it_ends_the_same(make_grid, tmp_path):
     It is killed before it has workers, when a trunk's state is there, and when there are more rows.
     """
     schedules = {"warmup_stable_decay": (0.01, 0.02), "cosine": (0.01, 0.02)}
-    grid = make_grid(widths=(16, 32), tokens=(1024, 2048, 4096), schedules=schedules)
+    grid = make_grid(tokens_per_step=(64, 512), tokens=(1024, 2048, 4096), schedules=schedules)
     path, folder = as_yaml(grid, tmp_path / "sweep.yaml"), tmp_path / "killed"
     mark = f"HF_POWER_TEST={tmp_path}"
     for goes_on in (
