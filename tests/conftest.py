@@ -1,4 +1,5 @@
 import functools
+import gc
 import json
 import os
 import sysconfig
@@ -12,6 +13,9 @@ import jinja2
 import pytest
 import torch
 from hub import Hub, pointed_at
+
+from hf_power.plots import figures
+from hf_power.records.files import replaced
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it does, and sums keep one order
 
@@ -58,6 +62,33 @@ def sections(corpus):
         }
 
     return build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_garbage_in_the_imports():
+    """accelerate collects garbage at the end of each training: a second over all that the imports have made, and none without."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_picture():
+    """The picture at the end of a run is turned into pixels once, which takes longer than a tiny run; tests/plots looks at it."""
+    save, pixels = figures.save, []
+
+    def save_once(figure, path):
+        path = Path(path)
+        if path.name != "lr_and_loss.png":
+            return save(figure, path)
+        if not pixels:
+            pixels.append(save(figure, path).read_bytes())
+        with replaced(path) as temporary:
+            temporary.write_bytes(pixels[0])
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", save_once)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

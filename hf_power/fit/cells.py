@@ -187,8 +187,9 @@ def draw_errors(cells: Sequence[FittedCell], num_samples: int, generator: np.ran
 
     Each draw flips the sign of every trunk's scatter at random (a wild bootstrap: a trunk keeps its branches together,
     so that the errors of its cells are correlated as they are) and fits the parabolas and, in linear order, their common
-    skew again; an optimum stays within the range of its runs. A cell whose noise is unknown gets normal errors of its
-    standard deviation.
+    skew again; an optimum stays within the range of its runs. A run that the parabola goes through, such as each of a cell of
+    three, has no scatter to flip: it gets normal noise of the size that the others show. A cell whose noise is unknown gets
+    normal errors of its standard deviation.
     """
     trunks = sorted({point.trunk for cell in cells for point in cell.points})
     signs = generator.choice(np.array([-1.0, 1.0]), size=(num_samples, len(trunks)))
@@ -198,6 +199,8 @@ def draw_errors(cells: Sequence[FittedCell], num_samples: int, generator: np.ran
         luck[column[point.trunk]] += point.pull * point.scatter
         told += point.pull**2
     skew_errors = signs @ luck / told if told else np.zeros(num_samples)
+    shown = [point.scatter**2 for cell in cells for point in cell.points if point.scatter]
+    noise_sd = math.sqrt(np.mean(shown)) if shown else 0.0
     errors = np.empty((num_samples, len(cells)))
     for i, cell in enumerate(cells):
         optimum = cell.optimum()
@@ -205,9 +208,9 @@ def draw_errors(cells: Sequence[FittedCell], num_samples: int, generator: np.ran
             errors[:, i] = generator.normal(0.0, optimum.sd_octaves, num_samples)
             continue
         z = np.array([point.log2_lr for point in cell.points]) - math.log2(optimum.lr)
-        noise = signs[:, [column[point.trunk] for point in cell.points]] * np.array(
-            [point.scatter for point in cell.points]
-        )
+        scatter = np.array([point.scatter for point in cell.points])
+        noise = signs[:, [column[point.trunk] for point in cell.points]] * scatter
+        noise[:, scatter == 0] = generator.normal(0.0, noise_sd, (num_samples, int(np.sum(scatter == 0))))
         w = warped(z, cell.skew)
         design = design_of(levels_of(z, [point.seed for point in cell.points]), w)
         p1, p2 = ((optimum.curvature * w * w + noise) @ np.linalg.pinv(design).T)[:, -2:].T

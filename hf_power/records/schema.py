@@ -129,6 +129,8 @@ def encode(record: "DataclassInstance") -> dict[str, Json]:
 
 
 def _plain(value: object) -> Json:
+    if value is None or isinstance(value, (str, int, float)):  # Most are, and so the dear questions come last.
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return encode(value)
     if isinstance(value, Mapping):
