@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 30000
 # What the usual GPU image has beside torch 2.11, laid over the environment by tests/test_benchmarks.py.
 IMAGE := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
-.PHONY: demo test slow fast check style docs package oldest newest versions front-ends
+.PHONY: demo test slow fast check style docs package sitting oldest newest versions front-ends
 demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
@@ -26,10 +26,14 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_house.py
 
 package: .venv/dev
 	.ci/package $(CURDIR)/$(BIN)/python
+
+# All parts of a sitting on an accelerator, on tiny models, and the benchmark of a mixture's proxy: before a sitting.
+sitting: .venv/dev
+	HF_POWER_SITTING=1 $(BIN)/python -m pytest tests/test_benchmarks.py
 
 style: .venv/dev
 	$(BIN)/ruff check --fix .

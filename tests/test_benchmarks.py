@@ -1,8 +1,12 @@
-"""The sitting on an accelerator runs where there is none, with the versions of the usual GPU image."""
+"""What benchmarks/ measures runs where there is no accelerator, with the versions of the usual GPU image.
+
+The parts of a sitting that tests of the package have otherwise are run by `make sitting`, before a sitting.
+"""
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +14,33 @@ from processes import PATIENCE
 from warm import python
 
 pytestmark = pytest.mark.elsewhere
+by_hand = pytest.mark.skipif("HF_POWER_SITTING" not in os.environ, reason="make sitting runs it")
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "benchmarks/accelerator/run.py"
 # `make test` puts them here: the versions of the usual GPU image: transformers 5.17.0, huggingface_hub 1.33.0.
 IMAGE = ROOT / ".venv/image"
+TEXT = {"capture_output": True, "text": True, "timeout": PATIENCE}
 PARTS = ("dense", "sweep", "moe", "host", "profile", "resume", "coordinates")
 
 
+@pytest.mark.slow
+def test_one_part_of_a_sitting_with_the_versions_of_the_image(tmp_path, corpus):
+    """Ours and a loop by hand end at one loss, and the rows say which versions these are."""
+    if not IMAGE.exists():
+        pytest.skip("make test installs the packages of the GPU image, which are not here")
+    command = [sys.executable, RUN, "dense", "--folder", tmp_path, "--dry_run", "--dataset", corpus]
+    environment = os.environ | {"PYTHONPATH": f"{IMAGE}{os.pathsep}{ROOT}"}
+    out = subprocess.run([*command, "--rounds", "1", "--steps", "1", "--warmup", "1"], env=environment, **TEXT)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-1000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    versions = rows[0]["versions"]
+    assert (versions["transformers"], versions["accelerate"]) == ("5.17.0", "1.15.0")
+    losses = {row["leg"]: row["loss"] for row in rows if "loss" in row}
+    assert losses["ours"] == pytest.approx(losses["by_hand"], abs=1e-5)
+
+
+@by_hand
 @pytest.mark.slow
 def test_a_sitting_is_measured_part_by_part_and_goes_on(tmp_path, corpus):
     """A dry run in the image's versions; a second one measures only what the first one lacks."""
@@ -61,9 +84,6 @@ def test_a_sitting_is_measured_part_by_part_and_goes_on(tmp_path, corpus):
         assert f"**{part}" in report.stdout, report.stderr
 
 
-TEXT = {"capture_output": True, "text": True, "timeout": PATIENCE}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "message"),
@@ -76,3 +96,18 @@ def test_without_a_device_or_rows_the_script_says_so(tmp_path, part, message):
     out = subprocess.run([python(), RUN, part, "--folder", tmp_path], **TEXT)
     assert out.returncode == 1
     assert out.stderr.strip().endswith(message)
+
+
+@by_hand
+@pytest.mark.slow
+def test_the_benchmark_of_a_mixture_s_proxy_runs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import moe_proxy
+
+    found = moe_proxy.measure(tokens=2 * 1024, scales=(16.0,), seeds=(1,), longer_seeds=(1,))
+    dense, moe = found["rows"][-2:]
+    assert moe["active_parameters"] - dense["active_parameters"] == 2 * 8 * 64  # the routers
+    assert [part["tokens"] for part in found["at_tokens"]] == [2 * 1024, 8 * 1024]
+    assert found["at_tokens"][1]["difference"] == moe["held_out_loss"] - dense["held_out_loss"]
+    json.dumps(found)
+    del sys.modules["moe_proxy"]

@@ -215,12 +215,12 @@ def no_measurement(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_two_thousand_broken_files_are_one_sentence_each(kind, capsys, monkeypatch):
-    """260 files of each of nine kinds: 2,340."""
+def test_hundreds_of_broken_files_are_one_sentence_each(kind, capsys, monkeypatch):
+    """100 files of each of nine kinds."""
     monkeypatch.chdir(tempfile.mkdtemp())
     valid, dump, _ = KINDS[kind]
 
-    @settings(max_examples=260, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(as_bytes(valid, dump))
     def every(content):
         with tempfile.TemporaryDirectory() as folder:

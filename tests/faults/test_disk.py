@@ -43,7 +43,7 @@ def goes_on(again, disk, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0, 0.01, 0.2, 0.4, 0.6, 0.8, 0.97])
+@pytest.mark.parametrize("share", [0, 0.2, 0.6, 0.97])
 def test_full_in_the_middle_of_a_save(whole, sections, disk, capsys, monkeypatch, share):
     """The second save finds room for a share of it: in the weights, the optimizer, the small files, the seal."""
     size = sum(p.stat().st_size for p in (whole / "checkpoint-8").rglob("*"))
@@ -88,7 +88,7 @@ def test_full_before_a_save(whole, sections, disk, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [0, 20_000, 200_000])
+@pytest.mark.parametrize("left", [0, 200_000])
 def test_full_when_the_finished_model_is_saved(whole, sections, disk, capsys, monkeypatch, left):
     plain = train._finish
 
@@ -105,7 +105,7 @@ def test_full_when_the_finished_model_is_saved(whole, sections, disk, capsys, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [0, 60_000, 200_000])
+@pytest.mark.parametrize("left", [0, 200_000])
 def test_full_while_the_text_is_stored(whole, sections, corpus, disk, capsys, left):
     given = sections(disk / "run", resume_from_checkpoint="true")
     given["data"]["data_cache_dir"] = str(disk / "cache")

@@ -1,7 +1,4 @@
-import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -253,17 +250,3 @@ def test_the_grouped_path_is_the_default():
     model = granite()
     assert model.get_experts_implementation() == {"": "grouped_mm"}
     assert losses(None) == losses("grouped_mm")
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_the_proxy_runs(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import moe_proxy
-
-    found = moe_proxy.measure(tokens=2 * 1024, scales=(16.0,), seeds=(1,), longer_seeds=(1,))
-    dense, moe = found["rows"][-2:]
-    assert moe["active_parameters"] - dense["active_parameters"] == 2 * 8 * 64  # the routers
-    assert [part["tokens"] for part in found["at_tokens"]] == [2 * 1024, 8 * 1024]
-    assert found["at_tokens"][1]["difference"] == moe["held_out_loss"] - dense["held_out_loss"]
-    json.dumps(found)
-    del sys.modules["moe_proxy"]
