@@ -6,6 +6,9 @@ export HF_HUB_OFFLINE ?= 1
 # process (benchmarks/throughput.py).
 export GOMP_SPINCOUNT ?= 30000
 
+# A file's tests stay in one process, which makes what they share once.
+SIDE_BY_SIDE := -n auto --dist loadfile
+
 # What the usual GPU image has beside torch 2.11, laid over the environment by tests/test_benchmarks.py.
 IMAGE := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
@@ -14,13 +17,13 @@ demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 fast: .venv/dev
-	$(BIN)/python -m pytest -n auto -m "not slow and not elsewhere"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not elsewhere"
 
 slow: .venv/dev
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -45,10 +48,10 @@ docs: .venv/dev
 
 # The fast tests with the oldest versions that setup.cfg's extra train is tested with, and with the newest that the registry has.
 oldest: .venv-oldest/dev
-	.venv-oldest/bin/python -m pytest -n auto -m "not slow"
+	.venv-oldest/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 newest: .venv-newest/dev
-	.venv-newest/bin/python -m pytest -n auto -m "not slow"
+	.venv-newest/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 # The core beside the versions of transformers that other people's front ends pin.
 versions: .venv/dev

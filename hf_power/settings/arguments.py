@@ -56,7 +56,6 @@ _PREDICTIONS = "about predictions, of which an evaluation here keeps none"
 _LOADER = "acts where the loader has workers; the blocks and their order are the same"
 _LIGER = "Liger's kernels would replace the loss in chunks and muP's multipliers: leave it out"
 _FULL_EVAL = "held-out losses are computed in the precision of the training: leave it out"
-_SAVES = "acts at a save; run.json and the seal are there in each case"
 _VERB = "pretrain trains, and evaluates at the end: leave it out"
 
 ARGUMENTS: Mapping[str, Argument] = {
