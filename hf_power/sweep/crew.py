@@ -137,9 +137,10 @@ class Crew:
         if self._pool is None:
             start = (self.bench.grid, str(self.bench.folder), self._trained)
             self._pool = ProcessPoolExecutor(self.workers, self._context, initializer=_start_worker, initargs=start)
-        of_task: dict[Future[None], Task] = {
-            self._pool.submit(_work, part): task for task in tasks for part in self._parts(task)
-        }
+        parts = [(part, task) for task in tasks for part in self._parts(task)]
+        # A job that stays whole takes as long as many runs, and comes before them.
+        parts.sort(key=lambda each: self._tokens([each[0]]) * each[0].group.width ** 2, reverse=True)
+        of_task: dict[Future[None], Task] = {self._pool.submit(_work, part): task for part, task in parts}
         while of_task:
             done, _ = wait(of_task, timeout=0.5, return_when=FIRST_COMPLETED)
             now = self._trained.value
@@ -150,9 +151,9 @@ class Crew:
                 future.result()
                 # Which learning rates a group adds follows from all rows of those before.
                 if isinstance(task, Group) and task not in of_task.values():
-                    parts = self._parts(task)
-                    self._lengthen(self._tokens(parts))
-                    of_task |= {self._pool.submit(_work, part): task for part in parts}
+                    more = self._parts(task)
+                    self._lengthen(self._tokens(more))
+                    of_task |= {self._pool.submit(_work, part): task for part in more}
 
 
 def parts_of(job: Job) -> list[Job]:
