@@ -195,7 +195,7 @@ def test_a_checkpoint_sealed_without_a_part_is_not_used_or_goes_on_to_the_same_e
         run = interrupted(f"without-{name}")
         (run / "checkpoint-8" / name).unlink()
         seal(run / "checkpoint-8")
-        found, broken = newest_intact(run)
+        found, broken = newest_intact(run, complete=True)
         if found.name == "checkpoint-4":
             (refused[name],) = broken["checkpoint-8"]
         else:
