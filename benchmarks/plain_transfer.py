@@ -35,6 +35,9 @@ from hf_power.mup.shrink import shrink
 RESULTS = Path(__file__).resolve().parent / "results"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_key_value_heads": 4}
 FAMILIES = {"qwen3": {}, "olmo2": {}, "gemma2": {}, "qwen3_moe": EXPERTS}
+# The same models with the embedding_multiplier that brings the embedding's first values to a deviation of 1.
+M_EMB, MULTIPLIER = "_m_emb_10", 10.0
+FAMILIES |= {f"{name}{M_EMB}": FAMILIES[name] for name in ("olmo2", "qwen3")}
 WEIGHT_DECAY, INIT, MAX_NORM = 0.1, 0.1, 1.0
 
 
@@ -69,8 +72,9 @@ OFFSETS = {"mup": 0, "standard": -4, "embedding_rate": -2}
 ROUNDS = (
     (("base", "mup", "standard"), (0,), 2),
     (("base", "mup"), (0, 1), 2),
-    (("embedding_rate",), (0,), 2),
     (("base", "mup"), (0, 1), 1),
+    (("base", "mup"), (0, 1, 2), 1),
+    (("embedding_rate",), (0,), 2),
     (("standard", "embedding_rate"), (0, 1), 1),
     (("base", *WAYS), (0, 1, 2), 1),
 )
@@ -109,7 +113,9 @@ NEIGHBOURS = {2: (-2, 0, 2), 1: (-2, -1, 0, 1, 2)}
 def config_of(family, width):
     """The family's default config, small: two layers, heads of 16, an MLP of twice the width, tied as by default."""
     sizes = {"vocab_size": VOCABULARY, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None}
-    small = shrink(CONFIG_MAPPING[family](), **sizes, intermediate_size=128, **FAMILIES.get(family, {}))
+    small = shrink(
+        CONFIG_MAPPING[family.removesuffix(M_EMB)](), **sizes, intermediate_size=128, **FAMILIES.get(family, {})
+    )
     set_initializer_range(small, INIT)
     return scale_width(small, width)
 
@@ -127,7 +133,8 @@ def train(size, blocks, held_out, family, way, rate, seed):
     """The held-out loss in nats per token of one run, infinite where it is no number."""
     model = new_model(config_of(family, size.base if way == "base" else size.width), dtype=torch.float32)
     torch.manual_seed(seed)
-    mup_init_(model, base_width=size.base)
+    multiplier = MULTIPLIER if family.endswith(M_EMB) else 1.0
+    mup_init_(model, base_width=size.base, embedding_multiplier=multiplier)
     if way not in ("base", "mup"):
         torch.manual_seed(seed)
         CONTROLS[way].init(model)
@@ -136,6 +143,8 @@ def train(size, blocks, held_out, family, way, rate, seed):
         optimizer = MupAdamW()(model, lr=rate, weight_decay=WEIGHT_DECAY)
     else:
         groups = CONTROLS[way].groups(model, lr=rate, weight_decay=WEIGHT_DECAY)
+        # Clipping is that of a model with the multiplier in its forward pass, as MupAdamW has it.
+        model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * multiplier)
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, size.steps // 10, size.steps)
     order = np.random.default_rng([seed, 0]).permutation(len(blocks))[: size.steps * size.blocks_per_step]

@@ -156,7 +156,7 @@ def coord_check(
         fixed: sizes that do not grow, e.g. num_attention_heads and num_key_value_heads; needs base_width None.
         control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
         init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
-        **mup_kwargs: more arguments of `mup_config` (preset and so on).
+        **mup_kwargs: more arguments of `mup_config` (preset and so on), or embedding_multiplier of the plain form.
 
     Raises:
         UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
@@ -189,10 +189,8 @@ def _form(config: PreTrainedConfig, form: str | None, control: Control | None, m
     if control is not None and control.is_standard:
         return "plain"
     form = form or ("multiplier" if config.model_type in PLAIN_FAMILIES else "plain")
-    if form == "plain" and mup_kwargs:
-        raise UserError(
-            f"{', '.join(mup_kwargs)} belongs to mup_config, and the plain form of muP has none: leave it out."
-        )
+    if form == "plain" and (others := [name for name in mup_kwargs if name != "embedding_multiplier"]):
+        raise UserError(f"{', '.join(others)} belongs to mup_config, and the plain form of muP has none: leave it out.")
     return form
 
 
@@ -212,9 +210,8 @@ def _models(
     if form == "multiplier":
         numbers = {"base_width": base, "initializer_range": small.initializer_range, **_fixed_bases(configs[0], fixed)}
         return [mup_config(each, **mup_kwargs | numbers) for each in configs], mup_init_
-    if fixed:
-        return configs, functools.partial(mup_init_, base_config=configs[0])
-    return configs, functools.partial(mup_init_, base_width=base)
+    of_base: dict[str, Any] = {"base_config": configs[0]} if fixed else {"base_width": base}
+    return configs, functools.partial(mup_init_, **of_base, embedding_multiplier=mup_kwargs.get("embedding_multiplier"))
 
 
 def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, int]:
