@@ -19,6 +19,7 @@ init has no exponent, so a check at 0.02 holds for the model that is trained at 
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from hf_power.compat import PreTrainedConfig
 from hf_power.models import PLAIN_FAMILIES, head_dim
 from hf_power.mup.config import mup_config
 from hf_power.mup.controls import Control, control_of
+from hf_power.mup.init import initializer_range as own_initializer_range
 from hf_power.mup.init import mup_init_, new_model, set_initializer_range
 from hf_power.mup.optimizer import mup_param_groups
 from hf_power.mup.rules import mup_record
@@ -166,11 +168,18 @@ def coord_check(
     wrong = control_of(control)
     init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
     small = _small(config, vocab_size, initializer_range)
-    made = _models(small, widths, base_width, fixed, _form(small, form, wrong, mup_kwargs), mup_kwargs)
+    form = _form(small, form, wrong, mup_kwargs)
+    made = _models(small, widths, base_width, fixed, form, mup_kwargs)
+    if form == "plain" and wrong is None:  # Hear what mup_init_ says of the config's own init.
+        as_given = scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed)
+        with torch.random.fork_rng(devices=[]):
+            made[1](new_model(as_given, dtype=torch.float32))
     trial = _Trial(
         steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
     )
-    return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # The init of the check is another one.
+        return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:

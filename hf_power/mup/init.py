@@ -142,22 +142,20 @@ def drowned_embedding(model: PreTrainedModel) -> str | None:
     Such a block adds as much at the first step as its norm's gain says, however small its matrices are, and what tells
     the tokens apart is heard after the embedding has grown to that size. So the best rate of the embedding is far above that
     of the matrices, the loss over the one learning rate has a valley for each, and which of the two is the deeper depends on
-    the width (benchmarks/results/plain_transfer.md). None where all is well.
+    the width (benchmarks/results/post_norm.md). None where all is well, as where the model scales its embeddings.
     """
+    record = cast("PlainRecord", getattr(model.config, RECORD))
     times = 1 / initializer_range(model.config)
-    sizes = [Probe(model).first_block(factor) for factor in (times, 2 * times)]
-    if None in sizes:
+    sizes = [] if record["scaled_embeddings"] else [Probe(model).first_block(factor) for factor in (times, 2 * times)]
+    if None in sizes or not sizes:
         return None
     (entering, added), (_, doubled) = cast("list[tuple[float, float]]", sizes)
     if not (0 < DROWNED * entering < added and doubled < 1.5 * added):
         return None
-    record = cast("PlainRecord", getattr(model.config, RECORD))
-    deviation = float(cast("torch.Tensor", model.get_input_embeddings().weight).detach().float().std())
-    deviation *= math.sqrt(model.config.hidden_size) if record["scaled_embeddings"] else 1.0
     return (
         f"{type(model).__name__} normalizes what its blocks add, and what its first block adds is {added / entering:.2g} times "
         "the embedding, whose best learning rate is then far above that of the matrices and does not carry over with theirs to "
-        f"another width: give embedding_multiplier={record['embedding_multiplier'] / deviation:.2g}, with which its deviation is 1."
+        f"another width: give an embedding_multiplier of 1 / initializer_range, {times:.4g}, with which its deviation is 1."
     )
 
 
