@@ -69,8 +69,8 @@ def _split(model: PreTrainedModel, lr: float, weight_decay: float, without: Sequ
         if not tensor.requires_grad or id(tensor) in left_out:
             continue
         c, is_decayed = kept.get(id(tensor), 1.0), found[name].weight_decay is not None
-        new = {"name": "decayed" if is_decayed else "not decayed", "params": [], "lr": lr * c}
-        new["weight_decay"] = weight_decay / c if is_decayed else 0.0
+        new: dict[str, Any] = {"name": "decayed" if is_decayed else "not decayed", "params": [], "lr": lr * c}
+        new |= {"weight_decay": weight_decay / c if is_decayed else 0.0}
         groups.setdefault((c, is_decayed), new)["params"].append(tensor)
     return list(groups.values())
 

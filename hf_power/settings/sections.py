@@ -204,7 +204,9 @@ class MupArguments:
     base_head_dim: int | None = field(default=None, metadata={"help": "Head size at which logits have Llama's scale."})
     base_num_layers: int | None = field(default=None, metadata={"help": "Depth of the proxies (CompleteP)."})
     preset: str = field(default="paper", metadata={"help": "paper, ibm or power_of_two."})
-    embedding_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
+    embedding_multiplier: float | None = field(
+        default=None, metadata={"help": "Wins over the preset; with model_type any, 1 where it is left out."}
+    )
     residual_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
     attention_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
     initializer_range: float | None = field(default=None, metadata={"help": "Wins over the preset."})

@@ -93,8 +93,9 @@ def _coordinates(settings: Settings) -> CoordCheck:
     if not settings.is_plain:
         return coord_check(settings.model.config(), preset=settings.mup.preset)
     config, fixed = settings.model.config(), settings.model.fixed or ()
-    chosen = {"fixed": fixed, "embedding_multiplier": settings.mup.embedding_multiplier}
-    return coord_check(fitting(config, WIDTHS, fixed)[0], widths=WIDTHS, form="plain", **chosen)
+    multiplier = settings.mup.embedding_multiplier
+    small = fitting(config, WIDTHS, fixed)[0]
+    return coord_check(small, widths=WIDTHS, form="plain", fixed=fixed, embedding_multiplier=multiplier)
 
 
 @dataclass(frozen=True)
