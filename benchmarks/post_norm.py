@@ -151,10 +151,10 @@ def text(rows):
 
 
 FINDINGS = (
-    "* **The two valleys are there at every width, and neither moves**: at .016 and at .128, at widths 32, 64 and 128. What changes is "
-    "which of the two is the deeper: by .02 the second at width 32, by .03 at 64, and by .05 the first at 128.",
+    "* **The two valleys are there at every width, and neither moves**: at .016 and at .128, at widths 32, 64 and 128, where the first is a mere "
+    "shoulder at 64. What changes is which of the two is the deeper: by .02 the second at width 32, by .03 at 64, and by .05 the first at 128.",
     "* **The second one is that of the embedding.** With the rate of the embedding alone the loss falls up to 16 times the best rate "
-    "of the matrices, by .06; the head's alone likes a higher rate as well (.03), the gains' do not matter, and that of the matrices "
+    "of the matrices, by .06; the head's alone likes a higher rate as well (.03), the gains' do not matter below .06, and that of the matrices "
     "alone has its valley at .016, and is worse above. So it is no matter of scale-invariant matrices, of their decay or of the norms' gains.",
     "* **The reason is a ratio**: OLMo 2 normalizes what a block adds, which is sqrt(2) from the first step on, where the embedding begins at "
     "its init of .1. It is drowned until it has grown. Gemma 2 adds as much, but multiplies its embeddings by sqrt(hidden_size), .57 here. "
