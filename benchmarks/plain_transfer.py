@@ -86,15 +86,14 @@ EXPECTED = (
 )
 # What is read from the rows of size cpu as they lie there; a measurement made anew needs other words.
 FINDINGS = (
-    "* **Under muP the best rate of Qwen3 and Qwen3-MoE moves by .1 octave or less, and Gemma 2's by a quarter**, on the mean of two "
-    "seeds; under standard parameterization by .6, .8 and 1.5. Two seeds leave an interval wider than a quarter of an octave, so that "
-    "less than that is what was measured, and is not proven.",
-    "* **OLMo 2 is far from it.** It normalizes what a branch puts out, as Gemma 2 does, which makes its matrices scale-invariant: a matrix "
-    "then grows by its updates, which turns its effective rate down, and grows the more the narrower the model, since the rate over the "
-    "deviation of the first weights falls as width**-0.5. So the narrow model stands a higher rate: at width 32 there is a valley at .016 and "
-    "with both seeds a lower one at .13, at width 128 that of .016 to .03 alone, of the rates up to .06. No drift can be read from so "
-    "small a model. Fan et al. (arXiv:2510.15262) find that the effective rate of scale-invariant models depends on the width, and let "
-    "weight decay grow as its root; that was not tried. The coordinate check, of a few steps from the first weights, cannot see this.",
+    "* **Under muP the best rate of Qwen3 and Qwen3-MoE moves by .1 octave or less**, on the mean of two seeds, **and Gemma 2's by a third**, "
+    "more than the quarter that was expected; under standard parameterization by .6, .8 and 1.6. Two seeds leave an interval wider than a quarter of "
+    "an octave, so that less than that is what was measured for the first two, and is not proven.",
+    "* **OLMo 2 jumps by more than two octaves, from one valley to another.** Neither of the two moves, but which is the deeper changes with the "
+    "width. The one at .13 is that of the embedding, which begins fourteen times smaller than what a block adds, because OLMo 2 normalizes "
+    "what a block puts out and does not scale its embeddings. post_norm.md has what was tried, and `mup_init_` warns of such a model.",
+    "* **With an embedding multiplier of 10 (rows olmo2_m_emb_10) there is one valley**, at the same place at both widths within what one seed tells. "
+    "That this is what OLMo 2 needs was found on seed 0 of these very models.",
     "* **With muP's embedding rate alone the optimum goes up**, by about an octave in Qwen3 and Qwen3-MoE and a third in Gemma 2: the hidden matrices have muP's rates, but begin "
     "twice as large. What was expected of it was wrong.",
     "* The drift alone is measured, not which way is better. At its own best rate standard parameterization has the lower loss at width 128, "
