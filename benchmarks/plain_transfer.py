@@ -92,8 +92,9 @@ FINDINGS = (
     "* **OLMo 2 jumps by more than two octaves, from one valley to another.** Neither of the two moves, but which is the deeper changes with the "
     "width. The one at .13 is that of the embedding, which begins fourteen times smaller than what a block adds, because OLMo 2 normalizes "
     "what a block puts out and does not scale its embeddings. post_norm.md has what was tried, and `mup_init_` warns of such a model.",
-    "* **With an embedding multiplier of 10 (rows olmo2_m_emb_10) there is one valley**, at the same place at both widths within what one seed tells. "
-    "That this is what OLMo 2 needs was found on seed 0 of these very models.",
+    "* **With an embedding multiplier of 10 OLMo 2 has one valley**, whose place moves by -.24 octave from width 32 to 128, at .021 and .018: by one seed, "
+    "four rates a factor of 2 apart, and in post_norm.md. It is no proof of a quarter octave. The rows olmo2_m_emb_10, which were to have three seeds and standard "
+    "parameterization beside them, are NOT COMPLETE: `python benchmarks/plain_transfer.py olmo2_m_emb_10` goes on with them.",
     "* **With muP's embedding rate alone the optimum goes up**, by about an octave in Qwen3 and Qwen3-MoE and a third in Gemma 2: the hidden matrices have muP's rates, but begin "
     "twice as large. What was expected of it was wrong.",
     "* The drift alone is measured, not which way is better. At its own best rate standard parameterization has the lower loss at width 128, "
