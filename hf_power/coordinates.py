@@ -19,6 +19,7 @@ init has no exponent, so a check at 0.02 holds for the model that is trained at 
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from hf_power.compat import PreTrainedConfig
 from hf_power.models import PLAIN_FAMILIES, head_dim
 from hf_power.mup.config import mup_config
 from hf_power.mup.controls import Control, control_of
+from hf_power.mup.init import initializer_range as own_initializer_range
 from hf_power.mup.init import mup_init_, new_model, set_initializer_range
 from hf_power.mup.optimizer import mup_param_groups
 from hf_power.mup.rules import mup_record
@@ -156,7 +158,7 @@ def coord_check(
         fixed: sizes that do not grow, e.g. num_attention_heads and num_key_value_heads; needs base_width None.
         control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
         init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
-        **mup_kwargs: more arguments of `mup_config` (preset and so on).
+        **mup_kwargs: more arguments of `mup_config` (preset and so on), or embedding_multiplier of the plain form.
 
     Raises:
         UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
@@ -166,11 +168,18 @@ def coord_check(
     wrong = control_of(control)
     init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
     small = _small(config, vocab_size, initializer_range)
-    made = _models(small, widths, base_width, fixed, _form(small, form, wrong, mup_kwargs), mup_kwargs)
+    form = _form(small, form, wrong, mup_kwargs)
+    made = _models(small, widths, base_width, fixed, form, mup_kwargs)
+    if form == "plain" and wrong is None:  # Hear what mup_init_ says of the config's own init.
+        as_given = scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed)
+        with torch.random.fork_rng(devices=[]):
+            made[1](new_model(as_given, dtype=torch.float32))
     trial = _Trial(
         steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
     )
-    return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # The init of the check is another one.
+        return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
@@ -189,10 +198,8 @@ def _form(config: PreTrainedConfig, form: str | None, control: Control | None, m
     if control is not None and control.is_standard:
         return "plain"
     form = form or ("multiplier" if config.model_type in PLAIN_FAMILIES else "plain")
-    if form == "plain" and mup_kwargs:
-        raise UserError(
-            f"{', '.join(mup_kwargs)} belongs to mup_config, and the plain form of muP has none: leave it out."
-        )
+    if form == "plain" and (others := [name for name in mup_kwargs if name != "embedding_multiplier"]):
+        raise UserError(f"{', '.join(others)} belongs to mup_config, and the plain form of muP has none: leave it out.")
     return form
 
 
@@ -212,9 +219,8 @@ def _models(
     if form == "multiplier":
         numbers = {"base_width": base, "initializer_range": small.initializer_range, **_fixed_bases(configs[0], fixed)}
         return [mup_config(each, **mup_kwargs | numbers) for each in configs], mup_init_
-    if fixed:
-        return configs, functools.partial(mup_init_, base_config=configs[0])
-    return configs, functools.partial(mup_init_, base_width=base)
+    of_base: dict[str, Any] = {"base_config": configs[0]} if fixed else {"base_width": base}
+    return configs, functools.partial(mup_init_, **of_base, embedding_multiplier=mup_kwargs.get("embedding_multiplier"))
 
 
 def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, int]:

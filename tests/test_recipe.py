@@ -241,14 +241,13 @@ def test_a_sweep_of_any_family_makes_a_recipe_of_the_plain_form(tmp_path):
     assert (recipe.form, recipe.model_type, recipe.base_width, recipe.initializer_range) == ("plain", "qwen3", 64, 0.04)
     assert (recipe.embedding_multiplier, recipe.residual_multiplier) == (1.0, 1.0)
     expected = {"learning_rate": recipe.max_lr, "weight_decay": 0.2, "base_width": 64, "initializer_range": 0.04}
-    assert recipe.settings() == expected
+    assert recipe.settings() == expected | {"embedding_multiplier": 1.0}
     recipe.save(tmp_path / "recipe.json")
     assert Recipe.load(tmp_path) == recipe
     base = {"model_type": "qwen3", "hidden_size": 32}
-    of_two = replace(ANY_ROW, settings=ANY_ROW.settings | {"mup": {"base_config": base, "initializer_range": 0.05}})
-    assert Recipe.from_fit(FIT, [of_two]).settings() == {
-        **{"learning_rate": recipe.max_lr, "weight_decay": 0.2, "base_config": base, "initializer_range": 0.05}
-    }
+    mup = {"base_config": base, "initializer_range": 0.05, "embedding_multiplier": 10.0}
+    of_two = replace(ANY_ROW, settings=ANY_ROW.settings | {"mup": mup})
+    assert Recipe.from_fit(FIT, [of_two]).settings() == {"learning_rate": recipe.max_lr, "weight_decay": 0.2, **mup}
 
 
 def test_a_run_takes_the_numbers_of_the_plain_form_and_no_others(tmp_path):

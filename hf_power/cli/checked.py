@@ -16,7 +16,7 @@ from hf_power.settings.any_model import WIDTHS, config_file, config_of_file, fit
 def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The config, made small where it is too large for the widths, and the other arguments of the check.
 
-    The numbers of muP are those of the settings, where the model has the multiplier form.
+    The numbers of muP are those of the settings, of which the plain form has embedding_multiplier alone.
     """
     path = config_file(arguments.recipe) if arguments.recipe else None
     mup: dict[str, Any] = {}
@@ -28,7 +28,9 @@ def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dic
         is_any = settings.model.model_type == ANY
         config = settings.model.config()
         fixed = fixed or list(settings.model.fixed or ())
-        mup = settings.mup.arguments() if not is_any and arguments.form != "plain" else {}
+        mup = settings.mup.arguments()
+        if is_any or arguments.form == "plain":
+            mup = {"embedding_multiplier": mup["embedding_multiplier"]}
     if path is not None or config.model_type not in PLAIN_FAMILIES:
         config, is_small = fitting(config, widths, fixed)
         if is_small:

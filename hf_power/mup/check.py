@@ -56,7 +56,11 @@ def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
 
 
 def refuse_without_rule(
-    config: PreTrainedConfig, *, base_width: int | None = None, base_config: PreTrainedConfig | None = None
+    config: PreTrainedConfig,
+    *,
+    base_width: int | None = None,
+    base_config: PreTrainedConfig | None = None,
+    embedding_multiplier: float | None = None,
 ) -> None:
     """Refuse a config of the plain form before its data are read: by the shapes of its tensors, and a small model's passes.
 
@@ -72,7 +76,7 @@ def refuse_without_rule(
         return
     with torch.random.fork_rng(devices=[]):
         small = new_model(small_config, dtype=torch.float32)
-        mup_init_(small, base_width=WIDTH)
+        mup_init_(small, base_width=WIDTH, embedding_multiplier=embedding_multiplier)
         tokens = torch.arange(8)[None]
         other = tokens.clone()
         other[0, -1] = 0

@@ -30,22 +30,23 @@ class Control:
 
 @torch.no_grad()
 def standard_init_(model: PreTrainedModel) -> None:
-    """Every matrix N(0, initializer_range**2), whatever its width; a final gain of 1. The model is of the plain form."""
-    record = cast("PlainRecord", getattr(model.config, RECORD))
+    """Every matrix N(0, initializer_range**2), whatever its width; a final gain of 1. The model is of the plain form.
+
+    An embedding_multiplier is a constant of the model, and is kept.
+    """
+    record, kept = cast("PlainRecord", getattr(model.config, RECORD)), _at_base(model)
     for name, own in factors_of(model).items():
         tensor = model.get_parameter(name)
+        multiplier = kept.get(id(tensor), 1.0)
         if own.std is not None:
-            nn.init.normal_(tensor, std=initializer_range(model.config))
+            nn.init.normal_(tensor, std=initializer_range(model.config) * multiplier)
         elif own.multiplier != 1.0 and not name.endswith("bias"):
-            nn.init.constant_(tensor, record["gain"] - record["gain_offset"])
+            nn.init.constant_(tensor, record["gain"] * multiplier - record["gain_offset"])
 
 
 def standard_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
     """One learning rate for all, and no weight decay of gains and biases, as the Trainer has it."""
-    return [
-        {"name": name, "params": tensors, "weight_decay": decay}
-        for name, tensors, decay in _split(model, weight_decay, ())
-    ]
+    return _split(model, lr, weight_decay, ())
 
 
 def embedding_rate_groups(model: PreTrainedModel, *, lr: float, weight_decay: float = 0.0) -> Groups:
@@ -55,23 +56,35 @@ def embedding_rate_groups(model: PreTrainedModel, *, lr: float, weight_decay: fl
     not follow it; Kalra and Barkeshli (arXiv:2605.21486) say that most of muP's gain under AdamW is that.
     """
     m, embedding = width_ratio(model), model.get_input_embeddings().weight
-    rest = [
-        {"name": name, "params": tensors, "lr": lr / m, "weight_decay": decay * m}
-        for name, tensors, decay in _split(model, weight_decay, (embedding,))
-    ]
-    return [{"name": "embedding", "params": [embedding], "lr": lr, "weight_decay": weight_decay}, *rest]
+    c = _at_base(model).get(id(embedding), 1.0)
+    first = {"name": "embedding", "params": [embedding], "lr": lr * c, "weight_decay": weight_decay / c}
+    return [first, *_split(model, lr / m, weight_decay * m, (embedding,))]
 
 
-def _split(
-    model: PreTrainedModel, weight_decay: float, without: Sequence[object]
-) -> list[tuple[str, list[torch.Tensor], float]]:
-    """The trainable tensors that muP decays, with this coefficient, and the others, with none."""
-    found, left_out = factors_of(model), {id(tensor) for tensor in without}
-    decayed: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+def _split(model: PreTrainedModel, lr: float, weight_decay: float, without: Sequence[object]) -> Groups:
+    """Groups of the trainable tensors that muP decays, with this coefficient, and of the others, with none."""
+    found, left_out, kept = factors_of(model), {id(tensor) for tensor in without}, _at_base(model)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, tensor in model.named_parameters():
-        if tensor.requires_grad and id(tensor) not in left_out:
-            decayed[found[name].weight_decay is not None].append(tensor)
-    return [("decayed", decayed[True], weight_decay), ("not decayed", decayed[False], 0.0)]
+        if not tensor.requires_grad or id(tensor) in left_out:
+            continue
+        c, is_decayed = kept.get(id(tensor), 1.0), found[name].weight_decay is not None
+        new: dict[str, Any] = {"name": "decayed" if is_decayed else "not decayed", "params": [], "lr": lr * c}
+        new |= {"weight_decay": weight_decay / c if is_decayed else 0.0}
+        groups.setdefault((c, is_decayed), new)["params"].append(tensor)
+    return list(groups.values())
+
+
+def _at_base(model: PreTrainedModel) -> dict[int, float]:
+    """The multipliers that tensors of the plain form have at every width, by the tensor's id: those of m_emb."""
+    record = cast("PlainRecord | None", getattr(model.config, RECORD, None))
+    if record is None:
+        return {}
+    found = {id(model.get_input_embeddings().weight): record["embedding_multiplier"]}
+    if is_tied(model):
+        final = model.get_submodule(cast("str", record["final_gain"]))
+        found |= {id(tensor): 1 / record["embedding_multiplier"] for tensor in final.parameters()}
+    return found
 
 
 def width_ratio(model: PreTrainedModel) -> float:

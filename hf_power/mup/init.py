@@ -1,27 +1,23 @@
-"""The first weights under muP, mup_init_, for both forms; and what the plain form has to know of a forward pass."""
+"""The first weights under muP, mup_init_, for both forms."""
 
-import contextlib
 import math
-from collections.abc import Iterator
+import warnings
 from typing import cast
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_power.compat import DTYPE, PreTrainedConfig
 from hf_power.models import kind_of
+from hf_power.mup.probe import Probe
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
 from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
 from hf_power.mup.scale import head_size, refuse_sizes_per_layer
-from hf_power.records.errors import UserError, refused_by
+from hf_power.records.errors import UserError
 
+DROWNED = 5.0  # From so many times the embedding on, what a block adds is said to drown it.
 _STD_NAMES = ("initializer_range", "init_std", "initializer_std")
-
-
-class _StopForward(Exception):  # noqa: N818 - no error: it ends a forward pass of which the rest is not needed.
-    pass
 
 
 def new_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -32,7 +28,11 @@ def new_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pre
 
 
 def mup_init_(
-    model: PreTrainedModel, *, base_width: int | None = None, base_config: PreTrainedConfig | None = None
+    model: PreTrainedModel,
+    *,
+    base_width: int | None = None,
+    base_config: PreTrainedConfig | None = None,
+    embedding_multiplier: float | None = None,
 ) -> PreTrainedModel:
     """Initialize the weights in place under muP, from torch's global random numbers.
 
@@ -53,36 +53,46 @@ def mup_init_(
         base_config: instead of base_width, the config of the model at its base, where not all sizes grow in proportion:
             an attention width or MLP width that stays, for example. Where the KV heads stay and those of the queries
             grow, no rule is exact: changes of attention grow as about m**0.3 in the coordinate check.
+        embedding_multiplier: of the plain form, m_emb of Shen et al.'s Table 1, > 0, at every width: embeddings are
+            N(0, (m_emb * s)**2) with the rate m_emb * eta, as if the model multiplied them in its forward pass. None for 1,
+            with which nothing is changed at base_width; the paper has 12.
 
     Returns:
         The model.
 
     Raises:
         UserError: no base, or one beside `mup_config`; a tensor for which there is no rule; a tied head without a
-            final gain; head sizes that grow. Nothing has been changed then.
+            final gain; head sizes that grow; a multiplier that is not positive. Nothing has been changed then.
+
+    Warns:
+        UserWarning: what `drowned_embedding` says.
     """
     if not hasattr(model, "config"):
         raise UserError(
             f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
             "AutoModelForCausalLM.from_config."
         )
-    given = base_width is not None or base_config is not None
+    given = base_width is not None or base_config is not None or embedding_multiplier is not None
     if mup_record(model) is not None:
         if given:
             raise UserError(
-                "this model's config has been through mup_config, which has set the base: leave it out here."
+                "the config has been through mup_config, which has set base and multipliers: leave them out."
             )
         _init_multiplier_form_(model)
     else:
         if given or not hasattr(model.config, RECORD):
-            record = _new_record(model, base_width, base_config)
-            setattr(model.config, RECORD, record)
+            setattr(model.config, RECORD, _new_record(model, base_width, base_config, embedding_multiplier))
         _init_plain_form_(model)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
-        with torch.no_grad():
-            embedding.weight[embedding.padding_idx].zero_()
+        if told := drowned_embedding(model):
+            warnings.warn(told, stacklevel=2)
+    _zero_padding_(model.get_input_embeddings())
     return model
+
+
+@torch.no_grad()
+def _zero_padding_(embedding: nn.Module) -> None:
+    if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
+        embedding.weight[embedding.padding_idx].zero_()
 
 
 @torch.no_grad()
@@ -126,7 +136,35 @@ def set_initializer_range(config: PreTrainedConfig, value: float) -> None:
     setattr(config, next((name for name in _STD_NAMES if hasattr(config, name)), _STD_NAMES[0]), value)
 
 
-def _new_record(model: PreTrainedModel, base_width: int | None, base_config: PreTrainedConfig | None) -> PlainRecord:
+def drowned_embedding(model: PreTrainedModel) -> str | None:
+    """One sentence about a model of the plain form whose blocks normalize what they add, and drown the embedding by it.
+
+    Such a block adds as much at the first step as its norm's gain says, however small its matrices are, and what tells
+    the tokens apart is heard after the embedding has grown to that size. So the best rate of the embedding is far above that
+    of the matrices, the loss over the one learning rate has a valley for each, and which of the two is the deeper depends on
+    the width (benchmarks/results/post_norm.md). None where all is well, as where the model scales its embeddings.
+    """
+    record = cast("PlainRecord", getattr(model.config, RECORD))
+    times = 1 / initializer_range(model.config)
+    sizes = [] if record["scaled_embeddings"] else [Probe(model).first_block(factor) for factor in (times, 2 * times)]
+    if None in sizes or not sizes:
+        return None
+    (entering, added), (_, doubled) = cast("list[tuple[float, float]]", sizes)
+    if not (0 < DROWNED * entering < added and doubled < 1.5 * added):
+        return None
+    return (
+        f"{type(model).__name__} normalizes what its blocks add, and what its first block adds is {added / entering:.2g} times "
+        "the embedding, whose best learning rate is then far above that of the matrices and does not carry over with theirs to "
+        f"another width: give an embedding_multiplier of 1 / initializer_range, {times:.4g}, with which its deviation is 1."
+    )
+
+
+def _new_record(
+    model: PreTrainedModel,
+    base_width: int | None,
+    base_config: PreTrainedConfig | None,
+    embedding_multiplier: float | None,
+) -> PlainRecord:
     """Check that there is a rule for all of a model, and find out what the rules depend on; nothing is changed."""
     if (base_width is None) == (base_config is None):
         raise UserError(
@@ -134,12 +172,17 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
         )
     if base_width is not None and base_width < 1:
         raise UserError(f"base_width must be a positive number of features, got {base_width}.")
+    multiplier = 1.0 if embedding_multiplier is None else float(embedding_multiplier)
+    if not 0 < multiplier < math.inf:
+        raise UserError(
+            f"embedding_multiplier must be a positive number, got {embedding_multiplier}: leave it out for 1."
+        )
     refuse_sizes_per_layer(model.config)
     sizes = None if base_config is None else base_sizes(model.config, base_config)
     roles_of(model, other_width(model, base_width, sizes))
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear head, so that muP cannot be applied to its logits.")
-    probe = _Probe(model)
+    probe = Probe(model)
     final_gain = probe.final_gain()
     if is_tied(model) and final_gain is None:
         raise UserError(
@@ -160,6 +203,7 @@ def _new_record(model: PreTrainedModel, base_width: int | None, base_config: Pre
             "gain_offset": offset,
             "gain": gain,
             "scaled_embeddings": probe.scales_embeddings(),
+            "embedding_multiplier": multiplier,
         },
     )
 
@@ -191,124 +235,3 @@ def base_sizes(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, ob
             "the head size, so change the number of heads."
         )
     return differing
-
-
-class _Probe:
-    """What a forward pass of two tokens shows; weights, gradients and random numbers are left as they are."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.tokens = torch.tensor([[1, 0]], device=model.device)
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Without dropout, gradients, or a trace in the random numbers."""
-        was_training = self.model.training
-        self.model.train(False)
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), refused_by("the model's forward pass"):
-                yield
-        finally:
-            self.model.train(was_training)
-
-    def final_gain(self) -> str | None:
-        """The name of the module with a gain whose output is the head's input; None where there is none."""
-        outputs: dict[str, torch.Tensor] = {}
-        inputs: list[torch.Tensor] = []
-        handles = []
-        for name, module in self.model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.ndim == 1:
-                handles.append(module.register_forward_hook(_keep_output(outputs, name)))
-        head = self.model.get_output_embeddings()
-        handles.append(head.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
-        try:
-            with self._quiet():
-                self.model(input_ids=self.tokens, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not inputs:
-            return None
-        seen = inputs[-1]
-        same = {name: output for name, output in outputs.items() if output.shape == seen.shape}
-        alike = [name for name, output in same.items() if torch.equal(output, seen)]
-        if alike:
-            return alike[-1]
-        for name, output in same.items():
-            if torch.nn.functional.cosine_similarity(output.flatten(), seen.flatten(), dim=0) > 0.999:
-                ratio = float(seen.norm() / output.norm())
-                raise UserError(
-                    f"{type(self.model).__name__} multiplies what {name} puts out by {ratio:.3g} before its head, a scaling of "
-                    "its own, for which the plain form of muP has no rule."
-                )
-        return None
-
-    def gain(self, name: str) -> tuple[int, float]:
-        """The offset, 1 where the gain of this module is 1 + weight and 0 where it is the weight, and the gain itself.
-
-        A gain that differs between features has been trained, and begins at 1 again.
-        """
-        module = self.model.get_submodule(name)
-        weight = cast("torch.Tensor", module.weight)
-        probe = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)[None, None]
-        zeros = {key: torch.zeros_like(value) for key, value in module.named_parameters()}
-        with self._quiet():
-            offset = int(bool(functional_call(module, zeros, (probe,)).ne(0).any()))
-        return offset, weight[0].item() + offset if bool((weight == weight[0]).all()) else 1.0
-
-    def scales_embeddings(self) -> bool:
-        """Whether what enters the first block is the embedding times sqrt(hidden_size)."""
-        weight = cast("torch.Tensor", self.model.get_input_embeddings().weight)
-        name = next(n for n, p in self.model.named_parameters(remove_duplicate=False) if p is weight)
-        rows = weight.detach()[self.tokens]
-        once, twice = (self._first_input({name: weight.detach() * k}) for k in (1, 2))
-        # Positions drop out of the difference, and so does all where a norm follows the embedding.
-        change = (twice - once).flatten().float()
-        if change.shape != rows.flatten().shape:
-            raise UserError(
-                f"what enters the first block of {type(self.model).__name__} is no sum with the embedding of each token, so "
-                "that muP cannot tell how the model scales it."
-            )
-        factor = float(change @ rows.flatten().float() / rows.float().square().sum().clamp(min=1e-30))
-        return math.isclose(factor, math.sqrt(self.model.config.hidden_size), rel_tol=0.02)
-
-    def _first_input(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What enters the first block, with other weights in the place of some."""
-        seen: list[torch.Tensor] = []
-
-        def stop(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            seen.append(cast("torch.Tensor", args[0] if args else kwargs["hidden_states"]))
-            raise _StopForward
-
-        handle = _first_block(self.model).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with self._quiet(), contextlib.suppress(_StopForward):
-                functional_call(self.model, weights, (), {"input_ids": self.tokens, "use_cache": False})
-        finally:
-            handle.remove()
-        return seen[-1]
-
-
-def _keep_output(outputs: dict[str, torch.Tensor], name: str) -> object:
-    def hook(_module: nn.Module, _args: object, output: object) -> None:
-        if isinstance(output, torch.Tensor):
-            outputs[name] = output
-
-    return hook
-
-
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of the model's blocks: the one with most parameters among the outermost lists.
-
-    Raises:
-        UserError: a model without such a list.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of blocks, so that muP cannot tell what enters them.")
-    return max(lists, key=lambda each: sum(p.numel() for p in each.parameters()))
-
-
-def _first_block(model: PreTrainedModel) -> nn.Module:
-    return blocks_of(model)[0]

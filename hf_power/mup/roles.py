@@ -36,6 +36,7 @@ class PlainRecord(TypedDict):
     final_gain: name of the module before the head, None for none. gain_offset: 1 where the gain is 1 + weight. gain: its
     first value at base width, which is 2 in Nemotron's class.
     scaled_embeddings: whether the model multiplies embeddings by sqrt(hidden_size).
+    embedding_multiplier: m_emb, by which embeddings are multiplied at every width.
     """
 
     version: int
@@ -45,6 +46,7 @@ class PlainRecord(TypedDict):
     gain_offset: int
     gain: float
     scaled_embeddings: bool
+    embedding_multiplier: float
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,11 @@ def plain_factors(model: PreTrainedModel) -> dict[str, Factors]:
 def _folded(name: str, role: Role, model: PreTrainedModel, record: PlainRecord, m: float) -> Factors:
     """The factors of a tensor with the multiplier that is folded into it.
 
-    With a head of its own: c = 1 / m in it, and m**-0.5 in embeddings that the model multiplies by sqrt(hidden_size). With
-    a tied one, the final gain has what is left of 1 / m.
+    With a head of its own: c = 1 / m in it, and in embeddings m_emb, times m**-0.5 where the model multiplies them by
+    sqrt(hidden_size). With a tied one, the final gain has what is left of 1 / m.
     """
-    of_embeddings, tied, c = (m**-0.5 if record["scaled_embeddings"] else 1.0), is_tied(model), 1.0
+    of_embeddings = record["embedding_multiplier"] * (m**-0.5 if record["scaled_embeddings"] else 1.0)
+    tied, c = is_tied(model), 1.0
     if role.name == "embedding" and name == _embedding_name(model):
         c = of_embeddings
     elif role.name == "head":

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_power.compat import logits_first
-from hf_power.mup.init import blocks_of
 from hf_power.mup.optimizer import factors_of
+from hf_power.mup.probe import blocks_of
 from hf_power.mup.roles import final_gain_of, is_tied
 from hf_power.mup.rules import mup_record
 

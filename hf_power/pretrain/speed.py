@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_power.models import STOCK_BLOCKS, is_stock_block, num_experts
-from hf_power.mup.init import blocks_of
+from hf_power.mup.probe import blocks_of
 
 ATTENTION = "sdpa_of_blocks"
 EXPERTS = "grouped_mm_under_autocast"

@@ -70,8 +70,8 @@ class Recipe:
         max_lr: eta_max, the cap, > 0.
         weight_decay: AdamW's coefficient at base width; the law only holds for the one it was tuned with. None: not known.
         model_type: of the proxies, "llama" or "mixtral" or that of any other causal LM of transformers; None for any.
-        form: of the proxies' muP, "multiplier" or "plain", see `hf_power.mup`; the plain form has multipliers of 1 and no
-            other numbers of muP than base_width or base_config, and initializer_range.
+        form: of the proxies' muP, "multiplier" or "plain", see `hf_power.mup`; the plain form has no
+            other numbers of muP than base_width or base_config, initializer_range and embedding_multiplier.
         tokenizer: `hf_power.data.tokenizer.tokenizer_fingerprint` of the proxies' tokenizer; None for any.
         warmup_tokens: length of the proxies' warmup, in tokens; None for unknown.
         decay_ratio: length of the proxies' tail over the run, in [0, 1].
@@ -306,7 +306,11 @@ class Recipe:
             return ()
         if self.form == "multiplier":
             return ("preset", *MUP)
-        return ("base_width" if self.base_config is None else "base_config", "initializer_range")
+        return (
+            "base_width" if self.base_config is None else "base_config",
+            "initializer_range",
+            "embedding_multiplier",
+        )
 
 
 def predictive_factors(

@@ -186,7 +186,7 @@ class ModelArguments:
 
 
 # What the section mup may hold with model_type any.
-PLAIN_FORM = ("mup", "base_width", "base_config", "initializer_range")
+PLAIN_FORM = ("mup", "base_width", "base_config", "initializer_range", "embedding_multiplier")
 
 
 @dataclass
@@ -204,7 +204,9 @@ class MupArguments:
     base_head_dim: int | None = field(default=None, metadata={"help": "Head size at which logits have Llama's scale."})
     base_num_layers: int | None = field(default=None, metadata={"help": "Depth of the proxies (CompleteP)."})
     preset: str = field(default="paper", metadata={"help": "paper, ibm or power_of_two."})
-    embedding_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
+    embedding_multiplier: float | None = field(
+        default=None, metadata={"help": "Wins over the preset; with model_type any, 1 where it is left out."}
+    )
     residual_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
     attention_multiplier: float | None = field(default=None, metadata={"help": "Wins over the preset."})
     initializer_range: float | None = field(default=None, metadata={"help": "Wins over the preset."})
@@ -218,17 +220,19 @@ class MupArguments:
         own = dataclasses.asdict(self)
         return {name: value for name, value in own.items() if name not in ("mup", "base_config")}
 
-    def plain_base(self, model: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
-        """The base of the plain form, as an argument of `mup_init_`, for a config of the model."""
+    def plain_arguments(self, model: ModelArguments, config: PreTrainedConfig) -> dict[str, Any]:
+        """The arguments of `mup_init_` in the plain form, for a config of the model."""
+        multiplier = {"embedding_multiplier": self.embedding_multiplier}
         if self.base_config is None:
-            return {"base_width": self.base_width}
+            return {"base_width": self.base_width, **multiplier}
         written = model.any_config()
         if not isinstance(model.hidden_size, Default):
             written = model.at_width(written, model.hidden_size)
         base = config_of_mapping(cast("dict[str, object]", self.base_config), "base_config")
         # Token ids and lengths are those of the run.
         with refused_by("base_config"):
-            return {"base_config": type(config).from_dict({**config.to_dict(), **sizes_of(written, base)})}
+            of_base = type(config).from_dict({**config.to_dict(), **sizes_of(written, base)})
+        return {"base_config": of_base, **multiplier}
 
     def refuse_multipliers(self) -> None:
         """Raise a UserError for what belongs to the multiplier form of muP, where the plain form is asked for."""

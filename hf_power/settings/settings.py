@@ -257,7 +257,7 @@ class Settings:
         """Refuse a model for which muP has no rule."""
         if self.is_plain:
             self.mup.refuse_multipliers()
-            refuse_without_rule(self.under_mup(config), **self.mup.plain_base(self.model, config))
+            refuse_without_rule(self.under_mup(config), **self.mup.plain_arguments(self.model, config))
         else:
             mup_config(config, **self.mup.arguments())
 
@@ -344,4 +344,4 @@ def build_model(
     model = new_model(config)
     if not settings.mup.mup:
         return model
-    return mup_init_(model, **(settings.mup.plain_base(settings.model, config) if settings.is_plain else {}))
+    return mup_init_(model, **(settings.mup.plain_arguments(settings.model, config) if settings.is_plain else {}))

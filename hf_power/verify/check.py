@@ -92,8 +92,10 @@ def _coordinates(settings: Settings) -> CoordCheck:
     """The check of the model's own rules; of another family than Llama and Mixtral one with small sizes, where it is deep."""
     if not settings.is_plain:
         return coord_check(settings.model.config(), preset=settings.mup.preset)
-    fixed = settings.model.fixed or ()
-    return coord_check(fitting(settings.model.config(), WIDTHS, fixed)[0], widths=WIDTHS, form="plain", fixed=fixed)
+    config, fixed = settings.model.config(), settings.model.fixed or ()
+    multiplier = settings.mup.embedding_multiplier
+    small = fitting(config, WIDTHS, fixed)[0]
+    return coord_check(small, widths=WIDTHS, form="plain", fixed=fixed, embedding_multiplier=multiplier)
 
 
 @dataclass(frozen=True)

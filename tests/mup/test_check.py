@@ -78,9 +78,10 @@ def test_the_baseline_is_better_than_standard_parameterization_and_no_muP():  # 
 @pytest.mark.parametrize("name", ["standard", "embedding_rate"])
 def test_at_its_base_width_a_baseline_is_muP_itself(name):  # noqa: N802
     """So one run at the base serves all of a transfer measurement, and gains are decayed nowhere."""
-    model = mup_init_(AutoModelForCausalLM.from_config(FAMILIES["Gemma 2, tied"]), base_width=64)
+    model = AutoModelForCausalLM.from_config(FAMILIES["Gemma 2, tied"])
+    mup_init_(model, base_width=64, embedding_multiplier=4.0)
     own, mup = (
-        {tensor: (group.get("lr", 0.01), group["weight_decay"]) for group in groups for tensor in group["params"]}
+        {tensor: (group["lr"], group["weight_decay"]) for group in groups for tensor in group["params"]}
         for groups in (make(model, lr=0.01, weight_decay=0.1) for make in (CONTROLS[name].groups, mup_param_groups))
     )
     assert own == mup

@@ -23,12 +23,15 @@ MODELS = {
 }
 
 
-def both_forms(plain):
-    """Models of the two forms with the same function: their multipliers are 1, but for that of the logits."""
-    neutral = {"embedding_multiplier": 1, "residual_multiplier": 1, "initializer_range": plain.initializer_range}
+def both_forms(plain, m_emb=None):
+    """Models of the two forms with the same function: their multipliers are 1, but for m_emb and that of the logits."""
+    of_embeddings = m_emb or 1
+    neutral = {"embedding_multiplier": of_embeddings, "residual_multiplier": 1}
+    neutral["initializer_range"] = plain.initializer_range
     head = plain.hidden_size // plain.num_attention_heads
     torch.manual_seed(0)
-    stock = mup_init_(AutoModelForCausalLM.from_config(plain), base_width=BASE)
+    model = AutoModelForCausalLM.from_config(plain)
+    stock = mup_init_(model, base_width=BASE, embedding_multiplier=m_emb)
     other = AutoModelForCausalLM.from_config(
         mup_config(plain, base_width=BASE, attention_multiplier=head**-0.5, **neutral)
     )
@@ -36,9 +39,12 @@ def both_forms(plain):
         name.replace("mlp.gate.", "block_sparse_moe.router.").replace("mlp.experts", "block_sparse_moe.experts"): tensor
         for name, tensor in copy.deepcopy(stock.state_dict()).items()
     }
-    weights["lm_head.weight"] *= 1 if plain.tie_word_embeddings else WIDTH / BASE
+    weights["model.embed_tokens.weight"] /= of_embeddings
     if plain.tie_word_embeddings:
-        weights["model.norm.weight"] *= WIDTH / BASE
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        weights["model.norm.weight"] *= WIDTH / BASE * of_embeddings
+    else:
+        weights["lm_head.weight"] *= WIDTH / BASE
     other.load_state_dict(weights)
     return stock, other
 
@@ -78,7 +84,7 @@ def trained(model, folder, max_grad_norm, plain_adamw=False):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_both_forms_give_the_same_losses_with_clipping(kind, tmp_path):
-    stock, other = both_forms(MODELS[kind])
+    stock, other = both_forms(MODELS[kind], m_emb={"gqa": 8.0, "biases": 8.0}.get(kind))
     losses, norms = trained(stock, tmp_path, 0.1)
     expected, expected_norms = trained(other, tmp_path, 0.1)
     assert len(losses) == 50
@@ -117,7 +123,7 @@ def test_a_second_optimizer_replaces_the_hooks_of_the_first():
 
 def test_mup_init_of_the_plain_form_is_refused_beside_mup_config():
     model = AutoModelForCausalLM.from_config(mup_config(MODELS["tied"], base_width=BASE))
-    with refused(ValueError, "has been through mup_config, which has set the base"):
+    with refused(ValueError, "has been through mup_config, which has set base and multipliers"):
         mup_init_(model, base_width=BASE)
 
 

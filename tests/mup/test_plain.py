@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from transformers import (
     GptOssConfig,
     JambaConfig,
     MambaConfig,
+    Olmo2Config,
     OlmoConfig,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from hf_power import mup_init_, mup_param_groups
+from hf_power import coord_check, mup_init_, mup_param_groups
 from hf_power.mup.optimizer import factors_of
 
 SIZES = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -195,6 +197,11 @@ REFUSED = {
     "no base": (qwen3(), {}, "give one of base_width"),
     "two bases": (qwen3(), {"base_width": 16, "base_config": qwen3()}, "give one of base_width"),
     "width 0": (qwen3(), {"base_width": 0}, "base_width must be a positive number"),
+    "no multiplier": (
+        qwen3(),
+        {"base_width": 16, "embedding_multiplier": 0},
+        "embedding_multiplier must be a positive",
+    ),
     "other family": (qwen3(), {"base_config": gemma2()}, "base_config must be a Qwen3Config"),
     "other depth": (qwen3(), {"base_config": qwen3(num_hidden_layers=2)}, "base_config has num_hidden_layers 2"),
     "other vocabulary": (qwen3(), {"base_config": qwen3(vocab_size=50)}, "base_config has vocab_size 50"),
@@ -269,3 +276,45 @@ def test_logits_are_divided_by_m_in_a_tied_model():
         model.model.norm.weight.fill_(1.0)
         assert torch.allclose(model(input_ids=ids).logits / 2, logits, atol=1e-6)
     assert math.isfinite(float(logits.sum()))
+
+
+def told(config, **arguments):
+    """What mup_init_ says of a model at its base, of 64."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mup_init_(AutoModelForCausalLM.from_config(config), base_width=64, **arguments)
+    return [str(each.message) for each in caught if "drown" in str(each.message) or "normalizes" in str(each.message)]
+
+
+POST_NORM = Olmo2Config(**SIZES, initializer_range=0.1)
+
+
+def test_a_model_whose_blocks_drown_the_embedding_is_named():
+    """What such a block adds has a deviation of about sqrt(2), the attention's 1 and the MLP's; the embedding one of .1."""
+    (sentence,) = told(POST_NORM)
+    assert "Olmo2ForCausalLM normalizes what its blocks add" in sentence
+    assert "give an embedding_multiplier of 1 / initializer_range, 10, with" in sentence
+    assert told(POST_NORM, embedding_multiplier=10) == []
+
+
+@pytest.mark.parametrize("config", [qwen3(initializer_range=0.02), gemma2()], ids=("pre", "scaled"))
+def test_a_model_that_normalizes_before_its_blocks_or_scales_its_embeddings_is_not(config):
+    assert told(config) == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_multiplier_is_folded_as_if_the_forward_pass_had_it(tied):
+    """m_emb = 8: s, lr and eps times 8, weight decay over 8; in a tied model 1 / 8 in the final gain."""
+    model = AutoModelForCausalLM.from_config(qwen3(tie_word_embeddings=tied))
+    found = rows(mup_init_(model, base_width=16, embedding_multiplier=8))
+    assert found["model.embed_tokens.weight"] == pytest.approx((8, 8, 1 / 8, 1 / 32))
+    assert found["model.norm.weight"][1] == pytest.approx(1 / 32 if tied else 1)
+    deviation = float(model.model.embed_tokens.weight.detach().std())
+    assert deviation == pytest.approx(8 * model.config.initializer_range, rel=0.05)
+
+
+def test_a_coordinate_check_says_it_of_the_init_of_the_config():
+    """The check has an init of its own, of .02."""
+    with pytest.warns(UserWarning, match=r"1 / initializer_range, 10, with") as caught:
+        coord_check(POST_NORM, widths=[64, 128, 192, 256], steps=1, seeds=[0])
+    assert len(caught) == 1

@@ -29,6 +29,7 @@ def any_sections(sections):
     def build(folder, config=None, **training):
         made = sections(folder, **training)
         made["model"] = {"model_type": "any", "model_config": config or QWEN3}
+        made["mup"] = made["mup"] | {"embedding_multiplier": 4.0}
         return made
 
     return build
@@ -78,6 +79,7 @@ def test_annealed_scored_told_published_and_loaded_again(trunk, tmp_path, hub):
         "with muP",
         "multipliers are folded into the weights",
         "| base width | 16 |",
+        "| embedding multiplier | 4",
         "- mup",
     ):
         assert part in card

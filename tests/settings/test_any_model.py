@@ -79,7 +79,7 @@ def test_sizes_that_do_not_grow_are_those_of_two_configs(settings):
     made = settings(QWEN3, {"hidden_size": 64}, base_config=base)
     config = made.model.config(vocab_size=400)
     assert (config.hidden_size, config.intermediate_size, config.num_attention_heads) == (64, 160, 2)
-    of_base = made.mup.plain_base(made.model, config)["base_config"]
+    of_base = made.mup.plain_arguments(made.model, config)["base_config"]
     assert (of_base.hidden_size, of_base.intermediate_size, of_base.vocab_size) == (16, 40, 400)
     expected = scale_width(config, 16, fixed=["num_attention_heads", "num_key_value_heads"])
     assert of_base.to_dict() == expected.to_dict()
