@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from trials import TRIALS, Trial, greatest_difference, trained
+from trials import TRIALS, Failed, Trial, greatest_difference, trained
 
 ROOT = Path(__file__).parent.parent
 ROWS, PAGE = ROOT / "benchmarks" / "results" / "front_ends.jsonl", ROOT / "docs" / "interop.md"
@@ -142,20 +142,25 @@ def run(uv: str, front_end: FrontEnd, row: Row, folder: Path) -> Row:
     """The row with what came out of ten steps in an environment of the front end's own."""
     trial = TRIALS[front_end.name]
     python = environment(uv, front_end, trial, row.version, folder)
-    row = replace(row, command=trial.shown, otherwise=trial.otherwise)
+    row = replace(row, command=f"python -m hf_power.run {trial.shown}", otherwise=trial.otherwise)
     if isinstance(python, str):
         return replace(row, result=f"not installed: {python[:300]}")
     freeze = subprocess.run([uv, "pip", "freeze", "--python", python], capture_output=True, text=True, check=True)
     installed = dict(re.findall(r"^([\w.-]+)==(\S+)", freeze.stdout, re.MULTILINE))
-    rates = trained(python, trial, folder / "run")
-    result = said(rates) if isinstance(rates, str) else greatest_difference(rates)
+    rates = trained(python, front_end.name, folder / "run")
+    if isinstance(rates, str):
+        result = error_in(rates) if isinstance(rates, Failed) else "evaluates"
+    else:
+        result = greatest_difference(rates)
     return replace(row, ran={name: installed[name] for name in SHOWN if name in installed}, result=result)
 
 
-def said(output: str) -> str:
-    """The last line of what a command printed, in which it said why it gave up."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return f"no: {lines[-1][:300]}" if lines else "no: it said nothing"
+def error_in(output: str) -> str:
+    """The line of what a command printed in which it said why it gave up: its last error, or its last words."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    # torchrun says last that a process has failed, which has said why before.
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) and "ChildFailedError" not in line]
+    return f"no: {(errors or lines)[-1][:300]}"
 
 
 def write(rows: list[Row]) -> None:
