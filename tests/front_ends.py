@@ -17,10 +17,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from trials import TRIALS, Failed, Trial, greatest_difference, trained
+from trials import TRIALS, Failed, greatest_difference, trained
 
 ROOT = Path(__file__).parent.parent
 ROWS, PAGE = ROOT / "benchmarks" / "results" / "front_ends.jsonl", ROOT / "docs" / "interop.md"
@@ -95,6 +96,16 @@ def versions(chosen: dict[str, str]) -> str:
     return ", ".join(f"{name} {chosen[name]}" for name in SHOWN if name in chosen)
 
 
+def built(folder: Path) -> str:
+    """The requirement of this checkout, as a wheel: uv holds a lock on the build of a folder while it downloads all else."""
+    # In a copy, because setuptools leaves files of earlier builds in a checkout and takes them into the next one.
+    shutil.copytree(ROOT / "hf_power", folder / "hf_power", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, folder], check=True)
+    return f"hf_power @ {next(folder.glob('*.whl')).as_uri()}"
+
+
 def resolved(uv: str, python: str, requirements: list[str]) -> dict[str, str] | str:
     """The version of each distribution that is chosen, or why there is no choice."""
     command = [uv, "pip", "compile", "-q", "--no-header", "--no-annotate", "--python-version", python]
@@ -105,7 +116,7 @@ def resolved(uv: str, python: str, requirements: list[str]) -> dict[str, str] | 
     return dict(re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE))
 
 
-def resolution(uv: str, front_end: FrontEnd) -> Row:
+def resolution(uv: str, ours: str, front_end: FrontEnd) -> Row:
     """Whether hf_power keeps the newest release out."""
     alone = resolved(uv, front_end.python, front_end.pins or [front_end.name])
     if isinstance(alone, str):
@@ -113,7 +124,7 @@ def resolution(uv: str, front_end: FrontEnd) -> Row:
     version = "" if front_end.pins else alone[front_end.name]
     # The release is held, because a resolver would rather take an older one than say no.
     wanted = front_end.pins or [f"{front_end.name}=={version}"]
-    both = resolved(uv, front_end.python, [*wanted, f"hf_power @ {ROOT.as_uri()}"])
+    both = resolved(uv, front_end.python, [*wanted, ours])
     if isinstance(both, str):
         return Row(front_end.name, version, front_end.python, f"no: {both[:300]}")
     resolves = "yes, by its pins alone: it is on no index" if front_end.pins else "yes"
@@ -121,16 +132,16 @@ def resolution(uv: str, front_end: FrontEnd) -> Row:
     return Row(front_end.name, version, front_end.python, resolves, {n: both[n] for n in SHOWN if n in both}, moved)
 
 
-def environment(uv: str, front_end: FrontEnd, trial: Trial, version: str, folder: Path) -> Path | str:
+def environment(uv: str, ours: str, front_end: FrontEnd, version: str, folder: Path) -> Path | str:
     """The Python of a new environment with the front end by its pins and this checkout beside it, or why there is none."""
-    folder.mkdir(parents=True)
+    trial = TRIALS[front_end.name]
     (folder / "constraints.txt").write_text(front_end.torch)
     # A marker that is never true is how uv leaves a dependency out.
     (folder / "overrides.txt").write_text("".join(f"{name} ; python_version < '3'\n" for name in trial.left_out))
     python = folder / "env" / "bin" / "python"
-    wanted = [*(front_end.pins or [f"{front_end.name}=={version}"]), *trial.added, f"hf_power @ {ROOT.as_uri()}"]
+    wanted = [*(front_end.pins or [f"{front_end.name}=={version}"]), *trial.added, ours]
     install = [uv, "pip", "install", "-q", "--python", python, "-c", folder / "constraints.txt"]
-    install += ["--overrides", folder / "overrides.txt", "--refresh-package", "hf_power", *wanted]
+    install += ["--overrides", folder / "overrides.txt", *wanted]
     for command in ([uv, "venv", "-q", "--python", front_end.python, folder / "env"], install):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -138,10 +149,10 @@ def environment(uv: str, front_end: FrontEnd, trial: Trial, version: str, folder
     return python
 
 
-def run(uv: str, front_end: FrontEnd, row: Row, folder: Path) -> Row:
+def run(uv: str, ours: str, front_end: FrontEnd, row: Row, folder: Path) -> Row:
     """The row with what came out of ten steps in an environment of the front end's own."""
     trial = TRIALS[front_end.name]
-    python = environment(uv, front_end, trial, row.version, folder)
+    python = environment(uv, ours, front_end, row.version, folder)
     row = replace(row, command=f"python -m hf_power.run {trial.shown}", otherwise=trial.otherwise)
     if isinstance(python, str):
         return replace(row, result=f"not installed: {python[:300]}")
@@ -185,12 +196,14 @@ def main() -> int:
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="install and train too, in environments below it")
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
     given = parser.parse_args()
-    wrong = 0
+    wrong, wheels = 0, tempfile.TemporaryDirectory()
+    ours = built(Path(wheels.name))
     for front_end in (each for each in FRONT_ENDS if not given.only or each.name in given.only):
-        row = resolution(given.uv, front_end)
+        row = resolution(given.uv, ours, front_end)
         if given.run and front_end.name in TRIALS and row.newest:
-            folder = given.run.resolve() / front_end.name
-            row = run(given.uv, front_end, row, folder)
+            given.run.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f"{front_end.name}-", dir=given.run.resolve()))
+            row = run(given.uv, ours, front_end, row, folder)
             if not given.keep:
                 shutil.rmtree(folder)
         print(row.line(), end="", flush=True)
