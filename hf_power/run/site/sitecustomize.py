@@ -40,6 +40,6 @@ sys.meta_path.insert(0, ImportAfterTransformers())
 sys.path.remove(str(Path(__file__).parent))
 hidden = sys.modules.pop("sitecustomize")
 if importlib.util.find_spec("sitecustomize"):
-    import sitecustomize  # noqa: F401
+    importlib.import_module("sitecustomize")
 else:
     sys.modules["sitecustomize"] = hidden
