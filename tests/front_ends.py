@@ -87,7 +87,12 @@ class Row:
         right = f"yes, to {self.result:.0e}" if isinstance(self.result, float) else self.result.replace("|", "\\|")
         cells = (
             *(f"{self.name} {self.version}".strip(), self.python, self.resolves + moved, versions(self.newest)),
-            *(versions(self.ran), right, f"`{self.command}`" if self.command else "", self.otherwise or "nothing"),
+            *(
+                versions(self.ran),
+                right,
+                f"`{self.command}`" if self.command else "",
+                self.otherwise or "nothing" * bool(self.ran),
+            ),
         )
         return f"| {' | '.join(cells)} |\n"
 
