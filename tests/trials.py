@@ -60,11 +60,11 @@ def flags(**more: object) -> str:
     return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in (COMMON | more).items())
 
 
-SFT = flags(model_name_or_path="model", dataset_name="text", max_length=BLOCK, packing_strategy="wrapped", bf16=False)
+SFT = flags(model_name_or_path="model", dataset_name="text", max_length=BLOCK, bf16=False) + " --packing --use_cpu"
 SWIFT = flags(model="model", dataset="text/train.jsonl", max_length=BLOCK, model_type="llama", template="default")
 
 TRIALS = {
-    "trl": Trial("trl sft", f"{SFT} --packing --use_cpu"),
+    "trl": Trial("trl sft", f"{SFT} --packing_strategy wrapped"),
     "llamafactory": Trial("llamafactory-cli train train.yaml"),
     "ms-swift": Trial(
         "swift pt",
@@ -92,7 +92,7 @@ TRIALS = {
     "h2o-llmstudio": Trial("train.py", flags(use_cpu=True), note="a plain Trainer, since its source is on no index"),
     "open-r1": Trial(
         "trl sft",
-        f"{SFT} --packing --use_cpu",
+        SFT,
         note="TRL's script, which its own is like, since its source is on no index",
     ),
 }
