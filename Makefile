@@ -12,7 +12,7 @@ SIDE_BY_SIDE := -n auto --dist loadfile
 # What the usual GPU image has beside torch 2.11, laid over the environment by tests/test_benchmarks.py.
 IMAGE := transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
-.PHONY: demo test slow fast check style docs package sitting oldest newest versions front-ends
+.PHONY: demo test slow fast check style docs package sitting oldest newest versions front-ends front-ends-run
 demo: .venv/train
 	$(BIN)/python scripts/demo.py
 
@@ -61,6 +61,12 @@ versions: .venv/dev
 front-ends: .venv/dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(BIN)/python tests/front_ends.py --uv $(BIN)/uv
+
+# Ten steps of each in an environment of its own pins: an hour or more, and some ten GB for uv's cache. A CPU build of torch is taken
+# from pip's folder of wheels, or from torch's own index by UV_TORCH_BACKEND=cpu.
+front-ends-run: .venv/dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/python tests/front_ends.py --uv $(BIN)/uv --run $(BIN)/../front-ends
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

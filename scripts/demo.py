@@ -16,7 +16,10 @@ from hf_power.data.packing import pack
 from hf_power.data.text import load_text
 from hf_power.pretrain import run as train
 from hf_power.pretrain.anneal import anneal
+from hf_power.pretrain.start import tokens_per_step
+from hf_power.records.errors import UserError
 from hf_power.settings.sections import parse_tokens
+from hf_power.settings.settings import Settings
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 PROMPT = "def __init__(self, "
@@ -25,6 +28,8 @@ PROMPT = "def __init__(self, "
 def main(argv: list[str]) -> int:
     """Pretrain, anneal, compare, sample; arguments override the recipe."""
     settings = parse_settings([str(RECIPE), *argv])
+    settings.check()
+    check_num_checkpoints(settings)
     folder = free_folder(Path(settings.training.output_dir or ""))
     settings.training.output_dir = str(folder)
     trunk = train.pretrain(settings)
@@ -66,6 +71,22 @@ def main(argv: list[str]) -> int:
         "       your own text:  .venv/bin/hf-power pretrain scripts/recipes/demo.yaml --dataset my.jsonl --output_dir runs/mine"
     )
     return 0
+
+
+def check_num_checkpoints(settings: Settings) -> None:
+    """Refuse a trunk with fewer than two checkpoints, because the tail begins at the last but one."""
+    args, tokens = settings.training, settings.run.tokens or 0
+    steps = math.ceil(tokens / tokens_per_step(settings))
+    every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
+    if args.save_strategy != "steps":
+        raise UserError(
+            f"the demo anneals from a checkpoint of its trunk, got save_strategy={args.save_strategy.value}: leave it out."
+        )
+    if steps <= every:
+        raise UserError(
+            f"the demo anneals from the last but one checkpoint of its trunk, and {tokens:,} tokens are {steps:,} steps with one "
+            f"checkpoint (save_steps={args.save_steps:g}): raise tokens, or lower save_steps."
+        )
 
 
 def ngram_losses(train_blocks: object, held_out_blocks: object, vocab_size: int) -> dict[str, float]:

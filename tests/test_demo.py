@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentences import refused
+
+from hf_power.records.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,22 @@ def demo():
 def test_documented_values(demo):
     failed, attempted = doctest.testmod(demo)
     assert (failed, attempted) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "got"),
+    [
+        (["--tokens", "200k"], "200,000 tokens are 196 steps with one checkpoint (save_steps=200)"),
+        (["--tokens", "204.8k"], "are 200 steps"),
+        (["--save_steps", "1200"], "are 1,172 steps"),
+        (["--save_strategy", "no"], "got save_strategy=no"),
+    ],
+)
+def test_a_trunk_without_two_checkpoints(demo, tmp_path, changed, got):
+    """The tail begins at the last but one: said before anything is trained."""
+    with refused(UserError, got):
+        demo.main(["--output_dir", str(tmp_path / "demo"), *changed])
+    assert not list(tmp_path.iterdir())
 
 
 def slow(train, held_out, vocab):
