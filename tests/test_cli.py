@@ -2,6 +2,7 @@ import ast
 import inspect
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -52,6 +53,18 @@ def test_what_needs_no_import_waits_for_none(tmp_path):
     ):
         done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, said in done.stdout + done.stderr) == (told, True), done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_fault():
+    """`hf-power VERB | head`: the verb ends with its own exit code, and nothing is said on stderr."""
+    code = "import sys; sys.argv = ['hf-power', sys.argv[1]]\nfrom hf_power.cli import main; sys.exit(main())"
+    for word, told in (("--help", 0), ("swep", 2)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        streams = {"stdout": writing, "stderr": writing if told else subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, **streams)
+        os.close(writing)
+        assert (done.returncode, done.stderr or b"") == (told, b"")
 
 
 def test_the_overview_has_every_verb_with_its_own_words():
@@ -114,7 +127,7 @@ def here(tmp_path_factory):
         "section": {"modell": shape},
         "type": {"model": shape | {"hidden_size": "wide"}},
         "grid": {**good, "run": {}, "sweep": SWEEP},
-        "horizon": {**good, "run": {}, "sweep": SWEEP | {"tokens": [1300]}},
+        "horizon": {**good, "run": {}, "sweep": SWEEP | {"tokens": [192]}},
         "schedule": {**good, "run": {}, "sweep": SWEEP | {"schedules": {"cosin": [0.01]}}},
     }.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -182,7 +195,7 @@ MISTAKES = [
     ("coord-check good.yaml --widths 64 wide", "argument --widths: invalid int value: 'wide'"),
     ("sweep grid.yaml", "the following arguments are required: --output_dir"),
     ("sweep good.yaml --output_dir o", "good.yaml lacks the section sweep"),
-    ("sweep horizon.yaml --output_dir o", "1,300 tokens are no whole number of steps"),
+    ("sweep horizon.yaml --output_dir o", "192 tokens are no whole number of steps of 128: take 128 or 256"),
     ("sweep schedule.yaml --output_dir o", "sweep.schedules.cosin is unknown: did you mean cosine?"),
     ("sweep grid.yaml --output_dir o --workers 0", "--workers must be at least 1, got 0"),
     ("sweep grid.yaml --output_dir o --dry-rum", "--dry_rum is unknown: did you mean dry_run?"),

@@ -209,6 +209,14 @@ def _same_grid(bench: Bench) -> None:
                     f"{bench.folder} holds a sweep with another {key} ({before.get(key)!r} there, {value!r} now): take "
                     "another folder, its rows cannot be fitted together with these."
                 )
+    # A horizon is rounded to whole steps of every batch, so that further batches may move it.
+    step = math.lcm(*grid.tokens_per_step)
+    for tokens in sorted({row.tokens for row in sweep_rows(bench.folder)} - set(grid.tokens)):
+        if near := next((horizon for horizon in grid.tokens if abs(horizon - tokens) < step), None):
+            raise UserError(
+                f"{bench.folder} has runs of {tokens:,} tokens where whole steps of this grid's batches make {near:,}: take "
+                f"batches that divide {tokens:,}, or another folder."
+            )
     write_json(path, made)
 
 
