@@ -42,6 +42,7 @@ from hf_power.records.errors import UserError
 MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
 MIN_WIDTHS = 4
 MAX_STEPS = 10
+SEEDS = (0, 1, 2)
 
 FORMS = ("multiplier", "plain")
 
@@ -127,7 +128,7 @@ def coord_check(
     steps: int = 4,
     lr: float = 0.002,
     weight_decay: float = 0.0,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] = SEEDS,
     batch_size: int = 1,
     seq_len: int = 16,
     device: str | torch.device = "cpu",
@@ -162,7 +163,7 @@ def coord_check(
         UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
     """
     widths = sorted(set(widths))
-    _check_numbers(widths, steps, seeds, vocab_size)
+    check_numbers(widths, steps, seeds, vocab_size)
     wrong = control_of(control)
     init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
     small = _small(config, vocab_size, initializer_range)
@@ -227,7 +228,8 @@ def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, 
     return bases
 
 
-def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> None:
+def check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int] = SEEDS, vocab_size: int = 64) -> None:
+    """Refuse arguments of `coord_check` that are out of range."""
     if len(widths) < MIN_WIDTHS:
         raise UserError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
     if not 1 <= steps <= MAX_STEPS:

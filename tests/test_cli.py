@@ -192,6 +192,7 @@ MISTAKES = [
     ("publish run/checkpoint-4", "was not pushed before: name the repository"),
     ("publish run/checkpoint-4 --repo user/a/b", "cannot be the name of a repository"),
     ("coord-check nowhere.yaml", "there is no settings file at nowhere.yaml"),
+    ("coord-check good.yaml --widths 64 128", "a slope needs at least 4 different widths, got [64, 128]"),
     ("coord-check good.yaml --widths 64 wide", "argument --widths: invalid int value: 'wide'"),
     ("sweep grid.yaml", "the following arguments are required: --output_dir"),
     ("sweep good.yaml --output_dir o", "good.yaml lacks the section sweep"),
@@ -422,6 +423,7 @@ def test_coord_check(tmp_path, capsys):
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
     assert code == (0 if "passed: worst slope" in out else 1)
     assert "| logits" in out
+    assert out.startswith("training 12 models, of widths 16, 32, 64, 128, for 2 steps on cpu\n")
 
 
 def test_a_dry_run_says_the_cost_and_trains_nothing(sections, tmp_path, capsys):

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 class _Pipe(io.FileIO):
     """The writing end of a pipe, which takes what it is given whether or not anyone reads it still."""
 
-    def write(self, data: "ReadableBuffer", /) -> int | None:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

@@ -111,13 +111,14 @@ def schedule(arguments: ScheduleArguments) -> int:
 
 def coord_check(arguments: CoordCheckArguments) -> int:
     """Is muP right for this model? coord-check [SETTINGS.yaml | config.json] [--widths 64 128 256 512] [--controls]."""
-    from hf_power.cli.checked import checked_model, measured_controls
+    from hf_power.cli.checked import checked_model, cost_text, measured_controls
     from hf_power.coordinates import coord_check
     from hf_power.mup.controls import BASELINE, CONTROLS
     from hf_power.plots.figures import save
     from hf_power.plots.runs import plot_coord_check
 
     config, chosen = checked_model(arguments)
+    print(cost_text(chosen, arguments.controls), flush=True)
     result = coord_check(config, control=arguments.control, **chosen)
     print(result.table())
     if arguments.picture:
@@ -286,7 +287,7 @@ def card(arguments: CardArguments) -> int:
 
 def report(arguments: ReportArguments) -> int:
     """One page of all results below a folder, for a reviewer to read and sign: report runs/."""
-    from hf_power.publish.evidence import write_evidence
+    from hf_power.verify.evidence import write_evidence
 
     print(ending(None, write_evidence(arguments.folder, arguments.output)))
     return ExitCode.DONE

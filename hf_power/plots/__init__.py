@@ -7,3 +7,39 @@ All of them raise `MissingPackageError` where matplotlib is not installed.
 * schedule.py: a schedule before its run (`plot_schedule`).
 * runs.py: a planned run (`plot_plan`), a run (`plot_lr_and_loss`), muP's check (`plot_coord_check`).
 """
+
+from typing import TYPE_CHECKING
+
+from hf_power.records.exports import lazily
+
+if TYPE_CHECKING:
+    from hf_power.plots.cells import plot_cells
+    from hf_power.plots.figures import save
+    from hf_power.plots.law import plot_law, plot_map
+    from hf_power.plots.runs import plot_coord_check, plot_lr_and_loss, plot_plan
+    from hf_power.plots.schedule import plot_schedule
+
+__all__ = [
+    "plot_cells",
+    "plot_coord_check",
+    "plot_law",
+    "plot_lr_and_loss",
+    "plot_map",
+    "plot_plan",
+    "plot_schedule",
+    "save",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "plot_cells": "plots.cells",
+        "plot_coord_check": "plots.runs",
+        "plot_law": "plots.law",
+        "plot_lr_and_loss": "plots.runs",
+        "plot_map": "plots.law",
+        "plot_plan": "plots.runs",
+        "plot_schedule": "plots.schedule",
+        "save": "plots.figures",
+    },
+)

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.ticker import Formatter
 
 GRAY, BLACK = "0.6", "0.15"
-# Blue and red of Okabe and Ito, which people with any kind of colour vision can tell apart.
-STRONG, RED = "#0072b2", "#d55e00"
+# Blue, red and green of Okabe and Ito, which people with any kind of colour vision can tell apart.
+STRONG, RED, GREEN = "#0072b2", "#d55e00", "#009e73"
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color) without yellow, which is faint on white paper.
+_DISTINCT = (STRONG, RED, GREEN, "#cc79a7", "#56b4e9", "#e69f00", BLACK)
+# Beside the colours, for people who see few of them and for paper without any.
+LINES = ("-", "--", "-.", ":")
 _DPI = 150
 _MARKERS = "osDvPh*<>d"  # "^" and "x" are not among them: they mark what lies above a panel.
 
@@ -86,17 +90,22 @@ def ordered_colors(num_colors: int) -> list[Color]:
 
 
 def distinct_colors(num_colors: int) -> list[Color]:
-    """Ten that are easily told apart; more of them come from viridis."""
+    """Seven that people with any kind of colour vision can tell apart; more of them come from viridis."""
     from matplotlib import colormaps
 
-    if num_colors <= 10:
-        return [colormaps["tab10"](i) for i in range(num_colors)]
+    if num_colors <= len(_DISTINCT):
+        return list(_DISTINCT[:num_colors])
     return [colormaps["viridis"](i / (num_colors - 1)) for i in range(num_colors)]
 
 
 def distinct_markers(num_markers: int) -> list[str]:
     """One for each, again from the first after ten."""
     return [_MARKERS[i % len(_MARKERS)] for i in range(num_markers)]
+
+
+def distinct_lines(num_lines: int) -> list[str]:
+    """A style for each line, again from the first after four."""
+    return [LINES[i % len(LINES)] for i in range(num_lines)]
 
 
 def handle(label: str, color: Color, marker: str, linestyle: str = "", **style: Any) -> "Line2D":
@@ -107,12 +116,27 @@ def handle(label: str, color: Color, marker: str, linestyle: str = "", **style: 
 
 
 def si(number: float, digits: int = 3) -> str:
-    """Three digits and a letter, as they are said of tokens: 1.5B, not 1.5G."""
+    """Three digits and a letter from a million on, as they are said of tokens: 1.5B, not 1.5G; below it all digits.
+
+    >>> [si(number) for number in (0.5, 8192, 2_097_152, 1.5e9)]
+    ['0.5', '8,192', '2.1M', '1.5B']
+    """
+    if 1e3 <= abs(number) < 1e6 and number == round(number):
+        return f"{number:,.0f}"
     number = float(f"{number:.{digits}g}")
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(number) >= size:
             return f"{number / size:g}{letter}"
-    return f"{number:g}"
+    return f"{number:,g}" if abs(number) < 1e5 else f"{number:,.0f}"
+
+
+def decimal_rates(panel: "Axes") -> None:
+    """Ticks of a logarithmic axis of learning rates, as decimals at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda rate, _position: f"{rate:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def si_formatter() -> "Formatter":

@@ -115,7 +115,10 @@ def test_example_of_the_house_is_a_grid():
         ({"schedules": {"cosine": [math.nan]}}, ("sweep.schedules.cosine must be a number", "nan")),
         ({"tokens_per_step": [100]}, ("tokens_per_step 100 is no whole number of blocks of 32", "take 96 or 128")),
         ({"tokens_per_step": [8]}, ("tokens_per_step 8 is no whole number of blocks of 32 (block_size): take 32",)),
-        ({"tokens": [900]}, ("sweep.tokens: 900 tokens are no whole number of steps of 128 and 256: take 768 or 1,024",)),
+        (
+            {"tokens": [900]},
+            ("sweep.tokens: 900 tokens are no whole number of steps of 128 and 256: take 768 or 1,024",),
+        ),
         ({"tokens": [5000, 5121]}, ("[5000, 5121] are the same number of steps of 128 and 256: set them apart",)),
         ({"warmup_tokens": 4608, "tokens": [5120]}, ("5,120 tokens leave no room between a warmup of 4,608", "of 512")),
         ({"decay_ratio": 1.0}, ("leave no room",)),
