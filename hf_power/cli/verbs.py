@@ -114,15 +114,17 @@ def coord_check(arguments: CoordCheckArguments) -> int:
     from hf_power.cli.checked import checked_model, cost_text, measured_controls
     from hf_power.coordinates import coord_check
     from hf_power.mup.controls import BASELINE, CONTROLS
+    from hf_power.plots.coordinates import plot_coord_check
     from hf_power.plots.figures import save
-    from hf_power.plots.runs import plot_coord_check
 
     config, chosen = checked_model(arguments)
     print(cost_text(chosen, arguments.controls), flush=True)
     result = coord_check(config, control=arguments.control, **chosen)
     print(result.table())
     if arguments.picture:
-        save(plot_coord_check(result), arguments.picture)
+        is_wrong = arguments.control is not None  # Then it is no model to be held against a wrong one.
+        wrong = None if is_wrong else coord_check(config, control="standard", **chosen | {"steps": 1})
+        save(plot_coord_check(result, wrong=wrong), arguments.picture)
         print(ending(None, arguments.picture))
     passed = result.passed
     if arguments.controls:

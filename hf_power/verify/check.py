@@ -9,8 +9,8 @@ from typing import cast
 
 from hf_power.coordinates import CoordCheck, coord_check
 from hf_power.models import flops_per_token
+from hf_power.plots.coordinates import plot_coord_check
 from hf_power.plots.figures import require_matplotlib, save
-from hf_power.plots.runs import plot_coord_check
 from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.errors import UserError
 from hf_power.records.files import replaced
