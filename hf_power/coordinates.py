@@ -37,12 +37,11 @@ from hf_power.mup.optimizer import mup_param_groups
 from hf_power.mup.rules import mup_record
 from hf_power.mup.scale import scale_width
 from hf_power.mup.watch import quieten_readouts_, watched
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, refused_by
 
 MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
 MIN_WIDTHS = 4
 MAX_STEPS = 10
-SEEDS = (0, 1, 2)
 
 FORMS = ("multiplier", "plain")
 
@@ -128,7 +127,7 @@ def coord_check(
     steps: int = 4,
     lr: float = 0.002,
     weight_decay: float = 0.0,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 1,
     seq_len: int = 16,
     device: str | torch.device = "cpu",
@@ -136,6 +135,7 @@ def coord_check(
     form: str | None = None,
     fixed: Sequence[str] = (),
     control: str | None = None,
+    verbose: bool = False,
     init: Callable[[PreTrainedModel], object] = mup_init_,
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
@@ -156,6 +156,7 @@ def coord_check(
         form: one of FORMS; None for "multiplier" where there is one (Llama, Mixtral), "plain" for all others.
         fixed: sizes that do not grow, e.g. num_attention_heads and num_key_value_heads; needs base_width None.
         control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
+        verbose: print what will be trained, before it is.
         init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
         **mup_kwargs: more arguments of `mup_config` (preset and so on).
 
@@ -163,15 +164,21 @@ def coord_check(
         UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
     """
     widths = sorted(set(widths))
-    check_numbers(widths, steps, seeds, vocab_size)
+    _check_numbers(widths, steps, seeds, vocab_size)
     wrong = control_of(control)
     init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
     small = _small(config, vocab_size, initializer_range)
     made = _models(small, widths, base_width, fixed, _form(small, form, wrong, mup_kwargs), mup_kwargs)
-    trial = _Trial(
-        steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
-    )
+    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), _device(device), bf16, made[1], init, param_groups)
+    if verbose:
+        models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
+        print(f"training {models}, for {steps} steps on {device}", flush=True)
     return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
+
+
+def _device(device: str | torch.device) -> torch.device:
+    with refused_by(f"the device {str(device)!r}"):
+        return torch.empty(0, device=device).device
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
@@ -228,8 +235,7 @@ def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, 
     return bases
 
 
-def check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int] = SEEDS, vocab_size: int = 64) -> None:
-    """Refuse arguments of `coord_check` that are out of range."""
+def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> None:
     if len(widths) < MIN_WIDTHS:
         raise UserError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
     if not 1 <= steps <= MAX_STEPS:

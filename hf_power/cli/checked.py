@@ -6,7 +6,7 @@ from typing import Any
 from hf_power.cli.arguments import CoordCheckArguments
 from hf_power.cli.parser import parse_settings
 from hf_power.compat import PreTrainedConfig
-from hf_power.coordinates import SEEDS, CoordCheck, check_numbers, coord_check
+from hf_power.coordinates import CoordCheck, coord_check
 from hf_power.models import ANY, PLAIN_FAMILIES
 from hf_power.mup.controls import CONTROLS
 from hf_power.records.errors import UserError
@@ -41,17 +41,6 @@ def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dic
     mup["base_width"] = arguments.base_width
     own = {"widths": widths, "steps": arguments.steps, "device": arguments.device, "bf16": arguments.bf16}
     return config, mup | own | {"form": arguments.form, "fixed": fixed}
-
-
-def cost_text(chosen: dict[str, Any], controls: bool) -> str:
-    """What the check will train, in a line."""
-    widths, steps = sorted(set(chosen["widths"])), chosen["steps"]
-    check_numbers(widths, steps)  # A mistake is told alone.
-    more = f", then up to {len(CONTROLS)} controls for one step" if controls else ""
-    return (
-        f"training {len(widths) * len(SEEDS)} models, of widths {', '.join(map(str, widths))}, for {steps} steps on "
-        f"{chosen['device']}{more}"
-    )
 
 
 def measured_controls(config: PreTrainedConfig, chosen: dict[str, Any]) -> Iterator[tuple[str, CoordCheck]]:

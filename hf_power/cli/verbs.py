@@ -99,10 +99,12 @@ def doctor(arguments: DoctorArguments) -> int:
 
 def schedule(arguments: ScheduleArguments) -> int:
     """See a learning rate before the run: schedule --peak_lr 1e-3 --tokens_per_step 8192 --steps 10000 --versus cosine."""
-    from hf_power.plots.figures import save
+    from hf_power.plots.figures import check_picture, save
     from hf_power.plots.schedule import plot_rates
 
     planned = arguments.planned()
+    if arguments.picture:
+        check_picture(arguments.picture)
     print(schedule_text(arguments, planned))
     if arguments.picture:
         print(ending(None, save(plot_rates(planned, arguments.versus), arguments.picture)))
@@ -111,15 +113,16 @@ def schedule(arguments: ScheduleArguments) -> int:
 
 def coord_check(arguments: CoordCheckArguments) -> int:
     """Is muP right for this model? coord-check [SETTINGS.yaml | config.json] [--widths 64 128 256 512] [--controls]."""
-    from hf_power.cli.checked import checked_model, cost_text, measured_controls
+    from hf_power.cli.checked import checked_model, measured_controls
     from hf_power.coordinates import coord_check
     from hf_power.mup.controls import BASELINE, CONTROLS
     from hf_power.plots.coordinates import plot_coord_check
-    from hf_power.plots.figures import save
+    from hf_power.plots.figures import check_picture, save
 
+    if arguments.picture:
+        check_picture(arguments.picture)
     config, chosen = checked_model(arguments)
-    print(cost_text(chosen, arguments.controls), flush=True)
-    result = coord_check(config, control=arguments.control, **chosen)
+    result = coord_check(config, control=arguments.control, verbose=True, **chosen)
     print(result.table())
     if arguments.picture:
         is_wrong = arguments.control is not None  # Then it is no model to be held against a wrong one.

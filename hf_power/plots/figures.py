@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from hf_power.records.errors import MissingPackageError
+from hf_power.records.errors import MissingPackageError, NotFoundError, UserError
 from hf_power.records.files import replaced
 
 if TYPE_CHECKING:
@@ -50,9 +50,28 @@ def require_matplotlib() -> None:
 def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     """Write a figure to a file that is there whole or not at all; its ending chooses the format (.png, .pdf, .svg)."""
     path = Path(path)
+    check_picture(path)
     with replaced(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, format=path.suffix.lstrip("."))
     return path
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that no picture can be written to, before the work that it shows.
+
+    Raises:
+        NotFoundError: its folder is not there.
+        UserError: its ending is no format of matplotlib.
+        MissingPackageError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    if path.suffix.lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"the name of a picture must end in .png, .pdf or .svg, got {path.name!r}.")
+    if not path.parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent} for the picture {path.name}: make it, or name another.")
 
 
 def new_figure(width: float, height: float) -> "Figure":

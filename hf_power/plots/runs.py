@@ -164,6 +164,4 @@ def _draw_forecast(losses: "Axes", run: Run) -> None:
         return
     tokens, loss, low, high = zip(*points, strict=True)
     losses.fill_between(tokens, low, high, color=BLACK, alpha=0.12, linewidth=0)
-    losses.plot(
-        tokens, loss, color=BLACK, linewidth=1.0, linestyle="-.", label="forecast of a run that ends here, 95 %"
-    )
+    losses.plot(tokens, loss, color=BLACK, linewidth=1.0, linestyle="-.", label="forecast of a run that ends here")

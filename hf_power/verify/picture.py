@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"passed": "darkgreen", "inconclusive": "darkorange", "FAILED": "darkred"}
+COLORS = {"passed": "darkgreen", "inconclusive": "#8a5a00", "FAILED": "darkred"}
 
 
 def plot_verify(page: Page) -> "Figure":
@@ -44,7 +44,7 @@ def plot_verify(page: Page) -> "Figure":
     panel.set_ylabel("held-out loss (nats per token)")
     panel.ticklabel_format(axis="y", useOffset=False)
     panel.grid(alpha=0.3)
-    figure.suptitle(textwrap.fill(f"{page.verdict}: {page.conclusion}", 75), fontsize=11, color=COLORS[page.verdict])
+    figure.suptitle(textwrap.fill(f"{page.verdict}: {page.conclusion}", 85), fontsize=10, color=COLORS[page.verdict])
     if finite:
         handles, _ = panel.get_legend_handles_labels()
         handles += [handle("the recipe's rate", STRONG, "o"), handle("other rates, bars: sd over seeds", BLACK, "o")]
