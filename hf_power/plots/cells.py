@@ -61,7 +61,7 @@ def plot_cells(fit: Fit) -> "Figure":
     panels[0].set_ylim(-strip * (len(styles) + 1), top * (1 + 0.08 * num_lines))
     panels[0].set_yticks([tick for tick in panels[0].get_yticks() if 0 <= tick <= top])
     figure.supylabel("loss above its minimum (nats per token)", fontsize=10)
-    figure.suptitle(_conclusion(fit.cells), fontsize=11)
+    figure.suptitle(textwrap.fill(_conclusion(fit.cells), int(12 * figure.get_figwidth())), fontsize=10)
     _add_legend(figure, panels, styles, all(cell.used for cell in fit.cells), ncols=max(3, 2 * num_columns))
     return figure
 
@@ -75,7 +75,7 @@ def _conclusion(cells: Sequence[Cell]) -> str:
     costs = [cell.regret for cell in used if cell.regret is not None]
     if not off or not costs:
         return said
-    return f"{said};\nthe law is at most {max(off):.2f} octaves off, which costs up to {max(costs):.4f} nats per token"
+    return f"{said}; the law is at most {max(off):.2f} octaves off, which costs up to {max(costs):.4f} nats per token"
 
 
 def pages_of(fit: Fit) -> dict[str, Fit]:

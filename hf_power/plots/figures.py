@@ -91,7 +91,7 @@ def new_panels(
     """A figure and its panels, row by row, with shared axes; the lowest panel of each column has the ticks."""
     num_columns = min(num_panels, num_columns)
     num_rows = math.ceil(num_panels / num_columns)
-    figure = new_figure(max(5.5, size[0] * num_columns + 0.6), size[1] * num_rows + 0.8)
+    figure = new_figure(max(5.5, size[0] * num_columns + 0.6), size[1] * num_rows + 1.4)  # With a title and a legend.
     axes = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel in axes[num_panels:]:
         panel.set_axis_off()
