@@ -149,6 +149,18 @@ def here(tmp_path_factory):
 
 MISTAKES = [
     ("pretrian", "the verb 'pretrian' is unknown: did you mean pretrain?"),
+    ("help", "the verb 'help' is unknown: did you mean --help?"),
+    ("pretrain good.yaml --lr 1e-3", "--lr is unknown: did you mean learning_rate?"),
+    ("pretrain good.yaml --output_dir o --lr_scheduler_kwargs {a:4}", "lr_scheduler_kwargs is not JSON"),
+    ("schedule --lr 1e-3 --tokens_per_step 8k --steps 0", "a run of 0 steps has no schedule to show"),
+    ("schedule --peak_lr -1 --tokens_per_step 8k --steps 100", "--peak_lr must be positive, got -1: pass e.g. 1e-3"),
+    ("schedule --lr 1e-3 --tokens_per_step 8k --steps 100 --decay_ratio 10", "decay_ratio must lie between 0 and 1"),
+    (
+        "plan recipe.json --tokens 1T --tokens_per_step 4M --parameters big",
+        "must be a number of parameters such as 350M",
+    ),
+    ("plan good.yaml --tokens 1M --tokens_per_step 4k --parameters 1M", "good.yaml is not JSON"),
+    ("fit run --critical_batch yes", "--critical_batch must be one of none, fixed, growing, got 'yes'"),
     ("qwerty", "the verb 'qwerty' is unknown: use one of new, pretrain, anneal"),
     ("pretrain", "output_dir is missing"),
     ("pretrain nowhere.yaml", "there is no settings file at nowhere.yaml"),

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return print_completion(argv[0].partition("=")[2] or " ".join(argv[1:]))
     verb = argv[0].replace("_", "-")
     if verb not in (verbs := summaries()):
-        near = difflib.get_close_matches(verb.lower(), verbs, n=1)
+        near = difflib.get_close_matches(verb.lower(), [*verbs, "--help", "--version", "--completion"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}."
         print(f"hf-power: the verb {_printable(argv[0])!r} is unknown: {hint}", file=sys.stderr)
         return ExitCode.MISTAKE

@@ -147,10 +147,10 @@ def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
     law = values.get("law")
     grid = Grid(
         sections={name: dict(section) for name, section in content.items() if name != "sweep"},
-        widths=_axis(values["widths"], f"{where}.widths"),
+        widths=_axis(values["widths"], f"{where}.widths", kind="a whole number such as 256"),
         tokens_per_step=_axis(values["tokens_per_step"], f"{where}.tokens_per_step"),
         tokens=_axis(values["tokens"], f"{where}.tokens"),
-        seeds=_axis(values.get("seeds", Grid.seeds), f"{where}.seeds", smallest=0),
+        seeds=_axis(values.get("seeds", Grid.seeds), f"{where}.seeds", smallest=0, kind="a whole number such as 0"),
         schedules=_schedules(values["schedules"], f"{where}.schedules"),
         warmup_tokens=_tokens(values, "warmup_tokens", where) or 0,
         max_tokens=_tokens(values, "max_tokens", where),
@@ -170,8 +170,10 @@ def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
     return grid
 
 
-def _axis(value: object, name: str, smallest: int = 1) -> tuple[int, ...]:
-    axis = tuple(parse_tokens(each, name) for each in (value if isinstance(value, list | tuple) else [value]))
+def _axis(
+    value: object, name: str, smallest: int = 1, kind: str = "a number of tokens such as 30M or 2.1B"
+) -> tuple[int, ...]:
+    axis = tuple(parse_tokens(each, name, kind) for each in (value if isinstance(value, list | tuple) else [value]))
     if not axis:
         raise UserError(f"{name} is empty: name at least one.")
     if len(set(axis)) < len(axis):

@@ -113,6 +113,8 @@ def test_example_of_the_house_is_a_grid():
         ({"schedules": {"cosine": ["fast"]}}, ("sweep.schedules.cosine must be a number", "'fast'")),
         ({"schedules": {"cosine": [True]}}, ("sweep.schedules.cosine must be a number", "True")),
         ({"schedules": {"cosine": [math.nan]}}, ("sweep.schedules.cosine must be a number", "nan")),
+        ({"seeds": ["a"]}, ("sweep.seeds must be a whole number such as 0, got 'a'",)),
+        ({"schedules": {"wsd": [0.01]}}, ("sweep.schedules.wsd is unknown: did you mean warmup_stable_decay?",)),
         ({"tokens_per_step": [100]}, ("tokens_per_step 100 is no whole number of blocks of 32", "take 96 or 128")),
         ({"tokens_per_step": [8]}, ("tokens_per_step 8 is no whole number of blocks of 32 (block_size): take 32",)),
         (
