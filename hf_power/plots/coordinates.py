@@ -54,7 +54,7 @@ def plot_coord_check(
     panels[0].set_ylabel("RMS change of the output")
     color = "darkgreen" if check.passed else "darkred"
     said = f"muP {'holds' if check.passed else 'does NOT hold'} for this model, {check.verdict}"
-    figure.suptitle(textwrap.fill(said, 52 * len(drawn)), fontsize=11, color=color)
+    figure.suptitle(textwrap.fill(said, 60 * len(drawn)), fontsize=11, color=color)
     return figure
 
 
