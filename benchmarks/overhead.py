@@ -1,5 +1,7 @@
 """What the scheduler, the Trainer and muP cost: python benchmarks/overhead.py [--pairs 30]; rows go to benchmarks/results/.
 
+0. `import transformers` and its Trainer with `import hf_power` after it over the same without, each in a process of its
+   own, in turn: CPU seconds of the whole process, start and end included.
 1. The stock Trainer with lr_scheduler_type "power" over the same with "cosine": same model, data, steps, in turn in one
    process; seconds of a step, `import hf_power` included in both.
 2. `hf_power.pretrain.run.pretrain` less a bare loop (throughput.by_hand's) on a model of 40 thin layers, so that the step is all
@@ -15,7 +17,9 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import statistics
+import sys
 import tempfile
 import time
 
@@ -57,6 +61,17 @@ class Steps:
     def seconds(self):
         """The median of a step."""
         return statistics.median(np.diff(self.ends[self.warmup :]).tolist())
+
+
+def imports(pairs):
+    def seconds(code):
+        child = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
+        _, status, used = os.wait4(child, 0)
+        assert status == 0
+        return used.ru_utime + used.ru_stime
+
+    code = "import transformers; from transformers import Trainer, TrainingArguments"
+    return in_turn(pairs, {"with": lambda: seconds(f"{code}; import hf_power"), "without": lambda: seconds(code)})
 
 
 def schedulers(pairs, steps=40):
@@ -157,12 +172,18 @@ def in_turn(pairs, legs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--imports_only", action="store_true", help="print the first row and write nothing")
     options = parser.parse_args()
+    if options.imports_only:
+        rows = imports(options.pairs)
+        print({key: median_and_interval([row[key] for row in rows]) for key in ("ratio", "milliseconds")})
+        return
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder)
     torch.set_num_threads(1)
     cpu = tune_cpu(args)
     parts = {
+        "import of transformers' Trainer, with hf_power / without": imports(options.pairs),
         "stock Trainer, power / cosine": schedulers(options.pairs),
         "pretrain - bare loop, 40 thin layers": host(max(5, options.pairs // 3)),
         "compiled layer, Granite / Llama": multipliers(options.pairs, whole=False),

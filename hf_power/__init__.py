@@ -1,4 +1,22 @@
-"""hf_power: find the learning rate on small models, keep it for every batch size, token budget and model size."""
+"""Find the learning rate on small models, keep it for every batch size, token budget and model size.
+
+In any Trainer: lr_scheduler_type="power" after `import hf_power`.
+    plot_schedule, from_cosine     see a schedule; Power's numbers from a good cosine
+    PowerLR, get_power_schedule    the schedule in a loop of one's own
+    mup_config, mup_init_          muP for a config and for a model's weights
+    MupAdamW, mup_adamw            its optimizer
+    coord_check                    is muP right for this model?
+    SealCheckpoints, AverageWeights    callbacks
+
+From a sweep to a checked model, a package each (help(hf_power.fit) has more):
+    hf_power.sweep.run_sweep(hf_power.sweep.load_grid("grid.yaml"), "runs/sweep")  -> Sweep
+    hf_power.fit.fit_law(sweep)  -> Fit            hf_power.fit.read_csv("runs.csv")
+    hf_power.Recipe.load("recipe.json")            .plot()
+    hf_power.plan.make_plan(recipe, hf_power.plan.Target(tokens, tokens_per_step, ...))  -> Plan
+    hf_power.verify.verify(settings)  -> Page
+    hf_power.evaluate.evaluate_model, hf_power.export.export_model
+Sweep, Fit, Plan and Page have .to_frame() (pandas).
+"""
 
 import importlib
 import itertools
@@ -61,7 +79,13 @@ __all__ = [
 ]
 
 
+# Packages whose own names are public too; `hf_power.fit.fit_law` needs no further import.
+_PACKAGES = ("evaluate", "export", "fit", "plan", "plots", "sweep", "verify")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"hf_power.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'hf_power' has no attribute {name!r}")
     value: Any = getattr(importlib.import_module(f"hf_power.{_WHERE[name]}"), name)
@@ -70,7 +94,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})
 
 
 def _is_command_line() -> bool:

@@ -39,7 +39,7 @@ from hf_power.mup.optimizer import mup_param_groups
 from hf_power.mup.rules import mup_record
 from hf_power.mup.scale import scale_width
 from hf_power.mup.watch import quieten_readouts_, watched
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, refused_by
 
 MAX_SLOPE = 0.25  # Correct models measure up to 0.18 with the defaults, and errors in a rule 0.44 or more.
 MIN_WIDTHS = 4
@@ -137,6 +137,7 @@ def coord_check(
     form: str | None = None,
     fixed: Sequence[str] = (),
     control: str | None = None,
+    verbose: bool = False,
     init: Callable[[PreTrainedModel], object] = mup_init_,
     param_groups: Callable[..., list[dict[str, Any]]] = mup_param_groups,
     **mup_kwargs: Any,
@@ -157,6 +158,7 @@ def coord_check(
         form: one of FORMS; None for "multiplier" where there is one (Llama, Mixtral), "plain" for all others.
         fixed: sizes that do not grow, e.g. num_attention_heads and num_key_value_heads; needs base_width None.
         control: a key of `hf_power.mup.controls.CONTROLS`, which is measured in the place of muP.
+        verbose: print what will be trained, before it is.
         init, param_groups: called as `mup_init_` and `mup_param_groups` are, with a model that is under muP already.
         **mup_kwargs: more arguments of `mup_config` (preset and so on), or embedding_multiplier of the plain form.
 
@@ -174,12 +176,18 @@ def coord_check(
         as_given = scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed)
         with torch.random.fork_rng(devices=[]):
             made[1](new_model(as_given, dtype=torch.float32))
-    trial = _Trial(
-        steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
-    )
+    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), _device(device), bf16, made[1], init, param_groups)
+    if verbose:
+        models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
+        print(f"training {models}, for {steps} steps on {device}", flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # The init of the check is another one.
         return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
+
+
+def _device(device: str | torch.device) -> torch.device:
+    with refused_by(f"the device {str(device)!r}"):
+        return torch.empty(0, device=device).device
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:

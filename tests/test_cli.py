@@ -2,6 +2,7 @@ import ast
 import inspect
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
@@ -52,6 +53,18 @@ def test_what_needs_no_import_waits_for_none(tmp_path):
     ):
         done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, said in done.stdout + done.stderr) == (told, True), done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_fault():
+    """`hf-power VERB | head`: the verb ends with its own exit code, and nothing is said on stderr."""
+    code = "import sys; sys.argv = ['hf-power', sys.argv[1]]\nfrom hf_power.cli import main; sys.exit(main())"
+    for word, told in (("--help", 0), ("swep", 2)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        streams = {"stdout": writing, "stderr": writing if told else subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, **streams)
+        os.close(writing)
+        assert (done.returncode, done.stderr or b"") == (told, b"")
 
 
 def test_the_overview_has_every_verb_with_its_own_words():
@@ -114,7 +127,7 @@ def here(tmp_path_factory):
         "section": {"modell": shape},
         "type": {"model": shape | {"hidden_size": "wide"}},
         "grid": {**good, "run": {}, "sweep": SWEEP},
-        "horizon": {**good, "run": {}, "sweep": SWEEP | {"tokens": [1300]}},
+        "horizon": {**good, "run": {}, "sweep": SWEEP | {"tokens": [192]}},
         "schedule": {**good, "run": {}, "sweep": SWEEP | {"schedules": {"cosin": [0.01]}}},
     }.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -136,6 +149,18 @@ def here(tmp_path_factory):
 
 MISTAKES = [
     ("pretrian", "the verb 'pretrian' is unknown: did you mean pretrain?"),
+    ("help", "the verb 'help' is unknown: did you mean --help?"),
+    ("pretrain good.yaml --lr 1e-3", "--lr is unknown: did you mean learning_rate?"),
+    ("pretrain good.yaml --output_dir o --lr_scheduler_kwargs {a:4}", "lr_scheduler_kwargs is not JSON"),
+    ("schedule --lr 1e-3 --tokens_per_step 8k --steps 0", "a run of 0 steps has no schedule to show"),
+    ("schedule --peak_lr -1 --tokens_per_step 8k --steps 100", "--peak_lr must be positive, got -1: pass e.g. 1e-3"),
+    ("schedule --lr 1e-3 --tokens_per_step 8k --steps 100 --decay_ratio 10", "decay_ratio must lie between 0 and 1"),
+    (
+        "plan recipe.json --tokens 1T --tokens_per_step 4M --parameters big",
+        "must be a number of parameters such as 350M",
+    ),
+    ("plan good.yaml --tokens 1M --tokens_per_step 4k --parameters 1M", "good.yaml is not JSON"),
+    ("fit run --critical_batch yes", "--critical_batch must be one of none, fixed, growing, got 'yes'"),
     ("qwerty", "the verb 'qwerty' is unknown: use one of new, pretrain, anneal"),
     ("pretrain", "output_dir is missing"),
     ("pretrain nowhere.yaml", "there is no settings file at nowhere.yaml"),
@@ -179,10 +204,16 @@ MISTAKES = [
     ("publish run/checkpoint-4", "was not pushed before: name the repository"),
     ("publish run/checkpoint-4 --repo user/a/b", "cannot be the name of a repository"),
     ("coord-check nowhere.yaml", "there is no settings file at nowhere.yaml"),
+    ("coord-check good.yaml --widths 64 128", "a slope needs at least 4 different widths, got [64, 128]"),
+    ("coord-check good.yaml --widths 33 64 128 256", "would become 2.0625 at width 33: choose widths"),
+    ("coord-check good.yaml --device tpu", "the device 'tpu' cannot be used"),
+    ("coord-check good.yaml --picture nowhere/c.png", "there is no folder nowhere for the picture c.png"),
+    ("schedule --lr 1e-3 --tokens_per_step 8k --steps 100 --picture a.xyz", "must end in .png, .pdf or .svg"),
+    ("plan recipe.json --tokens 1k --tokens_per_step 4M --parameters 1B", "--tokens 1k is less than one step of"),
     ("coord-check good.yaml --widths 64 wide", "argument --widths: invalid int value: 'wide'"),
     ("sweep grid.yaml", "the following arguments are required: --output_dir"),
     ("sweep good.yaml --output_dir o", "good.yaml lacks the section sweep"),
-    ("sweep horizon.yaml --output_dir o", "1,300 tokens are no whole number of steps"),
+    ("sweep horizon.yaml --output_dir o", "192 tokens are no whole number of steps of 128: take 128 or 256"),
     ("sweep schedule.yaml --output_dir o", "sweep.schedules.cosin is unknown: did you mean cosine?"),
     ("sweep grid.yaml --output_dir o --workers 0", "--workers must be at least 1, got 0"),
     ("sweep grid.yaml --output_dir o --dry-rum", "--dry_rum is unknown: did you mean dry_run?"),
@@ -409,6 +440,7 @@ def test_coord_check(tmp_path, capsys):
     assert (tmp_path / "check.png").read_bytes().startswith(b"\x89PNG")
     assert code == (0 if "passed: worst slope" in out else 1)
     assert "| logits" in out
+    assert out.startswith("training 12 models, of widths 16, 32, 64, 128, for 2 steps on cpu\n")
 
 
 def test_a_dry_run_says_the_cost_and_trains_nothing(sections, tmp_path, capsys):

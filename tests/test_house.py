@@ -12,10 +12,12 @@ from warm import python
 PACKAGE = Path(__file__).parent.parent / "hf_power"
 
 # A room is a module or package below hf_power. It may import from itself and from those before it only; version and the
-# exports of __init__ stand outside of the order. The report files of fit and plan write files and their pictures: they are
+# exports of __init__ stand outside of the order. What every picture is made with is of the room "figures", since a value
+# may draw itself. The report files of fit and plan write files and their pictures: they are
 # of the room "report", above the pictures, which are of values from the packages below them.
 ORDER = [
     "records",
+    "figures",
     "compat",
     "schedule",
     "scheduler",
@@ -52,6 +54,8 @@ def room_of(path):
 
 
 def room_named(parts):
+    if parts == ("plots", "figures"):
+        return "figures"
     return "report" if parts in (("fit", "report"), ("fit", "curve_report"), ("plan", "report")) else parts[0]
 
 

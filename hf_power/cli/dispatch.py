@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hf_power.cli import arguments as args
 from hf_power.cli import verbs
 from hf_power.cli.average import AverageArguments
-from hf_power.cli.front import ExitCode
+from hf_power.cli.front import ExitCode, outlive_readers
 from hf_power.cli.parser import EvaluateParser, Parser, SettingsParser
 from hf_power.cli.schedule import ScheduleArguments
 from hf_power.pretrain.bad_numbers import NonFiniteError
@@ -56,6 +56,8 @@ VERBS = {
 
 def run_verb(verb: str, argv: list[str] | None = None, function: Callable[..., int] | None = None) -> int:
     """Run a verb, or another function with the arguments of that verb, and return the exit code."""
+    if argv is None:
+        outlive_readers()
     words = sys.argv[1:] if argv is None else argv
     # In the command line's own process `import hf_power` leaves it to this line.
     register_power_scheduler()

@@ -3,10 +3,17 @@
 import ast
 import difflib
 import enum
+import io
+import os
+import stat
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_power.version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class ExitCode(enum.IntEnum):
@@ -28,7 +35,9 @@ EXIT_CODES = """exit codes:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `hf-power`."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        outlive_readers()
+        argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return ExitCode.DONE if argv else ExitCode.MISTAKE
@@ -41,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return print_completion(argv[0].partition("=")[2] or " ".join(argv[1:]))
     verb = argv[0].replace("_", "-")
     if verb not in (verbs := summaries()):
-        near = difflib.get_close_matches(verb.lower(), verbs, n=1)
+        near = difflib.get_close_matches(verb.lower(), [*verbs, "--help", "--version", "--completion"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}."
         print(f"hf-power: the verb {_printable(argv[0])!r} is unknown: {hint}", file=sys.stderr)
         return ExitCode.MISTAKE
@@ -49,6 +58,32 @@ def main(argv: list[str] | None = None) -> int:
     from hf_power.cli.dispatch import run_verb
 
     return run_verb(verb, argv[1:])
+
+
+class _Pipe(io.FileIO):
+    """The writing end of a pipe, which takes what it is given whether or not anyone reads it still."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """Let this process go on, and end with its own exit code, where a reader such as `| head` has seen enough.
+
+    A training must not die of a closed pipe, and a table that was cut short is no fault. It is for a process that is
+    the command line's alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            stream.flush()
+            pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+            # Under `python -u` nothing is kept back, and here no whole line is.
+            by_line = stream.line_buffering or stream.write_through
+            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=by_line))
 
 
 def summaries() -> dict[str, str]:

@@ -38,9 +38,12 @@ class ScheduleArguments:
             raise UserError(f"the length is --steps or --tokens, got {self.steps} and {self.tokens}: give one of them.")
         if step < 1:
             raise UserError(f"--tokens_per_step must be positive, got {self.tokens_per_step!r}: pass e.g. 64k.")
-        steps = self.steps or round(parse_tokens(self.tokens or "", "--tokens") / step)
+        steps = self.steps if self.steps is not None else round(parse_tokens(self.tokens or "", "--tokens") / step)
         if self.peak_lr is not None and self.lr not in (None, self.peak_lr):
             raise UserError(f"--peak_lr {self.peak_lr:g} is the cap, and --lr {self.lr:g} another one: leave --lr out.")
+        for name, rate in (("--lr", self.lr), ("--peak_lr", self.peak_lr)):
+            if rate is not None and not rate > 0:
+                raise UserError(f"{name} must be positive, got {rate:g}: pass e.g. 1e-3.")
         if steps < 2:
             raise UserError(f"a run of {steps} steps has no schedule to show: give more --steps or --tokens.")
         names = ("law", "a", "b", "batch_exponent", "peak_lr", "decay_ratio", "decay_shape")

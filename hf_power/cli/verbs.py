@@ -99,10 +99,12 @@ def doctor(arguments: DoctorArguments) -> int:
 
 def schedule(arguments: ScheduleArguments) -> int:
     """See a learning rate before the run: schedule --peak_lr 1e-3 --tokens_per_step 8192 --steps 10000 --versus cosine."""
-    from hf_power.plots.figures import save
+    from hf_power.plots.figures import check_picture, save
     from hf_power.plots.schedule import plot_rates
 
     planned = arguments.planned()
+    if arguments.picture:
+        check_picture(arguments.picture)
     print(schedule_text(arguments, planned))
     if arguments.picture:
         print(ending(None, save(plot_rates(planned, arguments.versus), arguments.picture)))
@@ -114,14 +116,18 @@ def coord_check(arguments: CoordCheckArguments) -> int:
     from hf_power.cli.checked import checked_model, measured_controls
     from hf_power.coordinates import coord_check
     from hf_power.mup.controls import BASELINE, CONTROLS
-    from hf_power.plots.figures import save
-    from hf_power.plots.runs import plot_coord_check
+    from hf_power.plots.coordinates import plot_coord_check
+    from hf_power.plots.figures import check_picture, save
 
+    if arguments.picture:
+        check_picture(arguments.picture)
     config, chosen = checked_model(arguments)
-    result = coord_check(config, control=arguments.control, **chosen)
+    result = coord_check(config, control=arguments.control, verbose=True, **chosen)
     print(result.table())
     if arguments.picture:
-        save(plot_coord_check(result), arguments.picture)
+        is_wrong = arguments.control is not None  # Then it is no model to be held against a wrong one.
+        wrong = None if is_wrong else coord_check(config, control="standard", **chosen | {"steps": 1})
+        save(plot_coord_check(result, wrong=wrong), arguments.picture)
         print(ending(None, arguments.picture))
     passed = result.passed
     if arguments.controls:
@@ -286,7 +292,7 @@ def card(arguments: CardArguments) -> int:
 
 def report(arguments: ReportArguments) -> int:
     """One page of all results below a folder, for a reviewer to read and sign: report runs/."""
-    from hf_power.publish.evidence import write_evidence
+    from hf_power.verify.evidence import write_evidence
 
     print(ending(None, write_evidence(arguments.folder, arguments.output)))
     return ExitCode.DONE

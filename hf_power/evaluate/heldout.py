@@ -316,6 +316,9 @@ def _score(
     loader = DataLoader(
         cast("torch.utils.data.Dataset[dict[str, np.ndarray]]", blocks), batch_size, collate_fn=collate_blocks
     )
+    if accelerator.is_main_process:
+        tokens = len(blocks) * (len(blocks[0]["input_ids"]) - 1)
+        print(f"scoring {tokens:,} tokens with {network.num_parameters():,} parameters", flush=True)
     rows: list[Sums] = []
     with torch.inference_mode():
         # This tqdm is silent where the progress bars of transformers are switched off.

@@ -16,5 +16,27 @@
 * fit.py: all of it in turn (`fit_law`, `fit_laws`), and Power's own scale (`fit_power`).
 * published.py: laws of others, and what they cost on the cells (`compare`).
 * report.py: from files to files, with pictures (`fit_sweep`); text.py: to text (`fit_text`), which begins with
-  the sentence of headline.py.
+  the fit's sentence (`Fit.headline`).
 """
+
+from typing import TYPE_CHECKING
+
+from hf_power.records.exports import lazily
+
+if TYPE_CHECKING:
+    from hf_power.fit.elsewhere import read_csv
+    from hf_power.fit.fit import fit_law
+    from hf_power.fit.forecast import fit_forecast
+    from hf_power.fit.result import Fit
+
+__all__ = ["Fit", "fit_forecast", "fit_law", "read_csv"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Fit": "fit.result",
+        "fit_forecast": "fit.forecast",
+        "fit_law": "fit.fit",
+        "read_csv": "fit.elsewhere",
+    },
+)

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hf_power.fit.skew import warped
 from hf_power.recipe import predictive_factors
 from hf_power.records.errors import UserError
 from hf_power.records.files import Record
+from hf_power.records.summary import Summarized, Summary, frame_of
 from hf_power.schedule import Law
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Octaves on either side of the lowest loss within which a parabola describes it; further out the loss rises faster
 # towards divergence than towards small rates.
@@ -249,8 +253,8 @@ class PowerFit:
     cells: tuple[Cell, ...]
 
 
-@dataclass(frozen=True)
-class Fit(Record):
+@dataclass(frozen=True, repr=False)
+class Fit(Summarized, Record):
     """The law of one schedule and how well it is known: the content of fit.json.
 
     Attributes:
@@ -303,3 +307,43 @@ class Fit(Record):
         rate = self.law.lr(*place)
         low, high = predictive_factors(self.samples, self.law.size, self.scatter_octaves, place)
         return rate, rate * low, rate * high
+
+    @property
+    def headline(self) -> str:
+        """The rate to use at the largest measured horizon and batch, how well b is known, and what is doubtful."""
+        tokens, batch = self.validity.tokens[1], self.validity.tokens_per_step[1]
+        sizes = [size for cell in self.cells if cell.used and (size := cell.size_of(self.law))]
+        size = max(sizes, default=None) if self.law.size else None
+        rate, low, high = self.predict(tokens, batch, size)
+        of_size = f", {size:,} {self.law.size}" if size else ""
+        low_b, high_b = self.intervals.b
+        is_held = math.isclose(low_b, high_b)
+        known = "b was held" if is_held else f"b = {self.law.b:.2f} is known to +-{(high_b - low_b) / 2:.2f}"
+        said = (
+            f"at {tokens:,} tokens and {batch:,} per step{of_size} use a peak of {rate:.2g} ({low:.2g} to {high:.2g}) with "
+            f"{self.schedule}; {known}"
+        )
+        if self.validity.misfit:
+            said = f"do not rely on the law beyond its cells, it does not describe them; {said}"
+        doubtful = [_unused(self.cells, "")] + ([_unused(self.power.cells, "power ")] if self.power else [])
+        return "; ".join([said, *(part for part in doubtful if part)])
+
+    def summary(self) -> Summary:
+        """The headline, and the law with its intervals."""
+        numbers = [("law of the peak", self.law.formula())]
+        for each in fields(self.intervals):
+            ends = getattr(self.intervals, each.name)
+            if ends is not None and getattr(self.law, each.name) is not None:
+                numbers.append((each.name, f"{getattr(self.law, each.name):.4g} ({ends[0]:.4g} to {ends[1]:.4g})"))
+        numbers.append(("cells used", f"{sum(cell.used for cell in self.cells)} of {len(self.cells)}"))
+        numbers.append(("scatter around the law", f"{self.residual_sd_octaves:.2f} octaves"))
+        return Summary(self.headline, numbers + [("beware", warning) for warning in self.warnings])
+
+    def to_frame(self) -> "DataFrame":
+        """A row for each cell, those of schedule "power" last: its optimum, the law's rate there, and what that costs."""
+        return frame_of([*self.cells, *(self.power.cells if self.power else ())])
+
+
+def _unused(cells: tuple[Cell, ...], kind: str) -> str:
+    unused = sum(not cell.used for cell in cells)
+    return f"{unused} of {len(cells)} {kind}cells have no optimum to count" if unused else ""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import fields
 
-from hf_power.fit.headline import headline
 from hf_power.fit.result import Cell, Fit, PowerFit
 from hf_power.fit.validity import MAX_SD_OCTAVES
 from hf_power.schedule import PAPER_OPTIMA, TOKENS_PER_BETA
@@ -11,7 +10,7 @@ from hf_power.schedule import PAPER_OPTIMA, TOKENS_PER_BETA
 
 def fit_text(fit: Fit) -> str:
     """The law with its intervals, the cells, what was not used and why, Power, the paper, validity and warnings."""
-    blocks = [[headline(fit)], _law_lines(fit), _cell_lines(fit.cells)]
+    blocks = [[fit.headline], _law_lines(fit), _cell_lines(fit.cells)]
     if fit.power:
         blocks.append(_power_lines(fit.power))
     return "\n\n".join("\n".join(block) for block in [*blocks, _verdict_lines(fit)])

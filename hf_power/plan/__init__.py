@@ -7,3 +7,24 @@
 * plan.py: the recipe at a target (`make_plan`), and as text (`plan_text`, `describe_run`).
 * report.py: from a recipe to a plan's files, with a picture (`plan_run`).
 """
+
+from typing import TYPE_CHECKING
+
+from hf_power.records.exports import lazily
+
+if TYPE_CHECKING:
+    from hf_power.plan.plan import make_plan
+    from hf_power.plan.record import Plan
+    from hf_power.plan.target import Machine, Target
+
+__all__ = ["Machine", "Plan", "Target", "make_plan"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Machine": "plan.target",
+        "Plan": "plan.record",
+        "Target": "plan.target",
+        "make_plan": "plan.plan",
+    },
+)

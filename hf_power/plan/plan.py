@@ -10,7 +10,7 @@ from hf_power.plan.record import CappedLaw, Compute, Plan, PlannedTarget, Point,
 from hf_power.plan.target import Machine, Target
 from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.run import Run
-from hf_power.schedule import Law, Schedule, beta
+from hf_power.schedule import Schedule, beta
 from hf_power.schedule.lengths import plan_schedule
 
 # A sweep at the target would need at least one run at each of so many learning rates, as in the paper's grid (Table 2).
@@ -171,19 +171,6 @@ def _warnings(schedule: Schedule, steps: int, timescales: tuple[Timescale, ...])
     ]
 
 
-def headline(plan: Plan) -> str:
-    """The plan in one sentence: steps, the rate, the time, and how many warnings follow."""
-    target, compute = plan.target, plan.compute
-    top = max(plan.milestones, key=lambda point: point.lr)
-    between = f" ({top.low:.2g} to {top.high:.2g})" if top.low < top.high else ""
-    beware = len(plan.warnings)
-    warned = f"; {beware} warning{'s' if beware > 1 else ''} below" if beware else ""
-    return (
-        f"{target.tokens:,} tokens are {target.steps:,} steps of {plan.tokens_per_step:,}, {duration(compute.days)} on "
-        f"{compute.devices} devices; Power peaks at {top.lr:.2g}{between}{warned}"
-    )
-
-
 def plan_text(plan: Plan) -> str:
     """A plan as text for people."""
     target, compute, law = plan.target, plan.compute, plan.law
@@ -191,7 +178,7 @@ def plan_text(plan: Plan) -> str:
     if target.active_parameters is not None:
         size += f" ({target.parameters_without_embeddings:,} without embeddings; active {target.active_parameters:,})"
     lines = [
-        headline(plan),
+        plan.headline,
         "",
         size,
         f"  tokens       {target.tokens:,} in {target.steps:,} steps",
@@ -207,7 +194,7 @@ def plan_text(plan: Plan) -> str:
         )
     if plan.loss:
         lines += loss_text(plan.loss, compute.devices)
-    lines.append(f"  schedule     {_formula(law, law.max_lr)}")
+    lines.append(f"  schedule     {law.formula}")
     for p in plan.milestones:
         between = f"  ({p.low:.2e} to {p.high:.2e})" if p.low < p.high else ""
         lines.append(f"    {p.what:<14} {p.tokens:>20,} tokens   lr {p.lr:.3e}{between}")
@@ -241,7 +228,7 @@ def describe_run(run: Run, steps: int, disk: tuple[int, int], schedule: Schedule
     if disk[0] > disk[1]:
         lines.append("  WARNING      the disk is too small: set save_total_limit, or free some space")
     if schedule is not None:
-        lines.append(f"  schedule     {_formula(schedule.law, schedule.max_lr)}")
+        lines.append(f"  schedule     {schedule.law.formula(schedule.max_lr)}")
         for what, n in _milestones(schedule, run.tokens_seen):
             lines.append(f"    {what:<14} {n:>16,} tokens   lr {schedule.lr(n):.3e}")
     return "\n".join(lines)
@@ -256,10 +243,3 @@ def _milestones(schedule: Schedule, seen: int) -> list[tuple[str, int]]:
         points.append(("decay starts", schedule.decay_start_tokens))
     inside = {(what, n) for what, n in points if seen < n <= end or what == "first step"}
     return sorted(inside, key=lambda point: point[1])
-
-
-def _formula(law: Law | CappedLaw, max_lr: float) -> str:
-    critical = law.critical_batch_tokens
-    growth = f" * (n / 1e9)^{law.critical_batch_growth:g}" if law.critical_batch_growth else ""
-    batch = "beta" if critical is None else f"min(beta, {beta(critical):g}{growth})"
-    return f"min({max_lr:g}, {law.a:g} * {batch}^{law.batch_exponent:g} * n^{law.b:g})"

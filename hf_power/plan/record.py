@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from hf_power.compat import PreTrainedConfig
 from hf_power.models import flops_per_token
@@ -12,6 +13,11 @@ from hf_power.records.errors import UserError
 from hf_power.records.files import Record
 from hf_power.records.run import Intervals
 from hf_power.records.schema import UNTIL_KNOWN
+from hf_power.records.summary import Summarized, Summary, frame_of
+from hf_power.schedule import Law
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def duration(days: float) -> str:
     for unit, length in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440), ("seconds", 1 / 86_400)):
         if days >= length:
             number = days / length
-            return f"{number:,.0f} {unit}" if number >= 9.95 else f"{number:.2g} {unit}"
+            said = f"{number:,.0f}" if number >= 9.95 else f"{number:.2g}"
+            return f"{said} {unit.removesuffix('s') if said == '1' else unit}"
     return "under a second"
 
 
@@ -134,6 +141,12 @@ class CappedLaw:
     critical_batch_tokens: float | None = field(metadata=UNTIL_KNOWN)
     max_lr: float
     critical_batch_growth: float = 0.0
+
+    @property
+    def formula(self) -> str:
+        """The law as text."""
+        critical = self.critical_batch_tokens, self.critical_batch_growth
+        return Law(self.a, self.b, self.batch_exponent, *critical).formula(self.max_lr)
 
 
 @dataclass(frozen=True)
@@ -183,8 +196,8 @@ class ProxyCost:
     share_of_direct_sweep: float
 
 
-@dataclass(frozen=True)
-class Plan(Record):
+@dataclass(frozen=True, repr=False)
+class Plan(Summarized, Record):
     """The recipe at a target: learning rates with their intervals, cost, and what to beware of.
 
     Attributes:
@@ -222,3 +235,32 @@ class Plan(Record):
     loss: PlannedLoss | None = field(default=None, metadata=UNTIL_KNOWN)
     scale: tuple[ScaleRow, ...] | None = field(default=None, metadata=UNTIL_KNOWN)
     peak_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        """The plan in one sentence: steps, the rate, the time, and how many warnings follow."""
+        target, compute = self.target, self.compute
+        top = max(self.milestones, key=lambda point: point.lr)
+        between = f" ({top.low:.2g} to {top.high:.2g})" if top.low < top.high else ""
+        beware = len(self.warnings)
+        warned = f"; {beware} warning{'s' if beware > 1 else ''} below" if beware else ""
+        return (
+            f"{target.tokens:,} tokens are {target.steps:,} steps of {self.tokens_per_step:,}, {duration(compute.days)} on "
+            f"{compute.devices} devices; Power peaks at {top.lr:.2g}{between}{warned}"
+        )
+
+    def summary(self) -> Summary:
+        """The headline, the rates on the way, and what to beware of."""
+        numbers = [("schedule", self.law.formula), ("compute", f"{self.compute.flops:.3g} FLOP")]
+        if self.loss is not None:
+            numbers.append(("loss at the end", f"{self.loss.loss:.3f} ({self.loss.low:.3f} to {self.loss.high:.3f})"))
+        for point in self.milestones:
+            numbers.append(
+                (f"{point.what}, {point.tokens:,} tokens", f"{point.lr:.3g} ({point.low:.3g} to {point.high:.3g})")
+            )
+        return Summary(self.headline, numbers + [("beware", warning) for warning in self.warnings])
+
+    def to_frame(self) -> "DataFrame":
+        """The rate over the tokens with its 95 % interval; `what` names the milestones."""
+        points = {point.tokens: point for point in (*self.curve, *self.milestones)}
+        return frame_of(points[tokens] for tokens in sorted(points))

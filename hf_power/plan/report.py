@@ -52,8 +52,10 @@ def plan_run(
     machine = Machine(devices, flops_per_device, utilisation)
     loaded = Recipe.load(recipe)
     length = parse_tokens(tokens, "--tokens"), parse_tokens(tokens_per_step, "--tokens_per_step")
+    if length[0] < length[1]:
+        raise UserError(f"--tokens {tokens} is less than one step of --tokens_per_step {tokens_per_step}: correct one.")
     if target is None:
-        size = parse_tokens(parameters or 0, "--parameters")
+        size = parse_tokens(parameters or 0, "--parameters", "a number of parameters such as 350M or 3.5B")
         run, batch = Target(*length, parameters=size, block_size=block_size or 4096), 1
     else:
         settings = _settings(target)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PANELS = 20
+MOST_LABELS = 6  # Of an axis, so that they do not touch.
 _AT_TOP = {"^": "higher than shown", "x": "diverged"}
 
 
@@ -32,7 +33,7 @@ def plot_cells(fit: Fit) -> "Figure":
     """Loss over learning rate: a panel per model and batch, a U-curve per horizon, all above their own minimum.
 
     A point is the mean over seeds, with the sd between them; the curve is the cell's parabola over the runs that it was
-    fitted to. In the strip below zero a bar is the 95 % interval of the optimum, a stroke the law's rate. Runs that are
+    fitted to, and the ticks are the rates that were run. In the strip below zero a bar is the 95 % interval of the optimum, a stroke the law's rate. Runs that are
     higher than the panel are triangles at its top, diverged ones are crosses there. Unused cells are gray.
     """
     groups: dict[tuple[int, int, int], list[Cell]] = {}
@@ -55,17 +56,38 @@ def plot_cells(fit: Fit) -> "Figure":
         panel.set_title(f"{size}{si(batch)} tokens per step", fontsize=9)
         notes.append(_reasons(group))
         panel.text(0.5, 0.97, notes[-1], transform=panel.transAxes, ha="center", va="top", fontsize=7, color="0.35")
-    _octaves(panels[0])
+    _swept_rates(panels[0], fit.cells)
     num_lines = max(len(note.splitlines()) for note in notes)
     panels[0].set_ylim(-strip * (len(styles) + 1), top * (1 + 0.08 * num_lines))
     panels[0].set_yticks([tick for tick in panels[0].get_yticks() if 0 <= tick <= top])
     figure.supylabel("loss above its minimum (nats per token)", fontsize=10)
+    figure.suptitle(textwrap.fill(_conclusion(fit.cells), int(12 * figure.get_figwidth())), fontsize=10)
     _add_legend(figure, panels, styles, all(cell.used for cell in fit.cells), ncols=max(3, 2 * num_columns))
     return figure
 
 
+def _conclusion(cells: Sequence[Cell]) -> str:
+    """How many cells show a best rate, and how far the law is from it."""
+    used = [cell for cell in cells if cell.used]
+    kind = "Power: " if cells and cells[0].schedule == "power" else ""
+    said = f"{kind}{len(used)} of {len(cells)} cells show a best rate between those that were run"
+    off = [abs(cell.residual_octaves) for cell in used if cell.residual_octaves is not None]
+    costs = [cell.regret for cell in used if cell.regret is not None]
+    if not off or not costs:
+        return said
+    return f"{said}; the law is at most {max(off):.2f} octaves off, which costs up to {max(costs):.4f} nats per token"
+
+
 def pages_of(fit: Fit) -> dict[str, Fit]:
-    """The fit with the cells of one picture each, by the picture's name: "cells", or where panels are many one per model."""
+    """The fit with the cells of one picture each, by the picture's name.
+
+    It is "cells", or where panels are many one per model, and "cells-power" for those of schedule "power".
+    """
+    pages = _pages_of_law(fit)
+    return pages | ({"cells-power": replace(fit, cells=fit.power.cells)} if fit.power and fit.power.cells else {})
+
+
+def _pages_of_law(fit: Fit) -> dict[str, Fit]:
     panels = {(*_model(cell), cell.tokens_per_step) for cell in fit.cells}
     models = sorted({_model(cell) for cell in fit.cells})
     if len(panels) <= MAX_PANELS or len(models) == 1:
@@ -153,10 +175,16 @@ def _reasons(group: Sequence[Cell]) -> str:
     return "\n".join(textwrap.fill(f"{', '.join(tokens)}: {reason}", 38) for reason, tokens in reasons.items())
 
 
-def _octaves(panel: "Axes") -> None:
-    """A log2 axis with ticks at whole octaves, written as decimals."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+def _swept_rates(panel: "Axes", cells: Sequence[Cell]) -> None:
+    """A log2 axis with a tick at each rate that was run, written as decimals where there is room."""
+    from matplotlib.ticker import NullLocator
 
+    rates = sorted({rate for cell in cells for rate in (*cell.learning_rates, *cell.diverged)})
     panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _position: f"{rate:.1e}".replace("e-0", "e-")))
+    apart = math.log2(rates[-1] / rates[0]) / MOST_LABELS
+    written: list[float] = []
+    for rate in rates:
+        if not written or math.log2(rate / written[-1]) >= apart:
+            written.append(rate)
+    panel.set_xticks(rates, [f"{rate:.2g}" if rate in written else "" for rate in rates])
+    panel.xaxis.set_minor_locator(NullLocator())

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hf_power.fit.curve import Curve
 from hf_power.fit.curves import CurveLaw
-from hf_power.plots.figures import BLACK, LEGEND, distinct_colors, new_figure, si_formatter
+from hf_power.plots.figures import BLACK, LEGEND, distinct_colors, handle, new_figure, si_formatter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +42,27 @@ def plot_curves(law: CurveLaw, curves: Sequence[Curve], asked: Sequence[Curve] =
     rates.xaxis.set_major_formatter(si_formatter())
     for panel in (losses, rates):
         panel.grid(alpha=0.3)
-    figure.suptitle("solid: measured; dashed: multi-power law, arXiv:2503.12811", fontsize=11)
-    figure.legend(ncols=3, **LEGEND)
+    figure.suptitle(_conclusion(law, curves, asked), fontsize=11)
+    handles, _ = losses.get_legend_handles_labels()
+    handles.append(handle("multi-power law (arXiv:2503.12811)", BLACK, "", "--"))
+    figure.legend(handles=handles, ncols=3, **LEGEND)
     return figure
+
+
+def _conclusion(law: CurveLaw, curves: Sequence[Curve], asked: Sequence[Curve]) -> str:
+    """How far the law is from what was measured, and the best of what was asked about."""
+    off = [
+        float(np.mean(np.abs(np.asarray(law.losses(curve)) - curve.losses))) for curve in curves if len(curve.losses)
+    ]
+    said = (
+        f"The law follows {len(off)} measured curves to {max(off):.2g} nats on average"
+        if off
+        else "Nothing was measured"
+    )
+    if not asked:
+        return said
+    ends = {curve.name: law.final(curve) for curve in asked}
+    best = min(ends, key=lambda name: ends[name][0])
+    loss, low, high = ends[best]
+    lowest = " lowest" if len(ends) > 1 else ""
+    return f"{said};\n{best} is forecast to end{lowest}, at {loss:.3f} ({low:.3f} to {high:.3f})"

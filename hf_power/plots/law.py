@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from hf_power.plots.figures import (
     LEGEND,
     RED,
     Color,
+    decimal_rates,
     distinct_markers,
     handle,
     new_figure,
@@ -76,16 +78,29 @@ def plot_law(fit: Fit) -> "Figure":
     for cell in used:
         _draw_optimum(panel, rest, cell, styles)
     _set_law_axes(panel, rest)
-    law = fit.law
+    figure.suptitle(_conclusion(fit), fontsize=11)
+    handles = [handle(f"{si(batch)} tokens per step", color, "", "-") for batch, color in styles.colors.items()]
+    known = [(width, marker) for width, marker in styles.markers.items() if width]
+    handles += [handle(f"best rate, width {width}", BLACK, marker) for width, marker in known]
+    handles += [] if known else [handle("best rate", BLACK, styles.markers[0])]
+    handles.append(handle("the paper's law", BLACK, "", "--"))
+    handles.append(handle("95 %, below the scatter", GRAY, "", "-", linewidth=6, alpha=0.4))
+    figure.legend(handles=handles, ncols=3, **LEGEND)
+    return figure
+
+
+def _conclusion(fit: Fit) -> str:
+    """How the best rate moves, how well that is known, and the law."""
+    law, (low, high) = fit.law, fit.intervals.b
+    known = f" (+-{(high - low) / 2:.2f})" if low < high else ""
+    moves = ["falls" if exponent < 0 else "grows" for exponent in (law.b, law.batch_exponent)]
     beta = "min(beta, beta_crit)" if law.critical_batch_tokens else "beta"
     size = f"{law.size}^{law.size_exponent:.3g} * " if law.size else ""
     formula = f"lr = {law.a:.3g} * {size}{beta}^{law.batch_exponent:.3g} * tokens^{law.b:.3g}"
-    figure.suptitle(f"{formula}   ({fit.schedule}, R2 {fit.r2:.3f})", fontsize=11)
-    handles = [handle(f"{si(batch)} tokens per step", color, "", "-") for batch, color in styles.colors.items()]
-    handles += [handle(f"width {width}", BLACK, marker) for width, marker in styles.markers.items() if width]
-    handles.append(handle("the paper's law", BLACK, "", "--"))
-    figure.legend(handles=handles, ncols=4, **LEGEND)
-    return figure
+    return (
+        f"The best rate {moves[0]} as tokens^{law.b:.2f}{known} and {moves[1]} as batch^{law.batch_exponent:.2f}\n"
+        f"{formula} ({fit.schedule}, R2 {fit.r2:.3f})"
+    )
 
 
 def _set_law_axes(panel: "Axes", rest: "Axes") -> None:
@@ -93,6 +108,7 @@ def _set_law_axes(panel: "Axes", rest: "Axes") -> None:
 
     panel.set_xscale("log")
     panel.set_yscale("log")
+    decimal_rates(panel)
     rest.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     rest.xaxis.set_major_formatter(si_formatter())
     rest.xaxis.set_minor_locator(NullLocator())
@@ -121,11 +137,14 @@ def _aside(index: int, count: int) -> float:
 
 
 def _draw_law(panel: "Axes", fit: Fit, batch: int, tokens: _Array, color: Color) -> None:
-    panel.plot(tokens, [fit.law.lr(n, batch, fit.center.size) for n in tokens], color=color, linewidth=1.8)
+    rates = [fit.law.lr(n, batch, fit.center.size) for n in tokens]
+    panel.plot(tokens, rates, color=color, linewidth=1.8)
+    # Said at the line itself too, for people who do not tell the colours apart.
+    panel.annotate(si(batch), (tokens[-1], rates[-1]), (4, 0), textcoords="offset points", fontsize=8, va="center")
     draws = [Law(*draw[:5], fit.law.size, draw[5]) for draw in fit.samples]
     if draws:
-        rates = [[draw.lr(n, batch, fit.center.size) for n in tokens] for draw in draws]
-        panel.fill_between(tokens, *np.percentile(rates, (2.5, 97.5), axis=0), color=color, alpha=0.18, linewidth=0)
+        drawn = [[draw.lr(n, batch, fit.center.size) for n in tokens] for draw in draws]
+        panel.fill_between(tokens, *np.percentile(drawn, (2.5, 97.5), axis=0), color=color, alpha=0.18, linewidth=0)
 
 
 def plot_map(fit: Fit) -> "Figure":
@@ -140,22 +159,37 @@ def plot_map(fit: Fit) -> "Figure":
     if len(fit.samples) > 1:
         draws = np.array([draw[:2] for draw in fit.samples])
         panel.plot(*draws.T, ".", color="white", markersize=2, alpha=0.6)
+        panel.plot(
+            [], [], ".", color=GRAY, markersize=5, label="draws of the law"
+        )  # White is not seen below the panel.
         panel.plot(*_ellipse(draws), color=RED, linewidth=1.8, label="95 % of the draws")
     for what, law, marker, color in (("fitted", fit.law, "o", RED), ("paper", PAPER_OPTIMA, "X", "white")):
         label = f"{what} ({law.a:.3g}, {law.b:.3g})"
         panel.plot(law.a, law.b, marker, color=color, markersize=10, markeredgecolor=BLACK, label=label)
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     panel.set_xscale("log")
     panel.set_xlim(a[0], a[-1])
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set_ylim(b[0], b[-1])
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _position: f"{x:g}"))
     panel.set_xlabel("a")
     panel.set_ylabel("b")
-    exponent = fit.law.batch_exponent
-    panel.set_title(f"Regret of lr = a * beta^{exponent:.3g} * tokens^b ({fit.schedule})", fontsize=11)
+    figure.suptitle(_cost_of_the_paper(fit), fontsize=11)
     figure.legend(ncols=3, **LEGEND)
     return figure
+
+
+def _cost_of_the_paper(fit: Fit) -> str:
+    """What the paper's (a, b) would cost on the used cells, at the fitted batch exponent, and what is mapped."""
+    law, used = fit.law, [cell for cell in fit.cells if cell.used]
+    paper = replace(law, a=PAPER_OPTIMA.a, b=PAPER_OPTIMA.b, size=None, size_exponent=0.0)
+    costs = [cell.regret_at(paper.lr(cell.tokens, cell.tokens_per_step)) for cell in used]
+    mapped = f"mean regret of lr = a * beta^{law.batch_exponent:.3g} * tokens^b, {fit.schedule}"
+    if not costs:
+        return mapped
+    return f"On these cells the paper's a and b would cost {sum(costs) / len(costs):.2g} nats per token\n{mapped}"
 
 
 def _draw_regret(figure: "Figure", panel: "Axes", fit: Fit) -> tuple[_Array, _Array]:

@@ -38,6 +38,18 @@ def plot_published(laws: Sequence[Compared]) -> "Figure":
     panel.invert_yaxis()
     panel.grid(axis="x", color=GRAY, alpha=0.3)
     panel.set_xlabel("the law's rate over the cell's optimum (octaves), and its mean regret per token")
+    figure.suptitle(_conclusion(laws), fontsize=11)
     handles = [handle("as published", BLACK, "o"), handle("with the scale of these rows", BLACK, "o", fillstyle="none")]
     figure.legend(handles=handles, ncols=2, **LEGEND)
     return figure
+
+
+def _conclusion(laws: Sequence[Compared]) -> str:
+    """Which law of others costs least on these cells; the first one is the fitted law."""
+    costs = {each.name: each.regret or each.scaled_regret for each in laws[1:]}
+    means = {name: sum(regret) / len(regret) for name, regret in costs.items() if regret}
+    if not means:
+        return "No published law can be tried on these cells"
+    best = min(means, key=lambda name: means[name])
+    scaled = next("" if each.regret else ", with the scale of these rows" for each in laws if each.name == best)
+    return f"Of {len(means)} published laws {best} costs least on these cells{scaled}: {means[best]:.2g} nats"

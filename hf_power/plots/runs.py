@@ -1,12 +1,23 @@
-"""The pictures of runs: a planned one, one that was trained, and those of the coordinate check."""
+"""The pictures of runs: a planned one, and one that was trained."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_power.coordinates import MAX_SLOPE, CoordCheck
 from hf_power.plan.record import Plan
-from hf_power.plots.figures import BLACK, RED, STRONG, distinct_colors, new_figure, si, si_formatter
+from hf_power.plots.figures import (
+    BLACK,
+    GREEN,
+    LEGEND,
+    RED,
+    STRONG,
+    decimal_rates,
+    handle,
+    new_figure,
+    si,
+    si_formatter,
+)
 from hf_power.records.errors import UserError
 from hf_power.records.run import Run
 
@@ -40,8 +51,22 @@ def plot_plan(plan: Plan) -> "Figure":
     run.set_xlim(-0.01 * total, 1.06 * total)
     run.set_ylim(0, 1.3 * high.max())
     run.set_xlabel("tokens seen")
-    figure.suptitle(f"{si(total)} tokens, {si(plan.tokens_per_step)} tokens per step; band: 95 % interval", fontsize=11)
+    decimal_rates(law)
+    handles = [handle("learning rate", STRONG, "", "-"), handle("milestones", RED, "o")]
+    handles += [handle("95 % interval", STRONG, "", "-", linewidth=6, alpha=0.3)] if (low < high).any() else []
+    figure.legend(handles=handles, ncols=3, **LEGEND)
+    figure.suptitle(_of_plan(plan), fontsize=11)
     return figure
+
+
+def _of_plan(plan: Plan) -> str:
+    """Where the rate peaks, and what it is when the tail begins or the run ends."""
+    top = max(plan.milestones, key=lambda point: point.lr)
+    start, total = plan.decay_start_tokens, plan.target.tokens
+    last = [point for point in plan.milestones if point.tokens <= (total if start is None else start)][-1:]
+    where = "where the decay starts" if start is not None else "at the end"
+    then = "".join(f", and has {point.lr:.2g} {where}" for point in last)
+    return f"{si(total)} tokens in steps of {si(plan.tokens_per_step)}: Power peaks at {top.lr:.2g}{then}"
 
 
 def _draw_corners(plan: Plan, law: "Axes", run: "Axes") -> None:
@@ -66,6 +91,8 @@ def _draw_milestones(plan: Plan, law: "Axes", run: "Axes") -> None:
 def plot_lr_and_loss(run: Run) -> "Figure":
     """Loss and learning rate of a run over the tokens seen: two panels with one axis.
 
+    The tail of an annealed model is drawn with its trunk before it, dashed and in another colour from where it begins.
+
     Args:
         run: the points of its loss curve have tokens and either loss (nats per token) with learning_rate, or eval_loss
             (nats per token), or all. A loss that is None or nan is a gap in the line.
@@ -82,24 +109,51 @@ def plot_lr_and_loss(run: Run) -> "Figure":
     values = [float("nan") if point["loss"] is None else point["loss"] for point in trained]
     # Lone points have no line to be seen by.
     marker = "." if len(trained) < 30 else None
-    losses.plot(tokens, values, color="tab:blue", linewidth=1.2, marker=marker, label="training")
+    lrs = [point["learning_rate"] for point in trained]
+    begin = run.tokens_seen - run.steps * run.tokens_per_step if run.kind == "anneal" else None
+    for part, (inside, label, style) in _parts(tokens, begin).items():
+        lines = {"color": part, "marker": marker, "linestyle": style}
+        losses.plot([tokens[i] for i in inside], [values[i] for i in inside], linewidth=1.2, label=label, **lines)
+        rates.plot([tokens[i] for i in inside], [lrs[i] for i in inside], linewidth=1.5, **lines)
     held_out = [(point["tokens"], point["eval_loss"]) for point in run.loss_curve if point.get("eval_loss") is not None]
     if held_out:
         x, y = zip(*held_out, strict=True)
-        losses.plot(x, y, "o", color="tab:orange", markersize=5, label="evaluation")
-        losses.legend()
+        losses.plot(x, y, "o", color=RED, markersize=6, label="evaluation")
     _draw_forecast(losses, run)
+    if held_out or begin is not None or len(losses.lines) > 1:
+        losses.legend(frameon=False)
     losses.set_ylabel("loss (nats per token)")
-    rates.plot(tokens, [point["learning_rate"] for point in trained], color="tab:green", linewidth=1.5, marker=marker)
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)
     rates.set_xlabel("tokens seen")
     rates.xaxis.set_major_formatter(si_formatter())
     for panel in (losses, rates):
         panel.grid(alpha=0.3)
-    if run.name:
-        figure.suptitle(run.name, fontsize=11)
+        if begin is not None:
+            panel.axvline(begin, color=BLACK, linewidth=0.9, linestyle=":")
+    figure.suptitle(_of_run(run), fontsize=11)
     return figure
+
+
+def _parts(tokens: Sequence[float], begin: int | None) -> dict[str, tuple[list[int], str, str]]:
+    """Colour -> indices of points, label and line style: the run, or the trunk and from its last point on the tail."""
+    if begin is None:
+        return {STRONG: (list(range(len(tokens))), "training", "-")}
+    trunk = [i for i, n in enumerate(tokens) if n <= begin]
+    tail = [*trunk[-1:], *range(len(trunk), len(tokens))]
+    return {STRONG: (trunk, "training, trunk", "-"), GREEN: (tail, "training, tail", "--")}
+
+
+def _of_run(run: Run) -> str:
+    """What has come of a run: its last loss, and how often it was in trouble."""
+    known = [point["loss"] for point in run.loss_curve if point.get("loss") is not None]
+    loss = f", training loss {known[-1]:.3f}" if known else ""
+    if run.held_out_loss is not None:
+        loss = f", held-out loss {run.held_out_loss:.3f} nats per token"
+    seen = run.tokens_seen or max(int(point["tokens"]) for point in run.loss_curve)
+    trouble = f", {len(run.loss_spikes)} spikes" if run.loss_spikes else ""
+    skipped = f", {len(run.skipped_steps)} steps skipped" if run.skipped_steps else ""
+    return f"{run.name + ': ' if run.name else ''}{si(seen)} tokens{loss}{trouble}{skipped}"
 
 
 def _draw_forecast(losses: "Axes", run: Run) -> None:
@@ -110,51 +164,4 @@ def _draw_forecast(losses: "Axes", run: Run) -> None:
         return
     tokens, loss, low, high = zip(*points, strict=True)
     losses.fill_between(tokens, low, high, color=BLACK, alpha=0.12, linewidth=0)
-    losses.plot(tokens, loss, color=BLACK, linewidth=1.0, linestyle="--", label="forecast of a run that ends here")
-    losses.legend()
-
-
-def plot_coord_check(check: CoordCheck, *, steps: tuple[int, ...] | None = None) -> "Figure":
-    """Change of each module's output over width: both axes logarithmic, a panel per step, slopes in the legend.
-
-    Flat lines mean that muP holds. A line whose slope is outside the limit is solid, bold and marked in the legend; a
-    change that is 0 or not finite is a gap.
-
-    The steps that are shown are by default the first and the last; one that was not measured is a UserError.
-    """
-    measured = sorted({row["step"] for row in check.rows})
-    shown = steps or tuple(sorted({measured[0], measured[-1]}))
-    missing = [step for step in shown if step not in measured]
-    if missing:
-        raise UserError(f"steps {missing} were not measured: choose from {measured}.")
-    modules = list(dict.fromkeys(row["module"] for row in check.rows))
-    widths = sorted({row["width"] for row in check.rows})
-    changes = {(row["module"], row["step"], row["width"]): row["change"] for row in check.rows}
-    slopes = {(s["module"], s["step"]): s["slope"] for s in check.slopes}
-    figure = new_figure(5.2 * len(shown) + 0.6, 5.0 + 0.2 * len(modules))
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for panel, step in zip(panels, shown, strict=True):
-        for color, module in zip(distinct_colors(len(modules)), modules, strict=True):
-            slope = slopes[module, step]
-            failed = not abs(slope) < MAX_SLOPE
-            label = f"{module} {slope:+.2f}" + (" (!)" if failed else "")
-            values = [changes[module, step, width] or float("nan") for width in widths]
-            style = {"linewidth": 2.6, "linestyle": "-"} if failed else {"linewidth": 1.4, "linestyle": "--"}
-            panel.plot(widths, values, marker="o", markersize=4, color=color, label=label, **style)
-        panel.set_title(f"step {step}", fontsize=10)
-        _set_width_axes(panel, widths)
-    panels[0].set_ylabel("RMS change of the output")
-    figure.suptitle(f"Coordinate check {check.verdict}", fontsize=11, color="darkgreen" if check.passed else "darkred")
-    return figure
-
-
-def _set_width_axes(panel: "Axes", widths: list[int]) -> None:
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=2)
-    panel.set_xticks(widths, [str(width) for width in widths])
-    panel.minorticks_off()
-    panel.grid(alpha=0.3)
-    panel.set_xlabel("width (hidden_size)")
-    sizes, below = {"fontsize": 8, "title_fontsize": 8, "ncols": 2}, (0.5, -0.14)
-    title = f"slopes, (!) beyond {MAX_SLOPE:g}"
-    panel.legend(title=title, loc="upper center", bbox_to_anchor=below, frameon=False, **sizes)
+    losses.plot(tokens, loss, color=BLACK, linewidth=1.0, linestyle="-.", label="forecast of a run that ends here")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hf_power.records.errors import UserError
 from hf_power.records.schema import Finite, PositiveNumber
+from hf_power.records.summary import Summarized, Summary
 
 Array = NDArray[np.float64]
 # Places that differ by less than this factor are one, to a forecast without the term that would tell them apart.
@@ -108,8 +109,8 @@ def form_terms(numbers: Array, places: Array) -> tuple[Array, Array, Array]:
     return terms.T, slopes.T, (terms[3] + terms[4]) / loss
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Summarized):
     """The best loss over size, tokens and batch, as the cells of a sweep tell it.
 
     Attributes:
@@ -138,6 +139,29 @@ class Forecast:
     tokens_per_step: tuple[Finite, Finite]
     num_cells: int
     missing: list[str]
+
+    def summary(self) -> Summary:
+        """What the loss depends on, and what the cells cannot tell."""
+        form = self.forms[0]
+        terms = {
+            "tokens": form.token_term,
+            "steps": form.step_term,
+            "batch": form.batch_term,
+            self.size or "size": form.size_term,
+        }
+        found = [name for name, term in terms.items() if term > 0]
+        low, high = self.tokens
+        numbers = [
+            ("irreducible loss at the center", f"{form.irreducible:.4g} nats per token"),
+            ("tokens seen", f"{low:,.0f} to {high:,.0f}"),
+            ("tokens per step seen", f"{self.tokens_per_step[0]:,.0f} to {self.tokens_per_step[1]:,.0f}"),
+        ]
+        if form.held_out_rms is not None:
+            numbers.append(("error of left-out cells", f"{form.held_out_rms:.2%} of the loss"))
+        return Summary(
+            f"the loss of {self.schedule} over {' and '.join(found) or 'nothing'}, from {self.num_cells} cells",
+            numbers + [("beware", sentence) for sentence in self.missing],
+        )
 
     def cannot(self, tokens: float, tokens_per_step: float, size: float | None = None) -> str | None:
         """Why there is no forecast for a place, in a sentence; None if there is one."""

@@ -5,21 +5,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from transformers import CONFIG_MAPPING
 
 from hf_power.mup.config import PRESETS
 from hf_power.recipe.forecast import Forecast
+from hf_power.recipe.interval import predictive_factors
 from hf_power.recipe.proxies import MUP, proxies_settings
+from hf_power.recipe.shown import plot_recipe, recipe_summary
 from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.files import parse_json, write_json
 from hf_power.records.rows import Row
 from hf_power.records.run import Intervals, PowerScale, Sample, Validity
 from hf_power.records.schema import Finite, Json, Limit, Positive, PositiveNumber, check_fields, decode, encode, one_of
+from hf_power.records.summary import Summarized, Summary
 from hf_power.schedule import DECAY_SHAPES, PAPER_LAW, PAPER_MAX_LR, Law
 from hf_power.schedule.presets import POWER_TO_WSD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 FILE_NAME = "recipe.json"
@@ -48,8 +53,8 @@ class _Fit:
     scatter_octaves: Finite = 0.0
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Summarized):
     """What one sweep on small models found, to hold for every run after it.
 
     The learning rate is ``min(max_lr, a * size**size_exponent * beta**batch_exponent * n**b)`` with n the tokens seen and
@@ -285,6 +290,14 @@ class Recipe:
         place = tokens, tokens_per_step, size
         return predictive_factors(self.samples, self.size, self.scatter_octaves, place)
 
+    def summary(self) -> Summary:
+        """The law, where it was measured, and the settings that it holds for."""
+        return recipe_summary(self)
+
+    def plot(self, tokens: Sequence[float] | None = None, tokens_per_step: Sequence[int] | None = None) -> "Figure":
+        """The rate over the tokens for a few batches, see `hf_power.recipe.shown.plot_recipe`."""
+        return plot_recipe(self, tokens, tokens_per_step)
+
     def schedule_kwargs(self, size: float | None = None) -> dict[str, float]:
         """The law of a model of this size, as arguments of `get_power_schedule`."""
         return {name: value for name, value in self.law.at(size).to_dict().items() if value is not None}
@@ -311,28 +324,6 @@ class Recipe:
             "initializer_range",
             "embedding_multiplier",
         )
-
-
-def predictive_factors(
-    samples: Sequence[Sample],
-    kind: Literal["parameters", "width"] | None,
-    scatter_octaves: float,
-    place: tuple[float, float, float | None],
-) -> tuple[float, float]:
-    """The ends of the 95 % interval of a new cell's optimum, over the law's rate there.
-
-    ``2**(-+1.96 * sqrt(spread**2 + scatter_octaves**2))`` with the standard deviation of log2 of the draws' rates.
-
-    Args:
-        samples: draws of the law.
-        kind: what its size counts.
-        scatter_octaves: of cells around the law, Student's quantile over the normal one included.
-        place: tokens, tokens per step, and the size.
-    """
-    draws = [Law(*draw[:5], kind, draw[5]) for draw in samples] if place[0] > 0 else []
-    spread = float(np.std([math.log2(draw.lr(*place)) for draw in draws])) if draws else 0.0
-    half = 1.959964 * math.hypot(spread, scatter_octaves)
-    return 2**-half, 2**half
 
 
 def _other_file(content: Mapping[str, object]) -> str | None:

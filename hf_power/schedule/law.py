@@ -100,6 +100,19 @@ class Law:
             )
         self.at(None)
 
+    def formula(self, max_lr: float | None = None) -> str:
+        """The law as text, under its cap if there is one.
+
+        >>> PAPER_LAW.formula(0.02)
+        'min(0.02, 4 * beta^1 * n^-0.51)'
+        """
+        critical = self.critical_batch_tokens
+        growth = f" * (n / 1e9)^{self.critical_batch_growth:.4g}" if self.critical_batch_growth else ""
+        batch = "beta" if critical is None else f"min(beta, {beta(critical):.4g}{growth})"
+        size = f"{self.size}^{self.size_exponent:.4g} * " if self.size else ""
+        said = f"{self.a:.4g} * {size}{batch}^{self.batch_exponent:.4g} * n^{self.b:.4g}"
+        return said if max_lr is None else f"min({max_lr:g}, {said})"
+
     def to_dict(self) -> dict[str, float | None]:
         """The numbers of LAW_NAMES, as arguments of a schedule; the growth of a critical batch only where there is one."""
         names = LAW_NAMES if self.critical_batch_growth else LAW_NAMES[:-1]

@@ -33,9 +33,28 @@ OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_i
 BESIDE = {"model_type", "dtype", "torch_dtype", "rope_theta", "rope_scaling", "attn_implementation"}
 
 
+# What people call a thing elsewhere, where no letters would tell.
+SYNONYMS = {
+    "batch_size": "per_device_train_batch_size",
+    "context_length": "block_size",
+    "d_model": "hidden_size",
+    "lr": "learning_rate",
+    "max_length": "block_size",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "scheduler": "lr_scheduler_type",
+    "seq_len": "block_size",
+    "warmup": "warmup_steps",
+    "wd": "weight_decay",
+    "wsd": "warmup_stable_decay",
+}
+
+
 def unknown_key(what: str, name: str, known: list[str]) -> str:
-    """The sentence for a key that is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(name, known, n=1)
+    """The sentence for a key that is not known, with the one that is meant or is nearest."""
+    said = SYNONYMS.get(name.lower())
+    near = [said] if said in known else difflib.get_close_matches(name, known, n=1)
     return f"{what} is unknown" + (
         f": did you mean {near[0]}?" if near else f": use one of {', '.join(known[:12])} ..."
     )

@@ -44,7 +44,7 @@ class Tokens(int):
         return repr(self.text)
 
 
-def parse_tokens(value: object, name: str) -> int:
+def parse_tokens(value: object, name: str, kind: str = "a number of tokens such as 30M or 2.1B") -> int:
     """A number of tokens: 30000000, 30_000_000, "30,000,000", 3e7, "30M", "30m", "2.1B".
 
     Raises:
@@ -59,7 +59,7 @@ def parse_tokens(value: object, name: str) -> int:
     try:
         tokens = round(float(number) * factor)
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{name} must be a number of tokens such as 30M or 2.1B, got {shown(value)}.") from error
+        raise UserError(f"{name} must be {kind}, got {shown(value)}.") from error
     if tokens < 0:
         raise UserError(f"{name} must be at least 0, got {shown(value)}: leave the sign out.")
     return tokens

@@ -12,3 +12,28 @@ choice.py    which runs tell most about it: next_answer
 run.py       the whole sweep, which a killed one goes on with: run_sweep, rows_text, aim_text
 cost.py      what a sweep will cost, from a short measurement: estimate
 """
+
+from typing import TYPE_CHECKING
+
+from hf_power.records.exports import lazily
+
+if TYPE_CHECKING:
+    from hf_power.records.sweep import Sweep
+    from hf_power.sweep.aim import Aim
+    from hf_power.sweep.cost import estimate
+    from hf_power.sweep.grid import Grid, load_grid
+    from hf_power.sweep.run import run_sweep
+
+__all__ = ["Aim", "Grid", "Sweep", "estimate", "load_grid", "run_sweep"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Aim": "sweep.aim",
+        "Grid": "sweep.grid",
+        "Sweep": "records.sweep",
+        "estimate": "sweep.cost",
+        "load_grid": "sweep.grid",
+        "run_sweep": "sweep.run",
+    },
+)

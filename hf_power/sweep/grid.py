@@ -35,7 +35,7 @@ class Grid:
             width. They stay as they were written, since the ids of the rows are hashes of them.
         widths: hidden sizes, the shape scaled by `hf_power.mup.config.scale_width`.
         tokens_per_step: batch sizes, in tokens, multiples of block_size.
-        tokens: horizons T, in tokens, decay included.
+        tokens: horizons T, in tokens, decay included; whole numbers of steps of every batch.
         schedules: name -> learning rates to begin with; for "power" scales, in multiples of the law's a.
         seeds: of the initialization and the data order.
         law: of the power runs, whose scales multiply its a; None means that it is fitted on this sweep's
@@ -107,6 +107,8 @@ def few_digits(value: float) -> float:
     return float(f"{value:.{FEW_DIGITS}g}")
 
 
+# Share of a horizon that rounding it to whole steps may change: about 2 % of the rate, which no sweep can tell.
+MOST_ROUNDED = 0.05
 NEEDED = ("widths", "tokens_per_step", "tokens", "schedules")
 # Of Power's shapes, those that warmup_stable_decay of transformers has, too: one grid has one shape.
 DECAY_SHAPES = ("linear", "1-sqrt", "cosine")
@@ -145,10 +147,10 @@ def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
     law = values.get("law")
     grid = Grid(
         sections={name: dict(section) for name, section in content.items() if name != "sweep"},
-        widths=_axis(values["widths"], f"{where}.widths"),
+        widths=_axis(values["widths"], f"{where}.widths", kind="a whole number such as 256"),
         tokens_per_step=_axis(values["tokens_per_step"], f"{where}.tokens_per_step"),
         tokens=_axis(values["tokens"], f"{where}.tokens"),
-        seeds=_axis(values.get("seeds", Grid.seeds), f"{where}.seeds", smallest=0),
+        seeds=_axis(values.get("seeds", Grid.seeds), f"{where}.seeds", smallest=0, kind="a whole number such as 0"),
         schedules=_schedules(values["schedules"], f"{where}.schedules"),
         warmup_tokens=_tokens(values, "warmup_tokens", where) or 0,
         max_tokens=_tokens(values, "max_tokens", where),
@@ -161,13 +163,17 @@ def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
         law=None if law is None else _law(law, f"{where}.law"),
     )
     _check_settings(grid, source)
+    _check_batches(grid, source)
+    grid = dataclasses.replace(grid, tokens=_whole_steps(grid, where))
     _check_lengths(grid, source)
     _check_law(grid, source)
     return grid
 
 
-def _axis(value: object, name: str, smallest: int = 1) -> tuple[int, ...]:
-    axis = tuple(parse_tokens(each, name) for each in (value if isinstance(value, list | tuple) else [value]))
+def _axis(
+    value: object, name: str, smallest: int = 1, kind: str = "a number of tokens such as 30M or 2.1B"
+) -> tuple[int, ...]:
+    axis = tuple(parse_tokens(each, name, kind) for each in (value if isinstance(value, list | tuple) else [value]))
     if not axis:
         raise UserError(f"{name} is empty: name at least one.")
     if len(set(axis)) < len(axis):
@@ -175,6 +181,32 @@ def _axis(value: object, name: str, smallest: int = 1) -> tuple[int, ...]:
     if min(axis) < smallest:
         raise UserError(f"{name} must be at least {smallest}, got {min(axis)}: correct it.")
     return axis
+
+
+def _whole_steps(grid: Grid, where: str) -> tuple[int, ...]:
+    """The horizons, each the nearest number of tokens that is a whole number of steps of every batch.
+
+    A horizon is one for all batches, so that its cells are compared and fitted as one. What is changed is printed, and a
+    change that would be more than a rounding is refused.
+    """
+    step, listed = math.lcm(*grid.tokens_per_step), " and ".join(f"{batch:,}" for batch in grid.tokens_per_step)
+    found = []
+    for horizon in grid.tokens:
+        near = max(1, round(horizon / step)) * step
+        if abs(near - horizon) > MOST_ROUNDED * horizon:
+            ends = sorted({max(1, horizon // step) * step, (horizon // step + 1) * step})
+            raise UserError(
+                f"{where}.tokens: {horizon:,} tokens are no whole number of steps of {listed}: take "
+                f"{' or '.join(f'{end:,}' for end in ends)}."
+            )
+        found.append(near)
+    if len(set(found)) < len(found):
+        raise UserError(
+            f"{where}.tokens: {list(grid.tokens)} are the same number of steps of {listed}: set them apart."
+        )
+    if changed := [f"{n:,} for {asked:,}" for n, asked in zip(found, grid.tokens, strict=True) if n != asked]:
+        print(f"horizons in whole steps of {listed}: {', '.join(changed)}", flush=True)
+    return tuple(found)
 
 
 def _tokens(values: dict[str, object], key: str, where: str) -> int | None:
@@ -238,16 +270,25 @@ def _check_settings(grid: Grid, source: str) -> None:
         raise UserError(f"{source}: a sweep reads its data many times over: set streaming to false.")
 
 
-def _check_lengths(grid: Grid, source: str) -> None:
+def _check_batches(grid: Grid, source: str) -> None:
     block = grid.settings.data.block_size
     for batch in grid.tokens_per_step:
         if batch % block:
-            raise UserError(f"{source}: tokens_per_step {batch} is not a multiple of block_size {block}: round it.")
+            below = batch // block * block
+            near = " or ".join(f"{each:,}" for each in (below, below + block) if each)
+            raise UserError(
+                f"{source}: tokens_per_step {batch:,} is no whole number of blocks of {block:,} (block_size): take {near}."
+            )
+
+
+def _check_lengths(grid: Grid, source: str) -> None:
+    for batch in grid.tokens_per_step:
         for horizon in grid.tokens:
-            if horizon % batch or grid.warmup_tokens + grid.tail_tokens(horizon, batch) >= horizon:
+            tail = grid.tail_tokens(horizon, batch)
+            if grid.warmup_tokens + tail >= horizon:
                 raise UserError(
-                    f"{source}: {horizon:,} tokens are no whole number of steps of {batch:,}, or leave no room between "
-                    f"a warmup of {grid.warmup_tokens:,} tokens and the decay: change one of them."
+                    f"{source}: {horizon:,} tokens leave no room between a warmup of {grid.warmup_tokens:,} tokens and a "
+                    f"decay of {tail:,}: take a longer horizon, or a shorter warmup or decay_ratio."
                 )
     # A width at which the heads or the MLP would not be whole is refused here, before the data are loaded.
     for width in grid.widths:

@@ -19,6 +19,7 @@ from hf_power.records.files import only_one, read_object, refuse_at_work, tempor
 from hf_power.records.machine import refuse_alone
 from hf_power.records.rows import ROWS_FILE, Row, load_rows
 from hf_power.records.run import SCHEMA
+from hf_power.records.sweep import Sweep
 from hf_power.schedule import Law
 from hf_power.sweep.aim import Aim
 from hf_power.sweep.choice import aimed_fit, next_answer
@@ -48,7 +49,7 @@ def run_sweep(
     workers: int | None = None,
     groups: Sequence[Group] | None = None,
     aim: Aim | None = None,
-) -> list[Row]:
+) -> Sweep:
     """Train every row of the grid that is not in the folder's sweep.jsonl yet, or with an aim as many as it takes.
 
     Schedules other than power come first, since power's law is fitted on the rows of warmup_stable_decay. Groups (one
@@ -93,7 +94,7 @@ def run_sweep(
             _run_stages(crew, stages, process)
             if aim is not None:
                 _run_rounds(crew, bench, aim)
-    return load_rows(folder / ROWS_FILE)[0]
+    return Sweep.load(folder)
 
 
 def _run_stages(crew: Crew, stages: Sequence[list[Group]], process: _Process) -> None:
@@ -209,6 +210,14 @@ def _same_grid(bench: Bench) -> None:
                     f"{bench.folder} holds a sweep with another {key} ({before.get(key)!r} there, {value!r} now): take "
                     "another folder, its rows cannot be fitted together with these."
                 )
+    # A horizon is rounded to whole steps of every batch, so that further batches may move it.
+    step = math.lcm(*grid.tokens_per_step)
+    for tokens in sorted({row.tokens for row in sweep_rows(bench.folder)} - set(grid.tokens)):
+        if near := next((horizon for horizon in grid.tokens if abs(horizon - tokens) < step), None):
+            raise UserError(
+                f"{bench.folder} has runs of {tokens:,} tokens where whole steps of this grid's batches make {near:,}: take "
+                f"batches that divide {tokens:,}, or another folder."
+            )
     write_json(path, made)
 
 

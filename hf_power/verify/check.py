@@ -8,11 +8,12 @@ from statistics import fmean
 from typing import cast
 
 from hf_power.coordinates import CoordCheck, coord_check
+from hf_power.models import flops_per_token
+from hf_power.plots.coordinates import plot_coord_check
 from hf_power.plots.figures import require_matplotlib, save
-from hf_power.plots.runs import plot_coord_check
 from hf_power.recipe import Recipe, warnings_for
 from hf_power.records.errors import UserError
-from hf_power.records.files import replaced, write_json
+from hf_power.records.files import replaced
 from hf_power.records.machine import versions
 from hf_power.records.rows import Row
 from hf_power.records.schema import decode
@@ -77,15 +78,26 @@ def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) 
     folder = Path(settings.training.output_dir or "")
     folder.mkdir(parents=True, exist_ok=True)
     grid, group = _cell(settings, recipe, seeds)
-    print(f"coordinate check of a {settings.model.family} ...", flush=True)
+    print(f"{_cost_text(settings, group)}\ncoordinate check of a {settings.model.family} ...", flush=True)
     check = _coordinates(settings)
     print(check.verdict, flush=True)
     rows = run_sweep(grid, folder, groups=[group])
     page = replace(judge(rows, group, recipe, tolerance), forecast=_foreseen(recipe, group, rows))
     page = page.with_coordinates(Coordinates(check.passed, check.verdict, check.slopes))
-    page = replace(page, warnings=_warnings(recipe, group), versions=versions())
+    page = replace(page, warnings=tuple(_warnings(recipe, group)), versions=versions())
     _write(page, check, folder)
     return page
+
+
+def _cost_text(settings: Settings, group: Group) -> str:
+    """What the runs will train, in a line."""
+    runs, data = len(group.values) * len(group.seeds), settings.data
+    tokens = runs * group.tokens[0]
+    flops = tokens * flops_per_token(settings.model.config(vocab_size=data.vocab_size), data.block_size)
+    return (
+        f"{runs} runs of {group.tokens[0]:,} tokens, {tokens:,} tokens and {flops:.2g} FLOP in all; up to {EXTENSIONS} more "
+        "learning rates where the best one lies on an edge"
+    )
 
 
 def _coordinates(settings: Settings) -> CoordCheck:
@@ -165,7 +177,7 @@ def _foreseen(recipe: Recipe, group: Group, rows: Sequence[Row]) -> Foreseen | N
 
 
 def _write(page: Page, check: CoordCheck, folder: Path) -> None:
-    write_json(folder / "verify.json", page.to_json())
+    page.save(folder)
     save(plot_coord_check(check), folder / "coord_check.png")
     save(plot_verify(page), folder / "verify.png")
     with replaced(folder / "verify.md") as temporary:

@@ -4,15 +4,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hf_power.coordinates import Slope
+from hf_power.plan.record import duration
 from hf_power.recipe import Recipe
+from hf_power.records.files import Record
 from hf_power.records.rows import Row
-from hf_power.records.schema import Json, encode
+from hf_power.records.summary import Summarized, Summary, frame_of
 from hf_power.sweep.jobs import Group, row_value
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+VERIFY_FILE = "verify.json"
+SECONDS_PER_DAY = 86_400
 # More than anybody runs for a check.
 MOST_SEEDS = 32
 
@@ -60,7 +68,7 @@ class Coordinates:
 
     passed: bool
     verdict: str
-    slopes: Sequence[object]
+    slopes: list[Slope]
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ class Foreseen:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Page(Summarized, Record):
     """verify.json.
 
     The verdict is "passed", "FAILED" or, where the regret's interval holds the tolerance, "inconclusive", and a reason says
@@ -96,18 +104,21 @@ class Page:
     neighbours, and is None where that is an edge. Warnings are sentences on what the check does not cover.
     """
 
-    verdict: str
-    reasons: Sequence[str]
+    FILE = VERIFY_FILE
+    REMEDY = "write it with hf-power verify"
+
+    verdict: Literal["passed", "FAILED", "inconclusive"]
+    reasons: tuple[str, ...]
     tolerance: float
     regret: float
     regret_interval: tuple[float, float] | None
-    points: Sequence[Point]
+    points: tuple[Point, ...]
     losses: dict[str, list[float]]
     parabola: Parabola | None
     cell: Cell
     recipe: Tried
-    seeds: Sequence[int]
-    warnings: Sequence[str] = ()
+    seeds: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
     forecast: Foreseen | None = None
     coord_check: Coordinates | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -116,6 +127,28 @@ class Page:
     def passed(self) -> bool:
         """Whether the recipe may be trusted at the cell."""
         return self.verdict == "passed"
+
+    @property
+    def conclusion(self) -> str:
+        """The verdict in one sentence."""
+        cell = self.cell
+        where = f"at width {cell.width}, {cell.tokens:,} tokens and {cell.tokens_per_step:,} per step"
+        if self.passed:
+            return f"The recipe's learning rate holds {where}: no other one is better by more than {self.tolerance:g} nats."
+        what = "fails" if self.verdict == "FAILED" else "is neither proved nor refuted"
+        return f"The recipe's learning rate {what} {where}: {'; '.join(self.reasons)}."
+
+    def summary(self) -> Summary:
+        """The conclusion and the losses."""
+        numbers = [("verdict", self.verdict), ("regret, nats per token", f"{self.regret:.4f}")]
+        if self.regret_interval:
+            numbers.append(("95 % of the regret", " to ".join(f"{end:.4f}" for end in self.regret_interval)))
+        numbers += [(f"loss at {point.factor:g} times the recipe's rate", f"{point.loss:.4f}") for point in self.points]
+        return Summary(self.conclusion, numbers + [("beware", warning) for warning in self.warnings])
+
+    def to_frame(self) -> "DataFrame":
+        """A row for each factor on the recipe's learning rate: the mean loss and its sd over the seeds, nats per token."""
+        return frame_of(self.points)
 
     def next_command(self, recipe: str) -> str:
         """What to do after the verdict."""
@@ -132,11 +165,7 @@ class Page:
         page = replace(self, coord_check=check)
         if check.passed:
             return page
-        return replace(page, verdict="FAILED", reasons=[f"coordinate check {check.verdict}", *self.reasons])
-
-    def to_json(self) -> dict[str, Json]:
-        """The content of verify.json."""
-        return {"schema": SCHEMA, **encode(self)}
+        return replace(page, verdict="FAILED", reasons=(f"coordinate check {check.verdict}", *self.reasons))
 
 
 def judge(rows: Sequence[Row], group: Group, recipe: Recipe, tolerance: float) -> Page:
@@ -168,16 +197,16 @@ def judge(rows: Sequence[Row], group: Group, recipe: Recipe, tolerance: float) -
     interval = (max(0.0, regret - error.half_width), regret + error.half_width) if error else None
     return Page(
         verdict="inconclusive" if not decided else "FAILED" if reasons else "passed",
-        reasons=reasons,
+        reasons=tuple(reasons),
         tolerance=tolerance,
         regret=regret,
         regret_interval=interval,
-        points=[Point(factor, means[factor], _sd(each)) for factor, each in losses.items()],
+        points=tuple(Point(factor, means[factor], _sd(each)) for factor, each in losses.items()),
         losses={f"{factor:g}": each for factor, each in losses.items()},
         parabola=parabola,
         cell=Cell(group.width, group.tokens_per_step, group.tokens[0]),
         recipe=Tried(recipe.a, recipe.b, recipe.batch_exponent, recipe.max_lr),
-        seeds=list(group.seeds),
+        seeds=group.seeds,
     )
 
 
@@ -240,27 +269,7 @@ def _what_would_decide(regret: float, tolerance: float, error: _Error | None, se
         said = f"the regret of {regret:.4f} nats is known to +-{error.half_width:.4f}, so that it may be on either side of {tolerance:g}"
     if not more:
         return f"{said}: even {MOST_SEEDS} seeds would not decide it, so take a longer run or another --tolerance"
-    return f"{said}: --seeds {more} would decide it, in about {_time(more * seconds)} of one core"
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} minutes"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} hours"
-    )
-
-
-def _conclusion(page: Page) -> str:
-    """The verdict in one sentence."""
-    cell = page.cell
-    where = f"at width {cell.width}, {cell.tokens:,} tokens and {cell.tokens_per_step:,} per step"
-    if page.passed:
-        return f"The recipe's learning rate holds {where}: no other one is better by more than {page.tolerance:g} nats."
-    what = "fails" if page.verdict == "FAILED" else "is neither proved nor refuted"
-    return f"The recipe's learning rate {what} {where}: {'; '.join(page.reasons)}."
+    return f"{said}: --seeds {more} would decide it, in about {duration(more * seconds / SECONDS_PER_DAY)} of one core"
 
 
 def page_text(page: Page) -> str:
@@ -271,7 +280,7 @@ def page_text(page: Page) -> str:
     lines = [
         f"# Check before the run: {page.verdict}",
         "",
-        f"{_conclusion(page)}",
+        page.conclusion,
         "",
         f"* Cell: width {cell.width}, {cell.tokens_per_step:,} tokens per step, {cell.tokens:,} tokens, "
         f"seeds {', '.join(map(str, page.seeds))}.",

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_power.plots.figures import BLACK, GRAY, LEGEND, RED, STRONG, new_figure
+from hf_power.plots.figures import BLACK, GRAY, GREEN, LEGEND, RED, STRONG, handle, new_figure
 from hf_power.verify.page import Page, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {"passed": "darkgreen", "inconclusive": "darkorange", "FAILED": "darkred"}
+COLORS = {"passed": "darkgreen", "inconclusive": "#8a5a00", "FAILED": "darkred"}
 
 
 def plot_verify(page: Page) -> "Figure":
@@ -27,7 +27,7 @@ def plot_verify(page: Page) -> "Figure":
     if finite:
         best = min([*finite, parabola.min_loss] if parabola else finite)
         label = f"within {page.tolerance:g} nats of the best"
-        panel.axhspan(best, best + page.tolerance, color="#009e73", alpha=0.2, linewidth=0, label=label)
+        panel.axhspan(best, best + page.tolerance, color=GREEN, alpha=0.2, linewidth=0, label=label)
     else:
         panel.set_yticks([])
     if parabola:
@@ -44,10 +44,11 @@ def plot_verify(page: Page) -> "Figure":
     panel.set_ylabel("held-out loss (nats per token)")
     panel.ticklabel_format(axis="y", useOffset=False)
     panel.grid(alpha=0.3)
-    title = [f"Check before the run: {page.verdict}", *(textwrap.fill(x, 75) for x in page.reasons)]
-    figure.suptitle("\n".join(title), fontsize=11, color=COLORS[page.verdict])
+    figure.suptitle(textwrap.fill(f"{page.verdict}: {page.conclusion}", 85), fontsize=10, color=COLORS[page.verdict])
     if finite:
-        figure.legend(ncols=3, **LEGEND)
+        handles, _ = panel.get_legend_handles_labels()
+        handles += [handle("the recipe's rate", STRONG, "o"), handle("other rates, bars: sd over seeds", BLACK, "o")]
+        figure.legend(handles=handles, ncols=3, **LEGEND)
     return figure
 
 

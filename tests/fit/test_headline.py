@@ -4,13 +4,12 @@ from dataclasses import replace
 
 from fits import CELL, FIT, unused
 
-from hf_power.fit.headline import headline
 from hf_power.fit.result import PowerFit
 
 
 def test_the_rate_at_the_far_corner_and_what_is_known():
     """The law at 8M tokens and beta 2: .02 * 2**.7 * 8e6**-.3 = 2.76e-4; b lies within -.35 and -.25."""
-    said = headline(FIT)
+    said = FIT.headline
     assert said.startswith("at 8,000,000 tokens and 8,192 per step use a peak of 0.00028 (0.00023 to 0.00032) with")
     assert said.endswith("b = -0.30 is known to +-0.05")
 
@@ -18,8 +17,8 @@ def test_the_rate_at_the_far_corner_and_what_is_known():
 def test_doubtful_cells_and_a_misfit_are_in_it():
     power = PowerFit(0.02, (0.01, 0.03), None, None, (CELL, unused(), unused()))
     fit = replace(FIT, cells=(CELL, unused()), power=power, validity=replace(FIT.validity, misfit=("it does not",)))
-    said = headline(fit)
+    said = fit.headline
     assert said.startswith("do not rely on the law beyond its cells, it does not describe them; at 8,000,000")
     assert said.endswith("1 of 2 cells have no optimum to count; 2 of 3 power cells have no optimum to count")
     held = replace(FIT, intervals=replace(FIT.intervals, b=(-0.3, -0.3)))
-    assert headline(held).endswith("b was held")
+    assert held.headline.endswith("b was held")

@@ -7,7 +7,8 @@ import pytest
 from fits import BEST, RATES, cell, fit, unused
 from pictures import legend, lines, visible, xy
 
-from hf_power.plots.cells import plot_cells
+from hf_power.fit.result import PowerFit
+from hf_power.plots.cells import pages_of, plot_cells
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -18,7 +19,7 @@ def test_a_cell_is_points_above_its_minimum_its_parabola_and_its_optimum():
     assert panel.get_xscale() == "log"
     assert panel.xaxis.get_transform().base == 2
     assert (panel.get_xlabel(), figure.get_supylabel()) == ("learning rate", "loss above its minimum (nats per token)")
-    assert panel.get_title() == "width 64, 8.19k tokens per step"
+    assert panel.get_title() == "width 64, 8,192 tokens per step"
     (points,) = lines(panel, "o", 5)
     assert tuple(points.get_xdata()) == RATES
     assert list(points.get_ydata()) == pytest.approx([0.08, 0.02, 0, 0.02, 0.08])
@@ -35,6 +36,33 @@ def test_a_cell_is_points_above_its_minimum_its_parabola_and_its_optimum():
     assert {*optimum.get_ydata(), *law.get_ydata()} == set(interval.get_ydata())
     assert min(panel.get_yticks()) == 0
     assert legend(figure) == ["8M tokens", "optimum, 95 % interval", "the law's rate"]
+
+
+def test_the_title_is_what_the_cells_say_and_the_ticks_are_the_rates_that_were_run():
+    figure = plot_cells(fit(cell(), cell(tokens=16_000_000, residual_octaves=0.5, regret=0.005), unused(tokens=10**9)))
+    assert figure.get_suptitle().replace("\n", " ") == (
+        "2 of 3 cells show a best rate between those that were run; "
+        "the law is at most 0.50 octaves off, which costs up to 0.0050 nats per token"
+    )
+    (panel,) = figure.axes
+    assert tuple(panel.get_xticks()) == RATES
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0.002", "0.0039", "0.0078", "0.016", "0.031"]
+
+
+def test_many_rates_are_all_ticks_with_few_labels():
+    rates = [2.0 ** (-9 + 0.1 * i) for i in range(41)]
+    many = cell(learning_rates=rates, losses=[3 + 0.02 * (math.log2(x) + 7) ** 2 for x in rates], num_seeds=[2] * 41)
+    (panel,) = plot_cells(fit(many)).axes
+    assert list(panel.get_xticks()) == rates
+    assert 4 <= sum(bool(label.get_text()) for label in panel.get_xticklabels()) <= 7
+
+
+def test_power_s_cells_have_a_page_of_their_own():
+    power = PowerFit(0.02, (0.01, 0.03), None, None, (cell(schedule="power"),))
+    assert set(pages_of(fit(cell()))) == {"cells"}
+    pages = pages_of(fit(cell(), power=power))
+    assert set(pages) == {"cells", "cells-power"}
+    assert plot_cells(pages["cells-power"]).get_suptitle().startswith("Power: 1 of 1 cells show a best rate")
 
 
 def test_points_are_above_the_parabola_s_minimum_not_the_lowest_mean():
@@ -66,7 +94,7 @@ def test_horizons_have_their_own_color_marker_and_height():
 def test_a_panel_per_width_and_batch_widths_in_rows():
     cells = [cell(width=w, tokens_per_step=b) for b in (1000, 2000, 4000, 8000) for w in (256, 64, 128)]
     figure = plot_cells(fit(*cells))
-    titles = [f"width {w}, {b}k tokens per step" for w in (64, 128, 256) for b in (1, 2, 4, 8)]
+    titles = [f"width {w}, {b},000 tokens per step" for w in (64, 128, 256) for b in (1, 2, 4, 8)]
     assert [panel.get_title() for panel in figure.axes] == titles
     assert len({panel.get_ylim() for panel in figure.axes} | {panel.get_xlim() for panel in figure.axes}) == 2
     rows = [panel.get_subplotspec().rowspan.start for panel in figure.axes]
@@ -89,7 +117,7 @@ def test_a_full_legend_lies_within_the_picture_and_beside_the_panels(num_panels)
 def test_seven_batches_take_two_rows_and_unknown_widths_are_not_named():
     figure = plot_cells(fit(*(cell(width=0, tokens_per_step=1000 * i) for i in range(1, 8))))
     panels = visible(figure)
-    assert [panel.get_title() for panel in panels] == [f"{i}k tokens per step" for i in range(1, 8)]
+    assert [panel.get_title() for panel in panels] == [f"{i},000 tokens per step" for i in range(1, 8)]
     assert [bool(panel.get_xlabel()) for panel in panels] == [False] * 3 + [True] * 4
 
 

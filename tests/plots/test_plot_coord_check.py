@@ -3,7 +3,7 @@
 import pytest
 
 from hf_power.coordinates import CoordCheck
-from hf_power.plots.runs import plot_coord_check
+from hf_power.plots.coordinates import plot_coord_check
 from hf_power.records.errors import UserError
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -23,7 +23,7 @@ def check(exponents=EXPONENTS):
 
 def test_coord_check_shows_verdict_axes_and_slopes():
     figure = plot_coord_check(check())
-    assert figure.get_suptitle() == f"Coordinate check {check().verdict}"
+    assert figure.get_suptitle().replace("\n", " ") == f"muP does NOT hold for this model, {check().verdict}"
     first, last = figure.axes
     assert (first.get_title(), last.get_title()) == ("step 1", "step 3")
     assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
@@ -35,6 +35,19 @@ def test_coord_check_shows_verdict_axes_and_slopes():
         "logits -0.50 (!)",
     ]
     assert list(last.lines[0].get_ydata()) == [3.0] * 4
+
+
+def test_a_wrong_model_is_beside_it_on_the_same_axes_with_the_same_look():
+    figure = plot_coord_check(check({"mlp": 0.0, "logits": 0.1}), wrong=check({"mlp": 0.6, "logits": 0.1, "more": 0.0}))
+    right, wrong = figure.axes
+    assert right.get_title() == "this model, step 1"
+    assert wrong.get_title() == "standard parameterization, step 1"
+    assert right.get_ylim() == wrong.get_ylim()
+    looks = [[(x.get_color(), x.get_marker(), x.get_linestyle()) for x in panel.lines] for panel in figure.axes]
+    assert looks[0] == looks[1][:2]
+    assert len({marker for _, marker, _ in looks[1]}) == 3
+    assert wrong.get_legend().get_texts()[0].get_text() == "mlp +0.60 (!)"
+    assert figure.get_suptitle().startswith("muP holds for this model, passed: worst slope +0.10")
 
 
 def test_coord_check_shows_the_steps_that_were_asked_for():

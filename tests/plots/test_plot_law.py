@@ -27,7 +27,10 @@ def test_the_law_is_drawn_per_batch_with_its_optima():
     panel, rest = figure.axes
     assert (panel.get_xscale(), panel.get_yscale(), rest.get_yscale()) == ("log", "log", "linear")
     assert (panel.get_ylabel(), rest.get_xlabel()) == ("optimal learning rate", "horizon (tokens)")
-    assert figure.get_suptitle() == "lr = 0.02 * beta^0.7 * tokens^-0.3   (warmup_stable_decay, R2 0.980)"
+    assert figure.get_suptitle() == (
+        "The best rate falls as tokens^-0.30 (+-0.05) and grows as batch^0.70\n"
+        "lr = 0.02 * beta^0.7 * tokens^-0.3 (warmup_stable_decay, R2 0.980)"
+    )
     laws = [line for line in panel.lines if len(line.get_xdata()) == 25]
     fitted, papers = ([line for line in laws if line.get_linestyle() == style] for style in ("-", "--"))
     for beta, line, paper in zip((1, 4), fitted, papers, strict=True):
@@ -42,8 +45,9 @@ def test_the_law_is_drawn_per_batch_with_its_optima():
     assert [(y, m) for y, m, _ in found] == [(y, m) for y in (0.001, 0.004) for m in "os" for _ in range(2)]
     assert [x for *_, x in found] == pytest.approx([10**6, 10**7] * 4, rel=0.15)
     assert len({x for *_, x in found}) == 4  # widths side by side
-    labels = ["4.1k tokens per step", "16.4k tokens per step", "width 64", "width 128", "the paper's law"]
-    assert legend(figure) == labels
+    labels = ["4,096 tokens per step", "16,384 tokens per step", "best rate, width 64", "best rate, width 128"]
+    assert legend(figure) == [*labels, "the paper's law", "95 %, below the scatter"]
+    assert [text.get_text() for text in panel.texts] == ["4,096", "16,384"]
 
 
 def test_error_bars_are_the_interval_and_the_sd():
@@ -101,8 +105,12 @@ def test_the_map_shows_regret_the_fit_and_the_paper():
     assert (panel.get_xlabel(), panel.get_ylabel(), bar.get_ylabel()) == ("a", "b", "mean regret (nats per token)")
     (fitted,), (paper,) = lines(panel, "o"), lines(panel, "X")
     assert (xy(fitted), xy(paper)) == ([(0.02, -0.3)], [(4.6, -0.51)])
-    assert legend(figure) == ["95 % of the draws", "fitted (0.02, -0.3)", "paper (4.6, -0.51)"]
-    assert panel.get_title() == "Regret of lr = a * beta^0.7 * tokens^b (warmup_stable_decay)"
+    assert legend(figure) == ["draws of the law", "95 % of the draws", "fitted (0.02, -0.3)", "paper (4.6, -0.51)"]
+    # The one cell's optimum is 2**-7 at 8M tokens and beta 2, and its curvature .02.
+    cost = 0.02 * (math.log2(4.6 * 2**0.7 * 8e6**-0.51) + 7) ** 2
+    assert figure.get_suptitle() == "mean regret of lr = a * beta^0.7 * tokens^b, warmup_stable_decay"
+    title = plot_map(replace(mapped(), cells=(cell(),))).get_suptitle()
+    assert title.split("\n")[0] == f"On these cells the paper's a and b would cost {cost:.2g} nats per token"
 
 
 def test_the_contours_are_those_of_the_regret():

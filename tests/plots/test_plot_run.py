@@ -1,9 +1,11 @@
 """The picture of a run, and what holds for every picture: its letters, its file, and matplotlib."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pictures import verticals
 
 from hf_power.plots.figures import save
 from hf_power.plots.runs import plot_lr_and_loss
@@ -20,7 +22,7 @@ RUN = Run(name="a small run", loss_curve=CURVE)
 def test_lr_and_loss_share_the_tokens():
     figure = plot_lr_and_loss(RUN)
     losses, rates = figure.axes
-    assert figure.get_suptitle() == "a small run"
+    assert figure.get_suptitle() == "a small run: 2.5B tokens, training loss 2.200"
     assert losses.get_ylabel() == "loss (nats per token)"
     assert (rates.get_ylabel(), rates.get_xlabel()) == ("learning rate", "tokens seen")
     assert losses.get_xlim() == rates.get_xlim()
@@ -29,7 +31,7 @@ def test_lr_and_loss_share_the_tokens():
     assert list(rates.lines[0].get_ydata()) == [0.01 / i for i in range(1, 6)]
     text = rates.xaxis.get_major_formatter()
     written = [text(tokens, 0) for tokens in (0, 500, 2_000, 250_000_000, 1_500_000_000, 10e12)]
-    assert written == ["0", "500", "2k", "250M", "1.5B", "10T"]
+    assert written == ["0", "500", "2,000", "250M", "1.5B", "10T"]
 
 
 def test_lr_and_loss_without_evaluation_name_or_a_loss():
@@ -39,7 +41,24 @@ def test_lr_and_loss_without_evaluation_name_or_a_loss():
     ]
     figure = plot_lr_and_loss(Run(loss_curve=curve))
     assert figure.axes[0].get_legend() is None
-    assert figure.get_suptitle() == ""
+    assert figure.get_suptitle() == "2,000 tokens, training loss 3.000"
+
+
+def test_trunk_and_tail_are_one_picture_and_told_apart_without_colour():
+    """Two steps of 500M tokens are the tail of a run of 2.5B."""
+    tail = Run(kind="anneal", loss_curve=CURVE, tokens_seen=2_500_000_000, steps=2, tokens_per_step=500_000_000)
+    losses, rates = plot_lr_and_loss(replace(tail, held_out_loss=2.125)).axes
+    for panel in (losses, rates):
+        trunk, fall = panel.lines[:2]
+        assert [list(line.get_xdata()) for line in (trunk, fall)] == [
+            [5e8, 1e9, 1.5e9],
+            [1.5e9, 2e9, 2.5e9],
+        ]
+        assert (trunk.get_linestyle(), fall.get_linestyle()) == ("-", "--")
+        assert verticals(panel) == [1.5e9]
+    labels = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert labels == ["training, trunk", "training, tail", "evaluation"]
+    assert losses.get_figure().get_suptitle() == "2.5B tokens, held-out loss 2.125 nats per token"
 
 
 def test_a_run_without_a_curve_is_refused():

@@ -66,6 +66,14 @@ def test_yaml_becomes_a_grid(tmp_path):
     assert grid.sections == {k: v for k, v in CONTENT.items() if k != "sweep"}
 
 
+def test_horizons_are_rounded_to_whole_steps_of_every_batch_and_said(tmp_path, capsys):
+    """19,600 is 76.6 steps of 256; the nearest horizon in whole steps of 128 and 256 is 77 * 256."""
+    assert load_grid(write(tmp_path, tokens=[5120, 19_600])).tokens == (5120, 19_712)
+    assert capsys.readouterr().out == "horizons in whole steps of 128 and 256: 19,712 for 19,600\n"
+    load_grid(write(tmp_path))
+    assert not capsys.readouterr().out
+
+
 def test_single_values_need_no_list(tmp_path):
     grid = load_grid(write(tmp_path, widths=16, tokens_per_step=128, seeds=3, schedules={"linear": 0.01}))
     assert (grid.widths, grid.tokens_per_step, grid.seeds, grid.schedules) == ((16,), (128,), (3,), {"linear": (0.01,)})
@@ -105,9 +113,16 @@ def test_example_of_the_house_is_a_grid():
         ({"schedules": {"cosine": ["fast"]}}, ("sweep.schedules.cosine must be a number", "'fast'")),
         ({"schedules": {"cosine": [True]}}, ("sweep.schedules.cosine must be a number", "True")),
         ({"schedules": {"cosine": [math.nan]}}, ("sweep.schedules.cosine must be a number", "nan")),
-        ({"tokens_per_step": [100]}, ("tokens_per_step 100 is not a multiple of block_size 32",)),
-        ({"tokens": [5000]}, ("5,000 tokens are no whole number of steps of 128", "change one of them")),
-        ({"warmup_tokens": 4608, "tokens": [5120]}, ("leave no room", "a warmup of 4,608 tokens")),
+        ({"seeds": ["a"]}, ("sweep.seeds must be a whole number such as 0, got 'a'",)),
+        ({"schedules": {"wsd": [0.01]}}, ("sweep.schedules.wsd is unknown: did you mean warmup_stable_decay?",)),
+        ({"tokens_per_step": [100]}, ("tokens_per_step 100 is no whole number of blocks of 32", "take 96 or 128")),
+        ({"tokens_per_step": [8]}, ("tokens_per_step 8 is no whole number of blocks of 32 (block_size): take 32",)),
+        (
+            {"tokens": [900]},
+            ("sweep.tokens: 900 tokens are no whole number of steps of 128 and 256: take 768 or 1,024",),
+        ),
+        ({"tokens": [5000, 5121]}, ("[5000, 5121] are the same number of steps of 128 and 256: set them apart",)),
+        ({"warmup_tokens": 4608, "tokens": [5120]}, ("5,120 tokens leave no room between a warmup of 4,608", "of 512")),
         ({"decay_ratio": 1.0}, ("leave no room",)),
         ({"decay_ratio": 1.5}, ("sweep.decay_ratio must be a number between 0 and 1", "1.5")),
         ({"decay_ratio": "some"}, ("sweep.decay_ratio must be a number", "'some'")),

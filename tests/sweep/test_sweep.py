@@ -8,12 +8,14 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import warm
 import yaml
 from processes import PATIENCE, free_port, until
+from samples import record
 from sentences import refused, says
 
 from hf_power.cli import run_verb
@@ -21,7 +23,7 @@ from hf_power.fit.fit import fit_law
 from hf_power.pretrain import run as train
 from hf_power.records.errors import UserError
 from hf_power.records.files import only_one
-from hf_power.records.rows import load_rows
+from hf_power.records.rows import append_rows, load_rows
 from hf_power.schedule import Law
 from hf_power.settings.arguments import ARGUMENTS
 from hf_power.settings.settings import Settings
@@ -443,6 +445,16 @@ def test_folder_of_another_sweep_is_refused(make_grid, copy, count_tokens, chang
         run_sweep(replace(grid, **change), copy, workers=1)
     assert not count_tokens
     assert (copy / "sweep.jsonl").read_bytes() == before
+
+
+def test_horizons_that_further_batches_would_move_are_refused(make_grid, tmp_path):
+    """1,152 is 9 steps of 128, but with 256 beside it the horizon is 1,280, and the rows could not be one cell's."""
+    append_rows(tmp_path / "sweep.jsonl", [record(tokens_per_step=128, tokens=1152)])
+    grid = make_grid(tokens_per_step=(128, 256), tokens=(1280,))
+    bench = SimpleNamespace(grid=grid, folder=tmp_path, data=SimpleNamespace(record={}))
+    with refused(UserError, "has runs of 1,152 tokens where whole steps of this grid's batches make 1,280"):
+        sweep._same_grid(bench)
+    assert not (tmp_path / "sweep.json").exists()
 
 
 def test_folder_of_other_data_is_refused(make_grid, tmp_path):

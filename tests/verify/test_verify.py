@@ -53,20 +53,20 @@ def test_a_better_factor_fails_and_says_which():
     assert page.verdict == "FAILED"
     assert page.regret == pytest.approx(0.1)
     assert page.parabola.optimum_factor == 2.0
-    assert page.reasons == ["2 times the recipe's learning rate is better by 0.1000 nats per token, more than 0.02"]
+    assert page.reasons == ("2 times the recipe's learning rate is better by 0.1000 nats per token, more than 0.02",)
 
 
 def test_an_optimum_that_is_not_found_fails_however_flat_the_curve():
     page = judge([[3.003, 3.003], [3.002, 3.002], [3.001, 3.001], [3.0, 3.0]])
     assert page.verdict == "FAILED"
-    assert page.reasons == ["the best learning rate lies beyond 4 times the recipe's"]
+    assert page.reasons == ("the best learning rate lies beyond 4 times the recipe's",)
 
 
 def test_divergence_above_is_no_reason_to_fail_but_at_the_recipe_s_rate_it_is():
     assert judge([[3.1, 3.1], [3.0, 3.0], [None, 3.2]]).verdict == "passed"
     page = judge([[3.1, 3.1], [3.0, None], [3.2, 3.2]])
     assert page.verdict == "FAILED"
-    assert page.reasons == ["a run at the recipe's own learning rate diverged"]
+    assert page.reasons == ("a run at the recipe's own learning rate diverged",)
 
 
 def test_interval_is_student_s_over_factors_and_seeds():

@@ -1,7 +1,7 @@
 """The evidence page: what it finds, what it says of each record, and that it stands alone."""
 
 import hashlib
-import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,22 +16,27 @@ from hf_power.plan.report import plan_run
 from hf_power.plots.figures import save
 from hf_power.plots.runs import plot_lr_and_loss
 from hf_power.publish.card import make_card
-from hf_power.publish.evidence import READINGS, make_evidence, write_evidence
 from hf_power.records.errors import NotFoundError, UserError
 from hf_power.records.rows import append_rows
 from hf_power.records.run import Run
+from hf_power.verify.evidence import READINGS, make_evidence, write_evidence
+from hf_power.verify.page import Cell, Page, Point, Tried
 
-VERIFY = {
-    "schema": 1,
-    "verdict": "FAILED",
-    "reasons": ["the best learning rate lies beyond 2 times the recipe's"],
-    "tolerance": 0.01,
-    "regret": 0.25,
-    "regret_interval": [0.2, 0.3],
-    "cell": {"width": 64, "tokens_per_step": 8192, "tokens": 2_000_000},
-    "warnings": ["the depth is another <one>"],
-    "versions": {"torch": "3"},
-}
+CHECK = Page(
+    verdict="FAILED",
+    reasons=("the best learning rate lies beyond 2 times the recipe's",),
+    tolerance=0.01,
+    regret=0.25,
+    regret_interval=(0.2, 0.3),
+    points=(Point(0.5, math.inf, None), Point(1.0, 3.25, 0.01), Point(2.0, 3.0, 0.01)),
+    losses={"0.5": [math.inf, 3.5], "1": [3.25, 3.25], "2": [3.0, 3.0]},
+    parabola=None,
+    cell=Cell(64, 8192, 2_000_000),
+    recipe=Tried(4.0, -0.5, 1.0, 0.02),
+    seeds=(0, 1),
+    warnings=("the depth is another <one>",),
+    versions={"torch": "3"},
+)
 RUN = Run(
     kind="pretrain",
     name="big",
@@ -47,7 +52,7 @@ RUN = Run(
 )
 
 
-class Page(HTMLParser):
+class Html(HTMLParser):
     """The words of a page, and every address that it would load."""
 
     def __init__(self, html):
@@ -75,7 +80,7 @@ def folder(tmp_path_factory):
     FULL.save(folder / "recipe.json")
     options = {"tokens": "10M", "tokens_per_step": "8192", "parameters": "1M"}
     plan_run(str(folder / "recipe.json"), **options, output_dir=folder / "plan")
-    (folder / "check/verify.json").write_text(json.dumps(VERIFY))
+    CHECK.save(folder / "check")
     RUN.save(folder / "big")
     replace(RUN, name="of-a-checkpoint").save(folder / "big/checkpoint-4")
     save(plot_lr_and_loss(RUN), folder / "big/lr_and_loss.png")
@@ -84,7 +89,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(folder):
-    return Page(make_evidence(folder))
+    return Html(make_evidence(folder))
 
 
 def test_each_record_says_its_result(page):
@@ -95,14 +100,15 @@ def test_each_record_says_its_result(page):
     where = "at width 64, 2,000,000 tokens and 8,192 per step"
     assert f"rate fails {where}: the best learning rate lies beyond 2 times the recipe's." in page.text
     assert "big has finished after 4M tokens, held-out loss 3.2500 nats per token." in page.text
+    assert "loss at 0.5 times the recipe's learning rate diverged" in page.text
     assert "of-a-checkpoint" not in page.text
 
 
 def test_costs_are_summed_by_what_was_trained(page):
     costs = page.text.partition("What it cost")[2].partition("Where it comes from")[0]
     # Both proxies have 1M tokens at 4e5 FLOPs, the check has half of one, and the run has 4M at 1e6.
-    assert re.search(r"proxies 2M 8e\+11 1 minutes", costs)
-    assert re.search(r"check 500k 2e\+11 2\.5 seconds", costs)
+    assert re.search(r"proxies 2M 8e\+11 1 minute", costs)
+    assert re.search(r"check 500,000 2e\+11 2\.5 seconds", costs)
     assert re.search(r"runs 4M 4e\+12 1\.5 minutes", costs)
 
 

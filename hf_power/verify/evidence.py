@@ -5,26 +5,24 @@ The page is one HTML file with its pictures inside it. It needs no network, and 
 
 import base64
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_power.fit.headline import headline as fit_headline
 from hf_power.fit.result import FIT_FILE, Fit
-from hf_power.plan.plan import headline as plan_headline
 from hf_power.plan.record import PLAN_FILE, Plan, duration
 from hf_power.plots.figures import si
 from hf_power.publish.card import EVIDENCE_FILE
-from hf_power.publish.sources import Facts, figure, known_facts
+from hf_power.publish.sources import figure, known_facts
 from hf_power.records.errors import NotFoundError
 from hf_power.records.files import read_json, replaced
 from hf_power.records.results import EVAL_FILE, Evaluation
 from hf_power.records.rows import ROWS_FILE, Row, load_rows
 from hf_power.records.run import RUN_FILE, Run
+from hf_power.verify.page import SECONDS_PER_DAY, VERIFY_FILE, Page
 
-VERIFY_FILE = "verify.json"
-SECONDS_PER_DAY = 86_400
 TEMPLATE = Path(__file__).parent / "templates" / "evidence.html"
 
 # What each picture shows, and what a good and a bad one look like.
@@ -209,7 +207,7 @@ def _law(path: Path, place: str, _costs: _Costs) -> Section:
         ("trusted up to, tokens per step", f"{seen.extrapolates_to.tokens_per_step:,}"),
     ]
     pictures = _pictures(path.parent, "law", "map", "compare", "cells", "cells-*")
-    return Section("Law", place, _sentence(fit_headline(fit)), numbers=numbers, notes=fit.warnings, pictures=pictures)
+    return Section("Law", place, _sentence(fit.headline), numbers=numbers, notes=fit.warnings, pictures=pictures)
 
 
 def _plan(path: Path, place: str, _costs: _Costs) -> Section:
@@ -221,11 +219,11 @@ def _plan(path: Path, place: str, _costs: _Costs) -> Section:
         "Plan",
         place,
         # The third part counts the warnings, which the page shows by themselves.
-        _sentence("; ".join(plan_headline(plan).split("; ")[:2])),
+        _sentence("; ".join(plan.headline.split("; ")[:2])),
         numbers=[
             ("tokens per step", f"{plan.tokens_per_step:,}"),
             ("steps", f"{plan.target.steps:,}"),
-            ("law", f"min({law.max_lr:g}, {law.a:.4g} * beta^{law.batch_exponent:.4g} * n^{law.b:.4g})"),
+            ("law", law.formula),
             *([("loss at the end, nats per token", loss)] if loss else []),
             ("FLOPs", f"{compute.flops:.3g}"),
             ("assumed share of the devices' peak", f"{compute.utilisation:.0%}"),
@@ -236,30 +234,34 @@ def _plan(path: Path, place: str, _costs: _Costs) -> Section:
     )
 
 
-def _verify(path: Path, place: str, costs: _Costs) -> Section:
-    page = _facts(path)
+def _check(path: Path, place: str, costs: _Costs) -> Section:
+    page = Page.load(path.parent)
     rows_path = path.parent / ROWS_FILE
     if rows_path.exists():
         _add_rows(costs, "check", load_rows(rows_path)[0])
-    verdict, reasons = str(page["verdict"]), [str(reason) for reason in _items(page, "reasons")]
-    cell = page.part("cell")
-    what = {"passed": "holds", "FAILED": "fails"}.get(verdict, "is neither proved nor refuted")
-    numbers = [(name.replace("_", " "), _number(cell[name])) for name in ("width", "tokens_per_step", "tokens")]
-    numbers += [("tolerance, nats per token", _number(page["tolerance"])), ("regret", _number(page["regret"]))]
-    if interval := _items(page, "regret_interval"):
-        numbers.append(("95 % of the regret", " to ".join(map(_number, interval))))
-    for point in _objects(page, "points"):
-        numbers.append((f"loss at {_number(point['factor'])} times the recipe's learning rate", _number(point["loss"])))
+    cell, interval = page.cell, page.regret_interval
+    numbers = [
+        ("width", figure(cell.width)),
+        ("tokens per step", figure(cell.tokens_per_step)),
+        ("tokens", figure(cell.tokens)),
+        ("tolerance, nats per token", figure(page.tolerance)),
+        ("regret", figure(page.regret)),
+        *([("95 % of the regret", " to ".join(map(figure, interval)))] if interval else []),
+        *((f"loss at {point.factor:g} times the recipe's learning rate", _loss(point.loss)) for point in page.points),
+    ]
     return Section(
         "Check before the run",
         place,
-        f"The recipe's learning rate {what} at width {numbers[0][1]}, {numbers[2][1]} tokens and {numbers[1][1]} per step"
-        + (f": {'; '.join(reasons)}." if reasons else "."),
-        verdict=verdict.lower(),
+        page.conclusion,
+        verdict=page.verdict.lower(),
         numbers=numbers,
-        notes=[str(warning) for warning in _items(page, "warnings")],
+        notes=page.warnings,
         pictures=_pictures(path.parent, "verify", "coord_check"),
     )
+
+
+def _loss(loss: float) -> str:
+    return figure(loss) if math.isfinite(loss) else "diverged"
 
 
 def _run(path: Path, place: str, costs: _Costs) -> Section:
@@ -270,7 +272,7 @@ def _run(path: Path, place: str, costs: _Costs) -> Section:
     scored = Evaluation.load_if_there(path.parent) if (path.parent / EVAL_FILE).exists() else None
     loss = f", held-out loss {run.held_out_loss:.4f} nats per token" if run.held_out_loss is not None else ""
     numbers = [
-        ("parameters", _number(run.parameters)),
+        ("parameters", "not known" if run.parameters is None else figure(run.parameters)),
         ("tokens seen", f"{run.tokens_seen:,}"),
         ("tokens per step", f"{run.tokens_per_step:,}"),
         ("training time", duration(run.train_seconds / SECONDS_PER_DAY)),
@@ -292,7 +294,7 @@ SECTIONS: dict[str, Callable[[Path, str, _Costs], Section]] = {
     ROWS_FILE: _sweep,
     FIT_FILE: _law,
     PLAN_FILE: _plan,
-    VERIFY_FILE: _verify,
+    VERIFY_FILE: _check,
     RUN_FILE: _run,
 }
 
@@ -301,33 +303,17 @@ def _versions(paths: Sequence[Path]) -> list[tuple[str, str]]:
     """Package -> the versions that the records name."""
     named: dict[str, set[str]] = {}
     for path in paths:
-        records = load_rows(path)[0] if path.name == ROWS_FILE else [_facts(path)]
-        for record in records:
-            versions = record.versions if isinstance(record, Row) else record.part("versions")
-            for package, version in versions.items():
-                named.setdefault(package, set()).add(str(version))
+        if path.name == ROWS_FILE:
+            found: list[Mapping[str, object]] = [row.versions for row in load_rows(path)[0]]
+        else:
+            found = [known_facts(read_json(path) or {}).part("versions")]
+        for package, version in (pair for versions in found for pair in versions.items()):
+            named.setdefault(package, set()).add(str(version))
     return [(package, ", ".join(sorted(versions))) for package, versions in sorted(named.items())]
-
-
-def _facts(path: Path) -> Facts:
-    return known_facts(read_json(path) or {})
-
-
-def _items(facts: Facts, name: str) -> list[object]:
-    value = facts.get(name)
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-def _objects(facts: Facts, name: str) -> list[Facts]:
-    return [item for item in _items(facts, name) if isinstance(item, Facts)]
 
 
 def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
-
-
-def _number(value: object) -> str:
-    return figure(value) if isinstance(value, int | float) else "not known"
 
 
 def _listed(values: "Iterator[int]") -> str:
