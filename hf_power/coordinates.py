@@ -170,16 +170,20 @@ def coord_check(
     small = _small(config, vocab_size, initializer_range)
     form = _form(small, form, wrong, mup_kwargs)
     made = _models(small, widths, base_width, fixed, form, mup_kwargs)
-    if form == "plain" and wrong is None:  # Hear what mup_init_ says of the config's own init.
-        as_given = scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed)
-        with torch.random.fork_rng(devices=[]):
-            made[1](new_model(as_given, dtype=torch.float32))
+    if form == "plain" and wrong is None:
+        _hear(scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed), made[1])
     trial = _Trial(
         steps, lr, weight_decay, (batch_size, seq_len), torch.device(device), bf16, made[1], init, param_groups
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # The init of the check is another one.
         return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
+
+
+def _hear(config: PreTrainedConfig, make: Callable[[PreTrainedModel], object]) -> None:
+    """Let mup_init_ warn of a model with the config's own init, in place of the check's."""
+    with torch.random.fork_rng(devices=[]):
+        make(new_model(config, dtype=torch.float32))
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
