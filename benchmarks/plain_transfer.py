@@ -95,7 +95,7 @@ FINDINGS = (
     "* **With an embedding multiplier of 10 OLMo 2 has one valley**, whose place moves by -.24 octave from width 32 to 128, at .021 and .018: by one seed, "
     "four rates a factor of 2 apart, and in post_norm.md. It is no proof of a quarter octave. The rows olmo2_m_emb_10, which were to have three seeds and standard "
     "parameterization beside them, are NOT COMPLETE: `python benchmarks/plain_transfer.py olmo2_m_emb_10` goes on with them.",
-    "* **With muP's embedding rate alone the optimum goes up**, by about an octave in Qwen3 and Qwen3-MoE and a third in Gemma 2: the hidden matrices have muP's rates, but begin "
+    "* **With muP's embedding rate alone the optimum goes up**, by about an octave in Qwen3 and Qwen3-MoE and a fifth in Gemma 2: the hidden matrices have muP's rates, but begin "
     "twice as large. What was expected of it was wrong.",
     "* The drift alone is measured, not which way is better. At its own best rate standard parameterization has the lower loss at width 128, "
     "by .01 to .07 nats, and the embedding rate one lower still: their first weights are twice those of muP there, and the "

@@ -172,10 +172,8 @@ def coord_check(
     small = _small(config, vocab_size, initializer_range)
     form = _form(small, form, wrong, mup_kwargs)
     made = _models(small, widths, base_width, fixed, form, mup_kwargs)
-    if form == "plain" and wrong is None:  # Hear what mup_init_ says of the config's own init.
-        as_given = scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed)
-        with torch.random.fork_rng(devices=[]):
-            made[1](new_model(as_given, dtype=torch.float32))
+    if form == "plain" and wrong is None:
+        _hear(scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed), made[1])
     trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), _device(device), bf16, made[1], init, param_groups)
     if verbose:
         models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
@@ -185,9 +183,12 @@ def coord_check(
         return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
 
 
-def _device(device: str | torch.device) -> torch.device:
-    with refused_by(f"the device {str(device)!r}"):
-        return torch.empty(0, device=device).device
+    if form == "plain" and wrong is None:
+        _hear(scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed), made[1])
+    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), _device(device), bf16, made[1], init, param_groups)
+    if verbose:
+        models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
+        print(f"training {models}, for {steps} steps on {device}", flush=True)
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
