@@ -183,12 +183,15 @@ def coord_check(
         return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
 
 
-    if form == "plain" and wrong is None:
-        _hear(scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed), made[1])
-    trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), _device(device), bf16, made[1], init, param_groups)
-    if verbose:
-        models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
-        print(f"training {models}, for {steps} steps on {device}", flush=True)
+def _hear(config: PreTrainedConfig, make: Callable[[PreTrainedModel], object]) -> None:
+    """Let mup_init_ warn of a model with the config's own init, in place of the check's."""
+    with torch.random.fork_rng(devices=[]):
+        make(new_model(config, dtype=torch.float32))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    with refused_by(f"the device {str(device)!r}"):
+        return torch.empty(0, device=device).device
 
 
 def _small(config: PreTrainedConfig, vocab_size: int, initializer_range: float) -> PreTrainedConfig:
