@@ -53,3 +53,10 @@ def tuned(rows, exponents, part="tune"):
         finish: {b: dict(zip(("scale", "drift", "loss"), choose(rows, part, finish, b), strict=True)) for b in exponents}
         for finish in FINISHES
     }
+
+
+def one_scale(rows, part="free"):
+    """Schedule-free's one scale over WSD's law for all cells: the least mean of the parabolas over log2 of the scale."""
+    found = curves(rows, part, "free").values()
+    scales = np.linspace(-2, 3, 501)
+    return float(2 ** scales[np.argmin(np.mean([np.polyval(each, scales) for each in found], axis=0))])
