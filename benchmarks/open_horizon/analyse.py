@@ -1,0 +1,171 @@
+"""The tables of the open horizon, from results/cpu/rows.jsonl alone.
+
+python benchmarks/open_horizon/analyse.py
+"""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+from scipy.stats import t as student
+from tune import read
+
+from hf_power.records.files import replaced, write_json
+
+HERE = Path(__file__).parent
+K = 1024
+DRAWS = 20_000
+KNOWN = "WSD, law's rate, horizon known"
+
+
+def ways_of(horizon):
+    """Way -> (methods, finish) of the rows of a horizon; of several methods the one that was run there."""
+    wsd = {4: "planned 4x long", 1: "horizon known", 0.25: "planned 4x short"}
+    ways = {f"WSD, law's rate, {name}": (f"wsd planned {int(horizon * f) // K}k", "tail") for f, name in wsd.items()}
+    ways["WSD's law, horizon known, average .2 for its tail"] = (f"wsd planned {horizon // K}k", "average 0.2")
+    ways["WSD, one rate"] = ("wsd one rate", "tail")
+    linear = {4: "planned 4x long, stopped", 1: "horizon known", 0.25: "rate planned 4x short"}
+    ways |= {f"linear to zero, law's rate, {name}": (f"linear {f:g}", "raw") for f, name in linear.items()}
+    ways["linear to zero, one rate"] = ("linear one rate", "raw")
+    for name in ("power", "constant"):
+        ways[f"{name.capitalize()}, tail"] = (name, "tail")
+        for window in (0.1, 0.2, 0.3):
+            ways[f"{name.capitalize()}, average {f'{window:g}'[1:]}"] = (name, f"average {window:g}")
+        ways[f"{name.capitalize()}, as it stands"] = (name, "raw")
+    ways["schedule-free AdamW, one rate"] = ("free", "free")
+    return ways
+
+
+def cells_of(rows, corpus):
+    """(width, batch, horizon) -> way -> seed -> loss."""
+    by_cell = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["part"].startswith("held out") and row["corpus"] == corpus:
+            cell = by_cell[row["width"], row["batch"], row["tokens"]]
+            cell[row["method"], row["finish"]][row["seed"]] = row["loss"]
+    return {
+        cell: {way: found[key] for way, key in ways_of(cell[2]).items() if key in found}
+        for cell, found in sorted(by_cell.items())
+    }
+
+
+def differences(cells, way, reference):
+    """Cell -> paired differences of the losses over the seeds that both have."""
+    found = {}
+    for cell, ways in cells.items():
+        if way in ways and reference in ways:
+            seeds = sorted(set(ways[way]) & set(ways[reference]))
+            if seeds:
+                found[cell] = [ways[way][seed] - ways[reference][seed] for seed in seeds]
+    return found
+
+
+def summary(found, rng):
+    """Median, mean and greatest of the cells' mean differences, with 95 % intervals over the noise of the seeds.
+
+    The standard deviation of a paired difference is pooled over the cells. Each draw moves every cell's mean by Student's
+    t of the pooled degrees of freedom times its standard error; the cells are those that were chosen and are not redrawn.
+    """
+    counts = np.array([len(each) for each in found.values()])
+    means = np.array([fmean(each) for each in found.values()])
+    freedom = int((counts - 1).sum())
+    squares = sum(((np.array(each) - fmean(each)) ** 2).sum() for each in found.values())
+    deviation = math.sqrt(squares / freedom)
+    noise = rng.standard_normal((DRAWS, len(means))) * np.sqrt(freedom / rng.chisquare(freedom, (DRAWS, 1)))
+    drawn = means + noise * deviation / np.sqrt(counts)
+    result = {"cells": len(means), "pairs": int(counts.sum()), "sd": deviation}
+    for name, of in (("median", np.median), ("mean", np.mean), ("max", np.max)):
+        center = float(of(means))
+        # About its own centre, because the median and the greatest of noisy means are drawn towards the noise's side.
+        errors = of(drawn, axis=1) - float(np.mean(of(drawn, axis=1)))
+        low, high = np.quantile(errors, (0.025, 0.975))
+        result[name] = [center, center + float(low), center + float(high)]
+    return result
+
+
+def per_cell(each):
+    """Mean and half of its 95 % interval by Student's t."""
+    if len(each) < 2:
+        return fmean(each), math.inf
+    return fmean(each), float(student.ppf(0.975, len(each) - 1)) * float(np.std(each, ddof=1)) / math.sqrt(len(each))
+
+
+def oracle(cells):
+    """What WSD's best of its rates would have gained over the law's, chosen on the other seeds than the one it is measured on."""
+    gains = {}
+    ladder = [f"WSD, law's rate, {name}" for name in ("planned 4x long", "horizon known", "planned 4x short")]
+    for cell, ways in cells.items():
+        rates = [ways[way] for way in (*ladder, "WSD, one rate") if way in ways]
+        seeds = sorted(set.intersection(*(set(each) for each in rates)))
+        if len(seeds) < 2 or KNOWN not in ways:
+            continue
+        gains[cell] = []
+        for seed in seeds:
+            best = min(rates, key=lambda each: fmean(each[other] for other in seeds if other != seed))
+            gains[cell].append(ways[KNOWN][seed] - best[seed])
+    return gains
+
+
+def label(cell):
+    width, batch, horizon = cell
+    return f"d {width}, {batch} a step, {horizon // K}k"
+
+
+def markdown(corpus, cells, rng):
+    """The summary over the cells, and a row per way and cell."""
+    names = list(ways_of(K * K))
+    table = {way: summary(found, rng) for way in names if (found := differences(cells, way, KNOWN)) and way != KNOWN}
+    complete = max((each["cells"] for each in table.values()), default=0)
+    lines = [f"## {corpus}", ""]
+    lines.append(f"Nats per token behind WSD at the law's rate with the horizon known; {complete} held-out cells, paired by seed.")
+    lines += ["", "| way | cells | pairs | median (95 %) | mean (95 %) | greatest |", "|---|---:|---:|---:|---:|---:|"]
+    for way in sorted(table, key=lambda way: (-table[way]["cells"], table[way]["median"][0])):
+        each = table[way]
+        spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
+        lines.append(f"| {way} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} | {each['max'][0]:+.4f} |")
+    gains = oracle(cells)
+    if gains:
+        of_all = summary(gains, rng)
+        lines += ["", "The best of WSD's rates in the cell itself, chosen on the other seeds, beats the law's rate by "]
+        lines[-1] += "{:+.4f} ({:+.4f} to {:+.4f}) in the median, {:+.4f} at most.".format(*of_all["median"], of_all["max"][0])
+    lines += ["", "Averaging in place of a tail, on the same trunk at equal tokens (average .2 less tail):", ""]
+    lines += ["| trunk | cells | pairs | median (95 %) | mean (95 %) |", "|---|---:|---:|---:|---:|"]
+    pairs = [(f"{name}, average .2", f"{name}, tail") for name in ("Power", "Constant")]
+    pairs.append(("WSD's law, horizon known, average .2 for its tail", KNOWN))
+    averaging = {}
+    for way, reference in pairs:
+        if found := differences(cells, way, reference):
+            averaging[way] = each = summary(found, rng)
+            spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
+            lines.append(f"| {way.split(',')[0]} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} |")
+    lines += ["", "| way | " + " | ".join(map(label, cells)) + " |", "|---|" + "---:|" * len(cells)]
+    known = [f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" if KNOWN in ways else "" for ways in cells.values()]
+    lines.append(f"| {KNOWN}: loss (seeds) | " + " | ".join(known) + " |")
+    for way in table:
+        found = differences(cells, way, KNOWN)
+        shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[cell])) if cell in found else "" for cell in cells]
+        lines.append(f"| {way} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n", {"ways": table, "averaging": averaging, "cells": [label(cell) for cell in cells]}
+
+
+def main():
+    results = HERE / "results" / "cpu"
+    rows = read(results / "rows.jsonl")
+    rng = np.random.default_rng(0)
+    texts, tables = [], {}
+    for corpus in ("python", "english"):
+        if cells := cells_of(rows, corpus):
+            text, tables[corpus] = markdown(corpus, cells, rng)
+            texts.append(text)
+    write_json(results / "table.json", tables)
+    with replaced(results / "table.md") as temporary:
+        temporary.write_text("\n".join(texts), encoding="utf-8")
+    print("\n".join(texts))
+    medians = {corpus: median(each["sd"] for each in table["ways"].values()) for corpus, table in tables.items()}
+    print("standard deviation of a paired difference, median over the ways:", medians)
+
+
+if __name__ == "__main__":
+    main()

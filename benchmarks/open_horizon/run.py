@@ -1,0 +1,279 @@
+"""Which way of training needs no horizon, and what does it cost? Tuned on small proxies, measured on cells beyond them.
+
+    python benchmarks/open_horizon/run.py cpu         # README.md says what it takes
+    python benchmarks/open_horizon/run.py cpu-long    # the same with more seeds; goes on with the rows that are there
+
+Killed, it goes on where it stopped. The rows of all runs go to results/cpu/rows.jsonl as they come (cpu and cpu-long share
+them); analyse.py makes the tables from them alone.
+"""
+
+import argparse
+import functools
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from english import write_manuals
+from train import Models, Trunk, train
+from tune import CENTER_BATCH, one_scale, read, tuned
+
+from hf_power.data.packing import pack_both
+from hf_power.data.text import load_text
+from hf_power.data.tokenizer import load_tokenizer
+from hf_power.records.files import write_json
+from hf_power.records.machine import versions
+from hf_power.schedule import Law
+from hf_power.settings.settings import Settings
+from hf_power.sweep.grid import Grid, few_digits
+from hf_power.sweep.jobs import Group, row_settings
+from hf_power.sweep.stacked import SweepData
+
+HERE = Path(__file__).parent
+K = 1024
+# The law of WSD's optima on the proxies and the rate of linear to zero, from benchmarks/transfer, which has the same proxies.
+WSD = Law(19.19, -0.4687, 0.603)
+LINEAR = Law(2.868, -0.2715, 0.535)
+FIXED_WSD, FIXED_LINEAR = 0.0147, 0.02849
+WARMUP, CAP = 8 * K, 0.03  # As the batch of 1,024 chose them.
+REFERENCE_TOKENS = 128 * K  # Where scales of the tuning grid are those of WSD's law.
+EXPONENTS, SCALES = (0.0, -0.25, -0.4687, -0.7), (0.3, 0.6, 1.2, 2.4)
+TUNING_CAP = 0.05
+FREE_SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0, 8.0)
+MANUALS = Path("runs/open_horizon/manuals")
+CORPORA = {"python": "python-stdlib", "english": str(MANUALS)}
+# Three at a time, so that the rows at hand are always whole.
+SEEDS = {"cpu": ((10, 11, 12),), "cpu-long": tuple((seed, seed + 1, seed + 2) for seed in range(10, 34, 3))}
+MODEL = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Members that are trained as one."""
+
+    part: str
+    corpus: str
+    width: int
+    batch: int
+    horizons: tuple[int, ...]
+    trunks: tuple[Trunk, ...]
+    seeds: tuple[int, ...]  # One per trunk.
+    windows: tuple[float, ...] = ()
+    schedule_free: bool = False
+
+    @property
+    def id(self):
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def settings_of(width, batch, corpus="python", eval_tokens=64 * K):
+    """What all members of a job share."""
+    data = {"dataset": CORPORA[corpus], "vocab_size": 512, "block_size": 64}
+    sections = {"model": MODEL, "mup": {"base_width": 32, "preset": "power_of_two"}, "data": data}
+    sections |= {"training": {"weight_decay": 0.1}, "run": {"max_eval_tokens": eval_tokens}}
+    grid = Grid(
+        sections,
+        widths=(width,),
+        schedules={"warmup_stable_decay": (0.01,)},
+        seeds=(0,),
+        tokens_per_step=(batch,),
+        tokens=(256 * batch,),
+        warmup_tokens=8 * K,
+        decay_ratio=0.2,
+        decay_shape="1-sqrt",
+    )
+    group = Group("warmup_stable_decay", width, batch, (256 * batch,), (0,), (0.01,))
+    return Settings.from_dict(row_settings(grid, group, 0.01, 0, 256 * batch))
+
+
+@functools.cache
+def data_of(corpus, eval_tokens):
+    settings = settings_of(32, 512, corpus, eval_tokens)
+    texts = load_text(settings.data)
+    tokenizer = load_tokenizer(settings.data, texts.train)
+    packed = pack_both(settings.data, tokenizer, texts, settings.run.max_eval_tokens)
+    return SweepData(tokenizer, packed.train, packed.held_out, packed.about())
+
+
+def run(job, path):
+    """Train a job and append its rows."""
+    import torch
+
+    torch.set_num_threads(1)
+    # Two shapes of a pass are the most that a process compiles for one width.
+    torch._dynamo.config.cache_size_limit = 64
+    started = time.perf_counter()
+    eval_tokens = 16 * K if job.part.startswith(("tune", "free")) else 64 * K
+    settings = settings_of(job.width, job.batch, job.corpus, eval_tokens)
+    models = Models(settings, job.seeds, data_of(job.corpus, eval_tokens), job.schedule_free)
+    found = train(models, job.trunks, job.batch, job.horizons, job.windows)
+    seconds = time.perf_counter() - started
+    lines = []
+    for (horizon, finish), losses in found.items():
+        for trunk, seed, loss in zip(job.trunks, job.seeds, losses, strict=True):
+            row = {"part": job.part, "corpus": job.corpus, "width": job.width, "batch": job.batch, "tokens": horizon}
+            row |= {"method": trunk.method, "finish": finish, "seed": seed, "loss": round(loss, 6), "trunk": asdict(trunk)}
+            lines.append(json.dumps(row))
+    lines.append(json.dumps({"job": job.id, "seconds": round(seconds, 1), "members": len(job.seeds)}))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
+    return seconds
+
+
+def tuning_jobs(corpus, seeds):
+    """Every exponent and scale of the rate, in each batch of the fit; the finishes are chosen from the same trunks."""
+    for batch in (512, 256, 128):
+        rate = WSD.lr(REFERENCE_TOKENS, batch)
+        trunks = []
+        for b in EXPONENTS:
+            for scale in SCALES:
+                # a of the rate at the reference, without the batch's part, which the law's exponent carries.
+                a = scale * rate / ((batch / 4096) ** WSD.batch_exponent * REFERENCE_TOKENS**b)
+                if b == 0:
+                    trunks.append(Trunk(f"b 0 s {scale:g}", scale * rate))
+                else:
+                    trunks.append(Trunk(f"b {b:g} s {scale:g}", a, b, WSD.batch_exponent, TUNING_CAP))
+        for seed in seeds:
+            horizons = (64 * K, 128 * K, 256 * K)
+            yield Job("tune", corpus, 32, batch, horizons, tuple(trunks), (seed,) * 16, (0.2, 0.4))
+
+
+def power_and_constant(choices):
+    """The two trunks that need no horizon, as they were tuned: Power of WSD's exponent, and one constant rate."""
+    rate = WSD.lr(REFERENCE_TOKENS, CENTER_BATCH)
+    b = WSD.b
+
+    def power(batch, warmup_tokens, cap):
+        scale, drift = (choices["average 0.2"][b][name] for name in ("scale", "drift"))
+        c = WSD.batch_exponent + drift
+        a = scale * rate / ((CENTER_BATCH / 4096) ** c * REFERENCE_TOKENS**b)
+        return Trunk("power", few_digits(a), b, round(c, 3), cap, warmup_tokens)
+
+    def constant(batch, warmup_tokens):
+        scale, drift = (choices["average 0.2"][0.0][name] for name in ("scale", "drift"))
+        lr = scale * rate * (batch / CENTER_BATCH) ** (WSD.batch_exponent + drift)
+        return Trunk("constant", few_digits(lr), warmup_tokens=warmup_tokens)
+
+    return power, constant
+
+
+def validation_jobs(choices):
+    """A batch twice beyond the fit's, at its longest horizon and twice that: which warmup, which cap."""
+    power, constant = power_and_constant(choices)
+    trunks = []
+    for warmup in (8 * K, 32 * K):
+        for cap in (0.03, 0.05, 0.1):
+            made = power(1024, warmup, cap)
+            trunks.append(replace(made, method=f"power cap {cap:g} warmup {warmup // K}k"))
+        trunks.append(replace(constant(1024, warmup), method=f"constant warmup {warmup // K}k"))
+        for horizon in (256 * K, 512 * K):
+            lr = few_digits(WSD.lr(horizon, 1024))
+            trunks.append(Trunk(f"wsd planned {horizon // K}k warmup {warmup // K}k", lr, warmup_tokens=warmup))
+    for seed in (0, 1, 2):
+        yield Job(
+            *("validate", "python", 32, 1024, (256 * K, 512 * K)),
+            *(tuple(trunks), (seed,) * len(trunks), (0.1, 0.2, 0.3)),
+        )
+
+
+def free_tuning_jobs():
+    """Schedule-free AdamW's one rate in each batch of the fit; a trunk serves all horizons."""
+    for batch in (512, 256, 128):
+        members = [
+            (Trunk(f"b 0 s {scale:g}", few_digits(scale * WSD.lr(REFERENCE_TOKENS, batch))), seed)
+            for scale in FREE_SCALES
+            for seed in (0, 1)
+        ]
+        horizons = (64 * K, 128 * K, 256 * K)
+        yield Job("free", "python", 32, batch, horizons, *map(tuple, zip(*members, strict=True)), (), True)
+
+
+# width, batch, horizons: 4 times beyond the fit in the horizon, the batch, the width, and in all of them.
+LINES = (
+    (32, 512, (1024 * K,)),
+    (32, 2048, (256 * K, 1024 * K)),
+    (128, 512, (256 * K,)),
+    (32, 128, (1024 * K,)),
+    (128, 128, (256 * K,)),
+    (128, 2048, (256 * K, 1024 * K)),
+)
+
+
+NARROW = tuple(line for line in LINES if line[0] == 32)
+
+
+def held_out_jobs(choices, seeds, corpus="python", lines=LINES):
+    """The trunks of each line with three seeds at a time: open ones, and WSD planned for 1/4, 1 and 4 times each horizon."""
+    power, constant = power_and_constant(choices)
+    for width, batch, horizons in lines:
+        trunks = [power(batch, WARMUP, CAP), constant(batch, WARMUP)]
+        planned = sorted({horizon * factor // 4 for horizon in horizons for factor in (1, 4, 16)})
+        trunks += [Trunk(f"wsd planned {t // K}k", few_digits(WSD.lr(t, batch)), warmup_tokens=WARMUP) for t in planned]
+        if len(trunks) < 6:
+            trunks.append(linear_trunk(horizons[0], batch, 1))
+        members = [(trunk, seed) for trunk in trunks for seed in seeds]
+        yield Job("held out", corpus, width, batch, horizons, *map(tuple, zip(*members, strict=True)), (0.1, 0.2, 0.3))
+
+
+def linear_trunk(horizon, batch, factor):
+    """Linear to zero as the law plans it for another horizon: too long a line is stopped, of too short a one the rate is taken."""
+    planned = int(horizon * factor)
+    lr = few_digits(LINEAR.lr(planned, batch))
+    return Trunk(f"linear {factor:g}", lr, warmup_tokens=WARMUP, linear_to=max(planned, horizon))
+
+
+def rival_jobs(free, seeds, corpus="python", lines=LINES):
+    """Linear to zero, one rate each, and schedule-free AdamW, whose scale over WSD's law is `free`."""
+    for width, batch, horizons in lines:
+        for horizon in horizons:
+            trunks = [linear_trunk(horizon, batch, factor) for factor in (0.25, 4)]
+            if len(horizons) > 1:
+                trunks.append(linear_trunk(horizon, batch, 1))
+            trunks.append(Trunk("linear one rate", FIXED_LINEAR, warmup_tokens=WARMUP, linear_to=horizon))
+            members = [(trunk, seed) for trunk in trunks for seed in seeds]
+            yield Job("held out", corpus, width, batch, (horizon,), *map(tuple, zip(*members, strict=True)))
+        # The rate of the longest proxies, in each batch by the law: schedule-free has one rate for every horizon.
+        lr = few_digits(free * WSD.lr(REFERENCE_TOKENS, batch))
+        trunk = Trunk("free", lr, warmup_tokens=WARMUP)
+        yield Job("held out", corpus, width, batch, horizons, (trunk,) * len(seeds), seeds, (), True)
+        one = Trunk("wsd one rate", FIXED_WSD, warmup_tokens=WARMUP)
+        yield Job("held out", corpus, width, batch, horizons, (one,) * len(seeds), seeds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SEEDS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    results = HERE / "results" / "cpu"
+    results.mkdir(parents=True, exist_ok=True)
+    rows = results / "rows.jsonl"
+    rows.touch()
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        run_all(pool, [*tuning_jobs("python", (0, 1)), *free_tuning_jobs()], rows)
+        choices, free = tuned(read(rows), EXPONENTS), one_scale(read(rows))
+        write_json(results / "tuned.json", choices_for_json(choices) | {"free": free, "versions": versions()})
+        run_all(pool, validation_jobs(choices), rows)
+        for seeds in SEEDS[options.size]:
+            run_all(pool, [*held_out_jobs(choices, seeds), *rival_jobs(free, seeds)], rows)
+            run_all(pool, [*held_out_jobs(choices, seeds, "english", NARROW)], rows)
+
+
+def choices_for_json(choices):
+    """With texts for keys."""
+    return {finish: {f"{b:g}": each for b, each in of_finish.items()} for finish, of_finish in choices.items()}
+
+
+def run_all(pool, jobs, path):
+    done = {json.loads(line).get("job") for line in path.read_text().splitlines()}
+    left = [job for job in jobs if job.id not in done]
+    print(f"{len(left)} jobs", flush=True)
+    for job, future in [(job, pool.submit(run, job, path)) for job in left]:
+        print(f"{job.part} {job.corpus} {job.width} {job.batch} seeds {sorted(set(job.seeds))}: {future.result():.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
