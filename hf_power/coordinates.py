@@ -176,8 +176,7 @@ def coord_check(
         _hear(scale_width(_small(config, vocab_size, own_initializer_range(config)), widths[0], fixed=fixed), made[1])
     trial = _Trial(steps, lr, weight_decay, (batch_size, seq_len), _device(device), bf16, made[1], init, param_groups)
     if verbose:
-        models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
-        print(f"training {models}, for {steps} steps on {device}", flush=True)
+        _tell(widths, seeds, steps, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # The init of the check is another one.
         return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
@@ -187,6 +186,11 @@ def _hear(config: PreTrainedConfig, make: Callable[[PreTrainedModel], object]) -
     """Let mup_init_ warn of a model with the config's own init, in place of the check's."""
     with torch.random.fork_rng(devices=[]):
         make(new_model(config, dtype=torch.float32))
+
+
+def _tell(widths: Sequence[int], seeds: Sequence[int], steps: int, device: str | torch.device) -> None:
+    models = f"{len(widths) * len(seeds)} models, of widths {', '.join(map(str, widths))}"
+    print(f"training {models}, for {steps} steps on {device}", flush=True)
 
 
 def _device(device: str | torch.device) -> torch.device:
