@@ -165,8 +165,7 @@ def coord_check(
     Raises:
         UserError: a number out of range, no seeds, or a model that `scale_width`, `mup_config` or `mup_init_` refuses.
     """
-    widths = sorted(set(widths))
-    _check_numbers(widths, steps, seeds, vocab_size)
+    widths = _checked_widths(widths, steps, seeds, vocab_size)
     wrong = control_of(control)
     init, param_groups = (init, param_groups) if wrong is None else (wrong.init or init, wrong.groups)
     small = _small(config, vocab_size, initializer_range)
@@ -249,7 +248,9 @@ def _fixed_bases(smallest: PreTrainedConfig, fixed: Sequence[str]) -> dict[str, 
     return bases
 
 
-def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> None:
+def _checked_widths(widths: Sequence[int], steps: int, seeds: Sequence[int], vocab_size: int) -> list[int]:
+    """The different widths, in order; the other numbers are checked with them."""
+    widths = sorted(set(widths))
     if len(widths) < MIN_WIDTHS:
         raise UserError(f"a slope needs at least {MIN_WIDTHS} different widths, got {widths}: add widths.")
     if not 1 <= steps <= MAX_STEPS:
@@ -258,6 +259,7 @@ def _check_numbers(widths: Sequence[int], steps: int, seeds: Sequence[int], voca
         raise UserError("seeds must hold at least one seed, got none: pass for example seeds=(0, 1, 2).")
     if vocab_size < 2:
         raise UserError(f"vocab_size must be at least 2, got {vocab_size}: the default is 64.")
+    return widths
 
 
 @dataclass(frozen=True)

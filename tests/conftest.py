@@ -76,6 +76,7 @@ def one_picture():
     """The picture at the end of a run is turned into pixels once, which takes longer than a tiny run; tests/plots looks at it."""
     save, pixels = figures.save, []
 
+    @functools.wraps(save)
     def save_once(figure, path):
         path = Path(path)
         if path.name != "lr_and_loss.png":

@@ -10,8 +10,8 @@ import torch
 from hf_power.sweep.ensemble import Ensemble, Member
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "open_horizon"))
-import run  # noqa: E402
-import train  # noqa: E402
+import run
+import train
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,8 +75,15 @@ def test_an_average_is_the_mean_of_the_last_weights(data, monkeypatch):
 
 def test_linear_to_zero_ends_at_zero_and_too_long_a_line_does_not():
     assert run.linear_trunk(65536, 512, 1).rates(512, 128)[[0, 16, 72, -1]] == pytest.approx(
-        [0, run.LINEAR.lr(65536, 512), run.LINEAR.lr(65536, 512) * 28672 / 57344, run.LINEAR.lr(65536, 512) * 512 / 57344],
+        [
+            0,
+            run.LINEAR.lr(65536, 512),
+            run.LINEAR.lr(65536, 512) * 28672 / 57344,
+            run.LINEAR.lr(65536, 512) * 512 / 57344,
+        ],
         rel=1e-3,
     )
     stopped = run.linear_trunk(65536, 512, 4).rates(512, 128)
-    assert stopped[-1] / run.LINEAR.lr(4 * 65536, 512) == pytest.approx((262144 - 127 * 512) / (262144 - 8192), rel=1e-3)
+    assert stopped[-1] / run.LINEAR.lr(4 * 65536, 512) == pytest.approx(
+        (262144 - 127 * 512) / (262144 - 8192), rel=1e-3
+    )

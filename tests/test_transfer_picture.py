@@ -32,8 +32,8 @@ def test_a_transfer_has_a_panel_for_all_cells_and_one_for_each():
     panels = visible(figure)
     assert [panel.get_title() for panel in panels] == [
         "all 2 cells, median",
-        "width 128, 8.19k / step, 10M",
-        "width 256, 8.19k / step, 10M",
+        "width 128, 8,192 / step, 10M",
+        "width 256, 8,192 / step, 10M",
     ]
     for panel in panels:
         assert panel.get_xscale() == "symlog"
@@ -67,7 +67,7 @@ def test_small_and_large_regrets_are_both_apart():
 
 def test_one_cell_has_one_panel():
     figure = plot_transfer({"rows": [row("power", 0.003, width=0)]})
-    assert [panel.get_title() for panel in figure.axes] == ["8.19k / step, 10M"]
+    assert [panel.get_title() for panel in figure.axes] == ["8,192 / step, 10M"]
 
 
 def test_a_method_that_diverged_or_beat_the_oracle_is_on_the_axis():

@@ -119,7 +119,9 @@ def markdown(corpus, cells, rng):
     table = {way: summary(found, rng) for way in names if (found := differences(cells, way, KNOWN)) and way != KNOWN}
     complete = max((each["cells"] for each in table.values()), default=0)
     lines = [f"## {corpus}", ""]
-    lines.append(f"Nats per token behind WSD at the law's rate with the horizon known; {complete} held-out cells, paired by seed.")
+    lines.append(
+        f"Nats per token behind WSD at the law's rate with the horizon known; {complete} held-out cells, paired by seed."
+    )
     lines += ["", "| way | cells | pairs | median (95 %) | mean (95 %) | greatest |", "|---|---:|---:|---:|---:|---:|"]
     for way in sorted(table, key=lambda way: (-table[way]["cells"], table[way]["median"][0])):
         each = table[way]
@@ -129,7 +131,9 @@ def markdown(corpus, cells, rng):
     if gains:
         of_all = summary(gains, rng)
         lines += ["", "The best of WSD's rates in the cell itself, chosen on the other seeds, beats the law's rate by "]
-        lines[-1] += "{:+.4f} ({:+.4f} to {:+.4f}) in the median, {:+.4f} at most.".format(*of_all["median"], of_all["max"][0])
+        lines[-1] += "{:+.4f} ({:+.4f} to {:+.4f}) in the median, {:+.4f} at most.".format(
+            *of_all["median"], of_all["max"][0]
+        )
     lines += ["", "Averaging in place of a tail, on the same trunk at equal tokens (average .2 less tail):", ""]
     lines += ["| trunk | cells | pairs | median (95 %) | mean (95 %) |", "|---|---:|---:|---:|---:|"]
     pairs = [(f"{name}, average .2", f"{name}, tail") for name in ("Power", "Constant")]
@@ -141,7 +145,9 @@ def markdown(corpus, cells, rng):
             spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
             lines.append(f"| {way.split(',')[0]} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} |")
     lines += ["", "| way | " + " | ".join(map(label, cells)) + " |", "|---|" + "---:|" * len(cells)]
-    known = [f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" if KNOWN in ways else "" for ways in cells.values()]
+    known = [
+        f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" if KNOWN in ways else "" for ways in cells.values()
+    ]
     lines.append(f"| {KNOWN}: loss (seeds) | " + " | ".join(known) + " |")
     for way in table:
         found = differences(cells, way, KNOWN)
