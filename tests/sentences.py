@@ -23,7 +23,7 @@ def says(caught, *parts):
     message = str(caught.value)
     for part in parts:
         assert part in message, f"{part!r} is not in {message!r}"
-    assert message.endswith(".")
+    assert message.endswith((".", "?")), message
     assert not re.search(r"[.!?]\s+[A-Z]", message), message
 
 

@@ -78,7 +78,11 @@ def outlive_readers() -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+        try:
+            is_pipe = stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+        except (AttributeError, io.UnsupportedOperation):
+            continue  # A notebook's stream, or that of a test, which no operating system knows.
+        if is_pipe and isinstance(stream, io.TextIOWrapper):
             stream.flush()
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
             # Under `python -u` nothing is kept back, and here no whole line is.
