@@ -29,7 +29,7 @@ def plain(source):
     """The text of a manual page's source."""
     lines = []
     for line in source.splitlines():
-        if line.startswith((".\\\"", "'\\\"", ".TH", ".so", ".de", ".ds", ".nr", ".if", ".ie", ".el")):
+        if line.startswith(('.\\"', "'\\\"", ".TH", ".so", ".de", ".ds", ".nr", ".if", ".ie", ".el")):
             continue
         if line.startswith((".", "'")):
             name, _, words = line[1:].partition(" ")

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from english import write_manuals
 from train import Models, Trunk, train
 from tune import CENTER_BATCH, one_scale, read, tuned
 
@@ -115,7 +114,13 @@ def run(job, path):
     for (horizon, finish), losses in found.items():
         for trunk, seed, loss in zip(job.trunks, job.seeds, losses, strict=True):
             row = {"part": job.part, "corpus": job.corpus, "width": job.width, "batch": job.batch, "tokens": horizon}
-            row |= {"method": trunk.method, "finish": finish, "seed": seed, "loss": round(loss, 6), "trunk": asdict(trunk)}
+            row |= {
+                "method": trunk.method,
+                "finish": finish,
+                "seed": seed,
+                "loss": round(loss, 6),
+                "trunk": asdict(trunk),
+            }
             lines.append(json.dumps(row))
     lines.append(json.dumps({"job": job.id, "seconds": round(seconds, 1), "members": len(job.seeds)}))
     with open(path, "a", encoding="utf-8") as file:
@@ -272,7 +277,10 @@ def run_all(pool, jobs, path):
     left = [job for job in jobs if job.id not in done]
     print(f"{len(left)} jobs", flush=True)
     for job, future in [(job, pool.submit(run, job, path)) for job in left]:
-        print(f"{job.part} {job.corpus} {job.width} {job.batch} seeds {sorted(set(job.seeds))}: {future.result():.0f} s", flush=True)
+        print(
+            f"{job.part} {job.corpus} {job.width} {job.batch} seeds {sorted(set(job.seeds))}: {future.result():.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import set_seed
 
 from hf_power.models import block_losses
@@ -168,7 +167,7 @@ def _adamw(weights, grads, first, second, lr, corrections, numbers):
 
 
 def _schedule_free(weights, grads, points, second, average, lr, share, correction, numbers):
-    """y = weights, where gradients are taken; z = points; x = average (Defazio et al. 2024, arXiv:2405.15682, AdamW)."""
+    """Y = weights, where gradients are taken; z = points; x = average (Defazio et al. 2024, arXiv:2405.15682, AdamW)."""
     beta1, beta2 = numbers["betas"]
     for i, (y, g) in enumerate(zip(weights, _clipped(grads, numbers["clip"]), strict=True)):
         rate, c = _wide(lr * numbers["lr"][i], y), _wide(share, y)
@@ -231,5 +230,3 @@ def _added(total, weights):
     for mine, other in zip(total, weights, strict=True):
         mine.add_(other)
     return total
-
-

@@ -50,7 +50,9 @@ def choose(rows, part, finish, b):
 def tuned(rows, exponents, part="tune"):
     """Finish -> exponent -> its choice."""
     return {
-        finish: {b: dict(zip(("scale", "drift", "loss"), choose(rows, part, finish, b), strict=True)) for b in exponents}
+        finish: {
+            b: dict(zip(("scale", "drift", "loss"), choose(rows, part, finish, b), strict=True)) for b in exponents
+        }
         for finish in FINISHES
     }
 
