@@ -139,9 +139,10 @@ def markdown(corpus, cells, rng):
         )
     lines += ["", f"Behind {OPEN}, paired by seed:", "", "| way | cells | pairs | median (95 %) | mean (95 %) |"]
     lines.append("|---|---:|---:|---:|---:|")
+    behind = {}
     for way in table:
         if way != OPEN and "as it stands" not in way and (found := differences(cells, way, OPEN)):
-            each = summary(found, rng)
+            behind[way] = each = summary(found, rng)
             spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
             lines.append(f"| {way} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} |")
     lines += ["", "Averaging in place of a tail, on the same trunk at equal tokens (average .2 less tail):", ""]
@@ -161,7 +162,12 @@ def markdown(corpus, cells, rng):
         found = differences(cells, way, KNOWN)
         shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[cell])) if cell in found else "" for cell in cells]
         lines.append(f"| {way} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n", {"ways": table, "averaging": averaging, "cells": [label(cell) for cell in cells]}
+    return "\n".join(lines) + "\n", {
+        "ways": table,
+        "behind": behind,
+        "averaging": averaging,
+        "cells": [label(cell) for cell in cells],
+    }
 
 
 def main():
