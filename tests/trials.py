@@ -136,6 +136,8 @@ def trained(python: Path, name: str, folder: Path) -> list[float] | str:
     done = printed(command, folder, env | trial.environment | {"PYTHONPATH": str(folder)})
     if isinstance(done, Failed) or not trial.trains:
         return done
+    if not rates.exists():
+        return Failed(f"{done}\nno optimizer step was made, and the command did not say so by its exit code")
     return [float(line) for line in rates.read_text().split()]
 
 
