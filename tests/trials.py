@@ -83,7 +83,9 @@ TRIALS = {
         added=["uvicorn", "fastapi"],
         note="its optimizer, registry and config, but not its loop, which asks for NCCL",
     ),
-    "unsloth": Trial("train.py"),
+    "unsloth": Trial(
+        "train.py", flags(use_cpu=True), note="the model is loaded by transformers, not by its FastLanguageModel"
+    ),
     "nemo-automodel": Trial(
         "torchrun --standalone --nproc_per_node 1 -m nemo_automodel.cli.app train.yaml",
         # The newest triton, which nothing holds back beside a CPU build of torch, fails in its import.

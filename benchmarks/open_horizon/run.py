@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+from english import write_manuals
 from train import Models, Trunk, train
 from tune import CENTER_BATCH, one_scale, read, tuned
 
@@ -257,6 +258,8 @@ def main():
     results.mkdir(parents=True, exist_ok=True)
     rows = results / "rows.jsonl"
     rows.touch()
+    if not MANUALS.exists():
+        write_manuals(MANUALS)
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         run_all(pool, [*tuning_jobs("python", (0, 1)), *free_tuning_jobs()], rows)
         choices, free = tuned(read(rows), EXPONENTS), one_scale(read(rows))
