@@ -146,11 +146,20 @@ def train(size, blocks, held_out, family, way, rate, seed):
         # Clipping is that of a model with the multiplier in its forward pass, as MupAdamW has it.
         model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * multiplier)
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+    loss, _ = descend(model, optimizer, size, blocks, held_out, seed)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def descend(model, optimizer, size, blocks, held_out, seed):
+    """The held-out loss of a model that takes the steps of a size, and the training loss of each step."""
     schedule = get_linear_schedule_with_warmup(optimizer, size.steps // 10, size.steps)
     order = np.random.default_rng([seed, 0]).permutation(len(blocks))[: size.steps * size.blocks_per_step]
+    losses = []
     for batch in blocks[torch.from_numpy(order)].split(size.blocks_per_step):
         batch = batch.to(size.device)
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        losses.append(loss.detach())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         schedule.step()
@@ -158,8 +167,8 @@ def train(size, blocks, held_out, family, way, rate, seed):
     model.train(False)
     with torch.no_grad():
         parts = held_out.to(size.device).split(64)
-        losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() for part in parts]
-    return fmean(losses) if math.isfinite(fmean(losses)) else math.inf
+        scored = [model(input_ids=part, labels=part, use_cache=False).loss.item() for part in parts]
+    return fmean(scored), [loss.item() for loss in losses]
 
 
 def rate_of(k):

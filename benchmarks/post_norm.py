@@ -15,11 +15,9 @@ from statistics import fmean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 import transformers
-from plain_transfer import MAX_NORM, SIZES, WEIGHT_DECAY, config_of, load_blocks, rate_of, read
-from transformers import get_linear_schedule_with_warmup
+from plain_transfer import SIZES, WEIGHT_DECAY, config_of, descend, load_blocks, rate_of, read
 
 from hf_power import MupAdamW, mup_init_
 from hf_power.mup.init import new_model
@@ -84,21 +82,8 @@ def train(options, blocks, held_out):
     """The held-out loss, the norms at the end over those at the beginning by kind of tensor, and the loss in eight parts."""
     chosen = {**DEFAULTS, **options}
     model, kinds, optimizer = build(**chosen)
-    schedule = get_linear_schedule_with_warmup(optimizer, SIZE.steps // 10, SIZE.steps)
-    order = np.random.default_rng([chosen["seed"], 0]).permutation(len(blocks))[: SIZE.steps * SIZE.blocks_per_step]
-    before, losses = [tensor.norm().item() for tensor in model.parameters()], []
-    for batch in blocks[torch.from_numpy(order)].split(SIZE.blocks_per_step):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        losses.append(loss.item())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.train(False)
-    with torch.no_grad():
-        parts = held_out.split(64)
-        loss = fmean(model(input_ids=part, labels=part, use_cache=False).loss.item() for part in parts)
+    before = [tensor.norm().item() for tensor in model.parameters()]
+    loss, losses = descend(model, optimizer, SIZE, blocks, held_out, chosen["seed"])
     growth = {}
     for tensor, first in zip(model.parameters(), before, strict=True):
         growth.setdefault(kinds[id(tensor)], []).append(tensor.norm().item() / first)

@@ -177,7 +177,7 @@ def coord_check(
     if verbose:
         _tell(widths, seeds, steps, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # The init of the check is another one.
+        warnings.simplefilter("ignore", UserWarning)  # mup_init_ would warn of the check's init, not of the config's.
         return CoordCheck([row for ready in made[0] for row in trial.rows(ready, seeds)])
 
 

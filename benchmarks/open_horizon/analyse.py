@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
+from run import EXPONENTS, K
 from scipy.stats import t as student
-from tune import read
+from tune import one_scale, read, tuned
 
 from hf_power.records.files import replaced, write_json
 
 HERE = Path(__file__).parent
-K = 1024
 DRAWS = 20_000
 KNOWN = "WSD, law's rate, horizon known"
 OPEN = "Power, average .2"  # Chosen on the proxies and at a batch of 1,024.
@@ -170,6 +170,32 @@ def markdown(corpus, cells, rng):
     }
 
 
+def chosen(rows):
+    """What the choices were made of: the least mean loss of each exponent on the proxies, and the validation batch."""
+    choices, free = tuned(rows, EXPONENTS), one_scale(rows)
+    lines = [
+        "## What was chosen on",
+        "",
+        "Least mean loss over the proxies' nine cells with one scale for all of them:",
+        "",
+    ]
+    lines += ["| finish | " + " | ".join(f"b = {b:g}" for b in EXPONENTS) + " |", "|---|" + "---:|" * len(EXPONENTS)]
+    for finish, by_exponent in choices.items():
+        lines.append(f"| {finish} | " + " | ".join(f"{by_exponent[b]['loss']:.4f}" for b in EXPONENTS) + " |")
+    lines += [f"| schedule-free AdamW | {free['loss']:.4f} |" + " |" * (len(EXPONENTS) - 1), ""]
+    losses = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["part"] == "validate":
+            losses[row["method"]][row["finish"], row["tokens"]].append(row["loss"])
+    columns = sorted({column for found in losses.values() for column in found})
+    lines += ["Mean loss at width 32 and 1,024 tokens per step, three seeds:", ""]
+    lines.append("| trunk | " + " | ".join(f"{finish}, {tokens // K}k" for finish, tokens in columns) + " |")
+    lines.append("|---|" + "---:|" * len(columns))
+    for method, found in sorted(losses.items()):
+        lines.append(f"| {method} | " + " | ".join(f"{fmean(found[column]):.3f}" for column in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     results = HERE / "results" / "cpu"
     rows = read(results / "rows.jsonl")
@@ -179,6 +205,7 @@ def main():
         if cells := cells_of(rows, corpus):
             text, tables[corpus] = markdown(corpus, cells, rng)
             texts.append(text)
+    texts.append(chosen(rows))
     write_json(results / "table.json", tables)
     with replaced(results / "table.md") as temporary:
         temporary.write_text("\n".join(texts), encoding="utf-8")

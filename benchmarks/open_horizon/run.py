@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +24,7 @@ from tune import CENTER_BATCH, one_scale, read, tuned
 from hf_power.data.packing import pack_both
 from hf_power.data.text import load_text
 from hf_power.data.tokenizer import load_tokenizer
-from hf_power.records.files import write_json
+from hf_power.records.files import replaced, write_json
 from hf_power.records.machine import versions
 from hf_power.schedule import Law
 from hf_power.settings.settings import Settings
@@ -98,15 +98,15 @@ def data_of(corpus, eval_tokens):
     return SweepData(tokenizer, packed.train, packed.held_out, packed.about())
 
 
-def run(job, path):
-    """Train a job and append its rows."""
+def run(job):
+    """Train a job; its rows as lines of JSON, the last of which says that it is done."""
     import torch
 
     torch.set_num_threads(1)
-    # Two shapes of a pass are the most that a process compiles for one width.
+    # A process compiles a function for each shape of its jobs, of which torch forgets the first ones after eight.
     torch._dynamo.config.cache_size_limit = 64
     started = time.perf_counter()
-    eval_tokens = 16 * K if job.part.startswith(("tune", "free")) else 64 * K
+    eval_tokens = 16 * K if job.part in ("tune", "free") else 64 * K
     settings = settings_of(job.width, job.batch, job.corpus, eval_tokens)
     models = Models(settings, job.seeds, data_of(job.corpus, eval_tokens), job.schedule_free)
     found = train(models, job.trunks, job.batch, job.horizons, job.windows)
@@ -115,18 +115,9 @@ def run(job, path):
     for (horizon, finish), losses in found.items():
         for trunk, seed, loss in zip(job.trunks, job.seeds, losses, strict=True):
             row = {"part": job.part, "corpus": job.corpus, "width": job.width, "batch": job.batch, "tokens": horizon}
-            row |= {
-                "method": trunk.method,
-                "finish": finish,
-                "seed": seed,
-                "loss": round(loss, 6),
-                "trunk": asdict(trunk),
-            }
-            lines.append(json.dumps(row))
-    lines.append(json.dumps({"job": job.id, "seconds": round(seconds, 1), "members": len(job.seeds)}))
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
-    return seconds
+            row |= {"method": trunk.method, "finish": finish, "seed": seed}
+            lines.append(json.dumps(row | {"loss": round(loss, 6), "trunk": asdict(trunk)}))
+    return [*lines, json.dumps({"job": job.id, "seconds": round(seconds, 1), "members": len(job.seeds)})]
 
 
 def tuning_jobs(corpus, seeds):
@@ -266,7 +257,7 @@ def main():
         write_json(results / "tuned.json", choices_for_json(choices) | {"free": free, "versions": versions()})
         run_all(pool, validation_jobs(choices), rows)
         for seeds in SEEDS[options.size]:
-            run_all(pool, [*held_out_jobs(choices, seeds), *rival_jobs(free, seeds)], rows)
+            run_all(pool, [*held_out_jobs(choices, seeds), *rival_jobs(free["scale"], seeds)], rows)
             run_all(pool, [*held_out_jobs(choices, seeds, "english", NARROW)], rows)
 
 
@@ -276,14 +267,16 @@ def choices_for_json(choices):
 
 
 def run_all(pool, jobs, path):
+    """Train the jobs that have no rows yet, and append the rows of each as it ends; this process alone writes."""
     done = {json.loads(line).get("job") for line in path.read_text().splitlines()}
-    left = [job for job in jobs if job.id not in done]
-    print(f"{len(left)} jobs", flush=True)
-    for job, future in [(job, pool.submit(run, job, path)) for job in left]:
-        print(
-            f"{job.part} {job.corpus} {job.width} {job.batch} seeds {sorted(set(job.seeds))}: {future.result():.0f} s",
-            flush=True,
-        )
+    futures = {pool.submit(run, job): job for job in jobs if job.id not in done}
+    print(f"{len(futures)} jobs", flush=True)
+    for future in as_completed(futures):
+        job = futures[future]
+        with replaced(path) as temporary:  # A kill leaves no half of a line.
+            temporary.write_text(path.read_text() + "".join(line + "\n" for line in future.result()))
+        what = f"{job.part} {job.corpus} {job.width} {job.batch}"
+        print(f"{what} seeds {sorted(set(job.seeds))}: done", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def tuned(rows, exponents, part="tune"):
 
 
 def one_scale(rows, part="free"):
-    """Schedule-free's one scale over WSD's law for all cells: the least mean of the parabolas over log2 of the scale."""
-    found = curves(rows, part, "free").values()
-    scales = np.linspace(-2, 3, 501)
-    return float(2 ** scales[np.argmin(np.mean([np.polyval(each, scales) for each in found], axis=0))])
+    """Schedule-free's one scale over WSD's law for all cells, and its loss: the least mean of the parabolas."""
+    found, scales = curves(rows, part, "free").values(), np.linspace(-2, 3, 501)
+    means = np.mean([np.polyval(each, scales) for each in found], axis=0)
+    return {"scale": float(2 ** scales[np.argmin(means)]), "loss": float(means.min())}

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_power.records.errors import UserError, refused_by
@@ -110,12 +111,7 @@ class Probe:
             )
             raise _StopForward
 
-        handle = block.register_forward_hook(stop, with_kwargs=True)
-        try:
-            with self._quiet(), contextlib.suppress(_StopForward):
-                functional_call(self.model, weights, (), {"input_ids": self.tokens, "use_cache": False})
-        finally:
-            handle.remove()
+        self._run_until_stopped(block.register_forward_hook(stop, with_kwargs=True), weights)
         before, after = (each.float() if isinstance(each, torch.Tensor) else None for each in seen)
         if before is None or after is None or before.shape != after.shape:
             return None
@@ -129,13 +125,16 @@ class Probe:
             seen.append(cast("torch.Tensor", args[0] if args else kwargs["hidden_states"]))
             raise _StopForward
 
-        handle = _first_block(self.model).register_forward_pre_hook(stop, with_kwargs=True)
+        self._run_until_stopped(_first_block(self.model).register_forward_pre_hook(stop, with_kwargs=True), weights)
+        return seen[-1]
+
+    def _run_until_stopped(self, hook: RemovableHandle, weights: dict[str, torch.Tensor]) -> None:
+        """A forward pass with other weights in the place of some, up to the hook, which is removed."""
         try:
             with self._quiet(), contextlib.suppress(_StopForward):
                 functional_call(self.model, weights, (), {"input_ids": self.tokens, "use_cache": False})
         finally:
-            handle.remove()
-        return seen[-1]
+            hook.remove()
 
 
 def _keep_output(outputs: dict[str, torch.Tensor], name: str) -> object:

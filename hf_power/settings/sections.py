@@ -44,7 +44,10 @@ class Tokens(int):
         return repr(self.text)
 
 
-def parse_tokens(value: object, name: str, kind: str = "a number of tokens such as 30M or 2.1B") -> int:
+OF_TOKENS = "a number of tokens such as 30M or 2.1B"
+
+
+def parse_tokens(value: object, name: str, kind: str = OF_TOKENS) -> int:
     """A number of tokens: 30000000, 30_000_000, "30,000,000", 3e7, "30M", "30m", "2.1B".
 
     Raises:

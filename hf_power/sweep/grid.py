@@ -12,7 +12,7 @@ from hf_power.schedule import PAPER_MAX_LR, Law
 from hf_power.settings.any_model import sizes_of
 from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.read import flatten, read_yaml
-from hf_power.settings.sections import SECTIONS, names_of, parse_tokens, unknown_key
+from hf_power.settings.sections import OF_TOKENS, SECTIONS, names_of, parse_tokens, unknown_key
 from hf_power.settings.settings import Settings
 
 SCHEDULES = ("warmup_stable_decay", "power", "cosine", "linear", "inverse_sqrt")
@@ -170,9 +170,7 @@ def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
     return grid
 
 
-def _axis(
-    value: object, name: str, smallest: int = 1, kind: str = "a number of tokens such as 30M or 2.1B"
-) -> tuple[int, ...]:
+def _axis(value: object, name: str, smallest: int = 1, kind: str = OF_TOKENS) -> tuple[int, ...]:
     axis = tuple(parse_tokens(each, name, kind) for each in (value if isinstance(value, list | tuple) else [value]))
     if not axis:
         raise UserError(f"{name} is empty: name at least one.")
