@@ -15,7 +15,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -241,33 +241,34 @@ def optimum(losses, seeds):
 
 
 def cells(rows, vocabulary):
-    """(family, way) -> drift in octaves in all and by seed, optima and losses at both widths, over the seeds of both."""
+    """(family, way) -> drift in octaves with half of its interval, optima and losses at both widths, over the seeds of both."""
     found = {}
     for family, way in dict.fromkeys((row["family"], row["way"]) for row in rows if row["vocabulary"] == vocabulary):
         small, large = (losses_of(rows, family, each, vocabulary) for each in ("base", way))
         if way == "base":
             continue
         common = {s for s in range(MOST_SEEDS) if all(s in losses[best(losses, {0})] for losses in (small, large))}
-        optima = [optimum(losses, common) for losses in (small, large)]
-        found[family, way] = {"drift": optima[1] - optima[0], "optima": [2**each for each in optima]}
-        found[family, way]["by_seed"] = [optimum(large, {s}) - optimum(small, {s}) for s in sorted(common)]
+        drift, half = jackknife(small, large, common)
+        found[family, way] = {"drift": drift, "half": half, "seeds": len(common)}
+        found[family, way]["optima"] = [2 ** optimum(losses, common) for losses in (small, large)]
         found[family, way]["losses"] = [
             fmean(losses[best(losses, common)][seed] for seed in common) for losses in (small, large)
         ]
     return found
 
 
-def intervals(found):
-    """Way -> half width of the 95 % interval of one family's drift, by the seeds' variance pooled over families."""
-    halves = {}
-    for way in WAYS:
-        groups = [cell["by_seed"] for (_, each), cell in found.items() if each == way and len(cell["by_seed"]) > 1]
-        groups = [group for group in groups if all(map(math.isfinite, group))]
-        freedom = sum(len(group) - 1 for group in groups)
-        if freedom:
-            pooled = sum((len(group) - 1) * variance(group) for group in groups) / freedom
-            halves[way] = student.ppf(0.975, freedom) * math.sqrt(pooled / min(map(len, groups)))
-    return halves
+def jackknife(small, large, seeds):
+    """Drift of the optimum of the mean losses in octaves, and half of its 95 % interval from leaving out each seed in turn."""
+
+    def drift(of):
+        return optimum(large, of) - optimum(small, of)
+
+    count = len(seeds)
+    if count < 3:
+        return drift(seeds), math.nan
+    without = [drift(seeds - {seed}) for seed in seeds]
+    error = math.sqrt((count - 1) / count * sum((each - fmean(without)) ** 2 for each in without))
+    return drift(seeds), student.ppf(0.975, count - 1) * error
 
 
 def octaves(drift):
@@ -276,22 +277,16 @@ def octaves(drift):
 
 def table(rows, size, vocabulary):
     found = cells(rows, vocabulary)
-    halves = intervals(found)
+    small, wide = size.base, size.width
     lines = [
-        f"| family | parameterization | best rate at {size.base} | at {size.width} | drift in octaves | by seed | loss at {size.base} | at {size.width} |"
+        f"| family | parameterization | seeds | best rate at {small} | at {wide} | drift in octaves | loss at {small} | at {wide} |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += ["|---|---|---:|---:|---:|---|---:|---:|"]
     for (family, way), cell in sorted(found.items(), key=lambda item: (item[0][0], WAYS.index(item[0][1]))):
-        is_whole = len(cell["by_seed"]) > 1 and all(map(math.isfinite, cell["by_seed"]))
-        half = f" ± {halves[way]:.2f}" if way in halves and is_whole else ""
-        row = [
-            family,
-            way,
-            *("not bracketed" if math.isnan(each) else f"{each:.4f}" for each in cell["optima"]),
-            octaves(cell["drift"]) + half,
-        ]
-        row += [", ".join(map(octaves, cell["by_seed"])), *(f"{each:.3f}" for each in cell["losses"])]
-        lines.append(f"| {' | '.join(row)} |")
+        half = "" if math.isnan(cell["half"]) else f" ± {cell['half']:.2f}"
+        rates = ["not bracketed" if math.isnan(each) else f"{each:.4f}" for each in cell["optima"]]
+        row = [family, way, str(cell["seeds"]), *rates, octaves(cell["drift"]) + half]
+        lines.append(f"| {' | '.join([*row, *(f'{each:.3f}' for each in cell['losses'])])} |")
     return lines
 
 
@@ -305,8 +300,8 @@ def text(size, rows):
         EXPECTED,
         "",
         "The optimum is that of a parabola in the logarithm of the rate, through the loss at the best rate and at those up to an octave "
-        "beside it; where two or more seeds were run, of their mean. ± is Student's 95 % interval of a family's drift, from the differences "
-        "between paired seeds, pooled over the families in which the rates bracket the optimum of each seed. The learning rate of muP and of embedding_rate is "
+        "beside it; where several seeds were run, of their mean. ± is half of the drift's 95 % interval, by leaving out each of three or more paired seeds "
+        "in turn (jackknife) and Student's t. The learning rate of muP and of embedding_rate is "
         "that of the embedding, and that of the hidden matrices is a quarter of it at the larger width.",
         "",
         *table(rows, size, VOCABULARY),
