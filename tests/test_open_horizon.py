@@ -63,7 +63,7 @@ def test_an_average_is_the_mean_of_the_last_weights(data, monkeypatch):
     trunks, seeds = members()
     settings = run.settings_of(32, BATCH, eval_tokens=EVAL_TOKENS)
     horizon = STEPS * BATCH
-    found = train.train(train.Models(settings, seeds, data), trunks, BATCH, (horizon,), (0.2,))
+    found = train.train(train.Models(settings, seeds, data), trunks, BATCH, (horizon,), (train.Average(0.2),))
     models = train.Models(settings, seeds, data)
     weights = []
     for step in range(STEPS):
