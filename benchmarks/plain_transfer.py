@@ -69,6 +69,7 @@ LOWEST = 0.001
 START = 8
 OFFSETS = {"mup": 0, "standard": -4, "embedding_rate": -2}
 # Which cells, which seeds, and how many steps of sqrt(2) lie between neighbours: each round refines the ones before.
+MOST_SEEDS = 10
 ROUNDS = (
     (("base", "mup", "standard"), (0,), 2),
     (("base", "mup"), (0, 1), 2),
@@ -77,6 +78,7 @@ ROUNDS = (
     (("embedding_rate",), (0,), 2),
     (("standard", "embedding_rate"), (0, 1), 1),
     (("base", *WAYS), (0, 1, 2), 1),
+    *((("base", "mup"), tuple(range(seeds)), 1) for seeds in range(4, MOST_SEEDS + 1)),
 )
 # Written down before the first run.
 EXPECTED = (
@@ -245,7 +247,7 @@ def cells(rows, vocabulary):
         small, large = (losses_of(rows, family, each, vocabulary) for each in ("base", way))
         if way == "base":
             continue
-        common = {s for s in range(3) if all(s in losses[best(losses, {0})] for losses in (small, large))}
+        common = {s for s in range(MOST_SEEDS) if all(s in losses[best(losses, {0})] for losses in (small, large))}
         optima = [optimum(losses, common) for losses in (small, large)]
         found[family, way] = {"drift": optima[1] - optima[0], "optima": [2**each for each in optima]}
         found[family, way]["by_seed"] = [optimum(large, {s}) - optimum(small, {s}) for s in sorted(common)]

@@ -2,7 +2,7 @@
 
     python benchmarks/open_horizon/run.py gpu --folder FOLDER            # goes on with the rows in FOLDER
     python benchmarks/open_horizon/run.py gpu --folder FOLDER --toy      # tiny, on a CPU: its figures mean nothing
-    python benchmarks/open_horizon/analyse.py gpu --folder FOLDER
+    python benchmarks/open_horizon/analyse.py FOLDER
 
 Everything is tuned on the smallest width, two batches and three short horizons, then measured with three seeds at cells that are
 four times beyond them in width, horizon or batch. Jobs take under a minute each and the dearest questions come last; what
@@ -21,7 +21,7 @@ engine did not end its compilation within two minutes on that machine.
     2M tokens, 8k a step          51M at width 704                            115 s
     8M tokens, 32k a step        206M at width 128                            105 s
     start, text, 22 jobs begun                                                 60 s   550 s in all
-    8M tokens, 32k a step        206M at width 512, in a second sitting       275 s, then more seeds
+    8M tokens, 32k a step        206M at width 512, in a second sitting       275 s, then Power as in the paper and more seeds
 """
 
 import hashlib
@@ -43,7 +43,8 @@ from hf_power.data.text import python_sources, stdlib_folder
 from hf_power.data.tokenizer import _train_bpe
 from hf_power.records.files import write_json
 from hf_power.records.machine import hardware, versions
-from hf_power.schedule import Law
+from hf_power.schedule import PAPER_LAW, Law
+from hf_power.schedule.law import PAPER_MAX_LR
 from hf_power.sweep.grid import few_digits
 from hf_power.sweep.stacked import SweepData
 
@@ -91,9 +92,9 @@ TOY = Size(
     vocabulary=300,
     block=16,
     text_bytes=30_000,
-    eval_tokens=512,
+    eval_tokens=128,
     batches=(32, 16),
-    horizons=(K // 2, K),
+    horizons=(K // 4, K // 2),
     warmup_tokens=128,
     cells=((16, 64, 2 * K), (32, 128, 2 * K)),
     seeds=((10, 11, 12),),
@@ -243,6 +244,14 @@ def held_out_jobs(size, tuned, seeds):
         yield job_of("held out", width, batch, (horizon,), [(free, seed) for seed in seeds], free=True)
 
 
+def paper_jobs(size, seeds):
+    """Power with the paper's numbers in each cell."""
+    for width, batch, horizon in size.cells:
+        law = PAPER_LAW
+        trunk = Trunk("power paper", law.a, law.b, law.batch_exponent, PAPER_MAX_LR, warmup(size, batch))
+        yield job_of("held out", width, batch, (horizon,), [(trunk, seed) for seed in seeds], (0.2,))
+
+
 def estimate(job):
     """Seconds that a job is expected to take; nothing is known of the toy's."""
     tails = 0 if job.schedule_free else round(TAIL * sum(job.horizons))
@@ -301,4 +310,6 @@ def measure(folder, seconds, toy=False):
     tuned = choose_rest(size, read(sitting.path), law)
     laws = {name: vars(tuned[name]) for name in ("wsd", "linear")}
     write_json(folder / "tuned.json", tuned | laws | {"versions": versions()})
-    return sitting.take(chain.from_iterable(held_out_jobs(size, tuned, seeds) for seeds in size.seeds))
+    first, *more = size.seeds
+    held_out = chain(held_out_jobs(size, tuned, first), paper_jobs(size, first))
+    return sitting.take(chain(held_out, *(held_out_jobs(size, tuned, seeds) for seeds in more)))

@@ -1,7 +1,7 @@
 """Which way of training needs no horizon, and what does it cost? Tuned on small proxies, measured on cells beyond them.
 
     python benchmarks/open_horizon/run.py cpu         # README.md says what it takes
-    python benchmarks/open_horizon/run.py cpu-long    # the same with more seeds; goes on with the rows that are there
+    python benchmarks/open_horizon/run.py cpu-long    # then more seeds of the two ways that the claim compares
     python benchmarks/open_horizon/run.py gpu         # larger models, ten minutes of one accelerator; see gpu.py
 
 Killed, it goes on where it stopped. The rows of all runs go to results/cpu/rows.jsonl as they come (cpu and cpu-long share
@@ -46,8 +46,9 @@ TUNING_CAP = 0.05
 FREE_SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0, 8.0)
 MANUALS = Path("runs/open_horizon/manuals")
 CORPORA = {"python": "python-stdlib", "english": str(MANUALS)}
+SEEDS = (10, 11, 12)
 # Three at a time, so that the rows at hand are always whole.
-SEEDS = {"cpu": ((10, 11, 12),), "cpu-long": tuple((seed, seed + 1, seed + 2) for seed in range(10, 34, 3))}
+MORE_SEEDS = tuple((seed, seed + 1, seed + 2) for seed in range(13, 31, 3))
 MODEL = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -211,7 +212,8 @@ LINES = (
 )
 
 
-NARROW = tuple(line for line in LINES if line[0] == 32)
+# The line of the second corpus that has all ways; the others have those of the claim.
+ALL_WAYS = LINES[1:2]
 
 
 def held_out_jobs(choices, seeds, corpus="python", lines=LINES):
@@ -225,6 +227,18 @@ def held_out_jobs(choices, seeds, corpus="python", lines=LINES):
             trunks.append(linear_trunk(horizons[0], batch, 1))
         members = [(trunk, seed) for trunk in trunks for seed in seeds]
         yield Job("held out", corpus, width, batch, horizons, *map(tuple, zip(*members, strict=True)), (0.1, 0.2, 0.3))
+
+
+def claim_jobs(choices, seeds, corpus="python", lines=LINES):
+    """What the claim compares, in each line: Power, and WSD planned for each horizon of the line."""
+    power, _ = power_and_constant(choices)
+    for width, batch, horizons in lines:
+        trunks = [power(batch, WARMUP, CAP)]
+        trunks += [
+            Trunk(f"wsd planned {t // K}k", few_digits(WSD.lr(t, batch)), warmup_tokens=WARMUP) for t in horizons
+        ]
+        members = [(trunk, seed) for trunk in trunks for seed in seeds]
+        yield Job("held out", corpus, width, batch, horizons, *map(tuple, zip(*members, strict=True)), (0.2,))
 
 
 def linear_trunk(horizon, batch, factor):
@@ -254,7 +268,7 @@ def rival_jobs(free, seeds, corpus="python", lines=LINES):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=[*SEEDS, "gpu"])
+    parser.add_argument("size", choices=("cpu", "cpu-long", "gpu"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of cpu and cpu-long")
     parser.add_argument("--folder", type=Path, default=HERE / "results" / "gpu", help="where the rows of gpu are kept")
     parser.add_argument("--seconds", type=float, default=570, help="of gpu: nothing is begun that cannot end within them")
@@ -276,9 +290,14 @@ def main():
         choices, free = tuned(read(rows), EXPONENTS), one_scale(read(rows))
         write_json(results / "tuned.json", choices_for_json(choices) | {"free": free, "versions": versions()})
         run_all(pool, validation_jobs(choices), rows)
-        for seeds in SEEDS[options.size]:
-            run_all(pool, [*held_out_jobs(choices, seeds), *rival_jobs(free["scale"], seeds)], rows)
-            run_all(pool, [*held_out_jobs(choices, seeds, "english", NARROW)], rows)
+        if options.size == "cpu":
+            run_all(pool, [*held_out_jobs(choices, SEEDS), *rival_jobs(free["scale"], SEEDS)], rows)
+            run_all(pool, [*held_out_jobs(choices, SEEDS, "english", ALL_WAYS)], rows)
+        else:
+            others = tuple(line for line in LINES if line not in ALL_WAYS)
+            run_all(pool, claim_jobs(choices, SEEDS, "english", others), rows)
+            for seeds in MORE_SEEDS:
+                run_all(pool, claim_jobs(choices, seeds), rows)
 
 
 def choices_for_json(choices):
