@@ -1,7 +1,7 @@
 """The tables of the open horizon, from the rows of run.py alone.
 
-    python benchmarks/open_horizon/analyse.py         # of results/cpu
-    python benchmarks/open_horizon/analyse.py FOLDER  # of another folder with rows.jsonl, as `run.py gpu` makes it
+python benchmarks/open_horizon/analyse.py         # of results/cpu
+python benchmarks/open_horizon/analyse.py FOLDER  # of another folder with rows.jsonl, as `run.py gpu` makes it
 """
 
 import argparse
@@ -74,16 +74,20 @@ def summary(found, rng):
 
     The standard deviation of a paired difference is pooled over the cells. Each draw moves every cell's mean by Student's
     t of the pooled degrees of freedom times its standard error; the cells are those that were chosen and are not redrawn.
+    Where no cell has two seeds nothing is known of the noise, and the intervals have no end.
     """
     counts = np.array([len(each) for each in found.values()])
     means = np.array([fmean(each) for each in found.values()])
     freedom = int((counts - 1).sum())
     squares = sum(((np.array(each) - fmean(each)) ** 2).sum() for each in found.values())
-    deviation = math.sqrt(squares / freedom)
+    deviation = math.sqrt(squares / freedom) if freedom else math.inf
+    result = {"cells": len(means), "pairs": int(counts.sum()), "sd": deviation}
+    centers = {"median": np.median, "mean": np.mean, "max": np.max}
+    if not freedom:
+        return result | {name: [float(of(means)), -math.inf, math.inf] for name, of in centers.items()}
     noise = rng.standard_normal((DRAWS, len(means))) * np.sqrt(freedom / rng.chisquare(freedom, (DRAWS, 1)))
     drawn = means + noise * deviation / np.sqrt(counts)
-    result = {"cells": len(means), "pairs": int(counts.sum()), "sd": deviation}
-    for name, of in (("median", np.median), ("mean", np.mean), ("max", np.max)):
+    for name, of in centers.items():
         center = float(of(means))
         # About its own centre, because the median and the greatest of noisy means are drawn towards the noise's side.
         errors = of(drawn, axis=1) - float(np.mean(of(drawn, axis=1)))

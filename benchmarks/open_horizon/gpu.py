@@ -61,6 +61,7 @@ class Size:
     batches: tuple[int, ...]
     horizons: tuple[int, ...]
     warmup_tokens: int
+    warmup_steps: int  # At least; four were too few for large batches.
     cells: tuple[tuple[int, int, int], ...]  # Width, batch, horizon; what is worth most comes first.
     seeds: tuple[tuple[int, ...], ...]
 
@@ -78,6 +79,7 @@ FULL = Size(
     batches=(8 * K, 2 * K),
     horizons=(512 * K, 1024 * K, 2048 * K),
     warmup_tokens=64 * K,
+    warmup_steps=8,
     cells=(
         (128, 8 * K, 8192 * K),
         (512, 8 * K, 2048 * K),
@@ -95,7 +97,8 @@ TOY = Size(
     eval_tokens=128,
     batches=(32, 16),
     horizons=(K // 4, K // 2),
-    warmup_tokens=128,
+    warmup_tokens=64,
+    warmup_steps=2,
     cells=((16, 64, 2 * K), (32, 128, 2 * K)),
     seeds=((10, 11, 12),),
 )
@@ -107,7 +110,6 @@ PRIOR = Law(38.0, -0.4687, 0.603)
 SCALES, FREE_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0), (0.5, 1.0, 2.0, 4.0, 8.0)
 POWER_SCALES, CAPS = (0.25, 0.5, 1.0, 2.0), (1, 2)
 TUNING_SEEDS = (0, 1)
-LEAST_WARMUP_STEPS = 8  # Four were too few for large batches.
 CORPUS = "python sources"
 
 
@@ -146,7 +148,10 @@ def settings_of(size, width, batch):
     sections = {"model": size.model, "mup": {"base_width": size.width, "preset": "power_of_two"}}
     sections |= {"data": {"dataset": "python-stdlib", "vocab_size": size.vocabulary, "block_size": size.block}}
     cpu = not torch.cuda.is_available()
-    sections |= {"training": {"weight_decay": 0.1, "bf16": True, "use_cpu": cpu}, "run": {"max_eval_tokens": size.eval_tokens}}
+    sections |= {
+        "training": {"weight_decay": 0.1, "bf16": True, "use_cpu": cpu},
+        "run": {"max_eval_tokens": size.eval_tokens},
+    }
     return at_width(sections, width, batch)
 
 
@@ -156,14 +161,16 @@ def job_of(part, width, batch, horizons, members, windows=(), free=False):
 
 
 def warmup(size, batch):
-    return max(size.warmup_tokens, LEAST_WARMUP_STEPS * batch)
+    return max(size.warmup_tokens, size.warmup_steps * batch)
 
 
 def ladder(size, batch, scales, linear_to=None):
     """Members of one rate each: scales of the rate of PRIOR at the middle horizon of the fit."""
     rate = PRIOR.lr(size.horizons[1], batch)
     for scale in scales:
-        trunk = Trunk(f"b 0 s {scale:g}", few_digits(scale * rate), warmup_tokens=warmup(size, batch), linear_to=linear_to)
+        trunk = Trunk(
+            f"b 0 s {scale:g}", few_digits(scale * rate), warmup_tokens=warmup(size, batch), linear_to=linear_to
+        )
         yield from ((trunk, seed) for seed in TUNING_SEEDS)
 
 
@@ -280,7 +287,9 @@ class Sitting:
             if job.id in done:
                 continue
             if time.perf_counter() + estimate(job) > self.end:
-                print(f"no time is left for {job.part}, width {job.width}, {job.batch} a step: call it again", flush=True)
+                print(
+                    f"no time is left for {job.part}, width {job.width}, {job.batch} a step: call it again", flush=True
+                )
                 return False
             started = time.perf_counter()
             device = "cuda" if torch.cuda.is_available() else "cpu"

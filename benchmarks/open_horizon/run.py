@@ -271,7 +271,9 @@ def main():
     parser.add_argument("size", choices=("cpu", "cpu-long", "gpu"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of cpu and cpu-long")
     parser.add_argument("--folder", type=Path, default=HERE / "results" / "gpu", help="where the rows of gpu are kept")
-    parser.add_argument("--seconds", type=float, default=570, help="of gpu: nothing is begun that cannot end within them")
+    parser.add_argument(
+        "--seconds", type=float, default=570, help="of gpu: nothing is begun that cannot end within them"
+    )
     parser.add_argument("--toy", action="store_true", help="of gpu: tiny, on a CPU")
     options = parser.parse_args()
     if options.size == "gpu":

@@ -12,7 +12,9 @@ class AverageArguments:
     run: str = field(
         metadata={"positional": True, "help": "run folder with checkpoints, of pretrain or of any Trainer"}
     )
-    kind: str = option("uniform", "uniform, ema, or decay: the weights that stand for a tail")
+    kind: str = option(
+        "uniform", "uniform, ema, decay: the weights that stand for a tail; window: what average_window has kept"
+    )
     last: str = option("20%", "part of the run's tokens whose checkpoints are averaged")
     output_dir: str | None = option(None, "the new run folder; default: beside the run, with -average-N")
     decay_shape: str | None = option(None, "of --kind decay; default: the run's")

@@ -258,7 +258,8 @@ class RunArguments:
     average_window: float | None = field(
         default=None,
         metadata={
-            "help": "Keep a mean of the weights over about this part of the steps, e.g. 0.1, in OUTPUT_DIR/average."
+            "help": "Keep a mean of the weights over about this part of the steps, e.g. 0.1, in OUTPUT_DIR/average; not in a "
+            "tail by anneal."
         },
     )
     allow_changed: str | None = field(
