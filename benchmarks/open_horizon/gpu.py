@@ -1,29 +1,30 @@
-"""The open horizon with models of 1.8 to 29M parameters, on one accelerator and in bf16: `run.py gpu` calls it.
+"""The open horizon with models of 1.3 to 26M parameters, on one accelerator and in bf16: `run.py gpu` calls it.
 
     python benchmarks/open_horizon/run.py gpu --folder FOLDER            # goes on with the rows in FOLDER
     python benchmarks/open_horizon/run.py gpu --folder FOLDER --toy      # tiny, on a CPU: its figures mean nothing
     python benchmarks/open_horizon/analyse.py FOLDER
 
 Everything is tuned on the smallest width, two batches and three short horizons, then measured with three seeds at cells that are
-four times beyond them in width, horizon or batch. Jobs take under a minute each and the dearest questions come last; what
-does not fit into --seconds is left to the next call.
+four times beyond them in width, horizon or batch. Rows are written after each job, of which most take under a minute; what is
+worth most comes first, and what does not fit into --seconds is left to the next call.
 
-What it takes was estimated, not measured, and for an H100. The sweep's engine, which computes models together and
+What it takes was estimated for an H100, not measured. The sweep's engine, which computes models together and
 replays a captured step as this does, made 2.5M tokens a second at 1M parameters and 1.1M at 10M (71 MFLOP a token, so 80 TFLOP/s)
 on an H200 (benchmarks/results/accelerator_NVIDIA-H200.md), not compiled. An H100's memory has .7 of that one's speed, and what
 is not compiled waits for memory, so SPEED has about .75 of it: 2M tokens a second at width 128 (8 MFLOP), .75M at 512 (88 MFLOP,
-66 TFLOP/s), .45M at 704 (160 MFLOP, 72 TFLOP/s). torch.compile is left out: every job has shapes of its own, and the compiled
+66 TFLOP/s), .45M at 704 (158 MFLOP, 71 TFLOP/s). torch.compile is left out: every job has shapes of its own, and the compiled
 engine did not end its compilation within two minutes on that machine.
 
-    tuning                       185M tokens at width 128                      95 s
-    8M tokens, 8k a step         206M at width 128                            105 s
-    2M tokens, 8k a step          51M at width 512                             70 s
-    2M tokens, 8k a step          51M at width 704                            115 s
-    8M tokens, 32k a step        206M at width 128                            105 s
-    start, text, 22 jobs begun                                                 60 s   550 s in all
-    8M tokens, 32k a step        206M at width 512, in a second sitting       275 s, then Power as in the paper and more seeds
+    tuning, 14 jobs           212M tokens at width 128      148 s
+    8M tokens, 8k a step      206M at width 128 (1.3M)      112 s
+    2M tokens, 8k a step       52M at width 512 (14M)        78 s
+    2M tokens, 8k a step       52M at width 704 (26M)       124 s
+    4M tokens, 32k a step     103M at width 128              61 s
+    start and text                                           30 s   553 s in all
+    8M tokens, 32k a step     206M at width 512             284 s   a second sitting; then Power as in the paper, then more seeds
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -84,7 +85,7 @@ FULL = Size(
         (128, 8 * K, 8192 * K),
         (512, 8 * K, 2048 * K),
         (704, 8 * K, 2048 * K),
-        (128, 32 * K, 8192 * K),
+        (128, 32 * K, 4096 * K),
         (512, 32 * K, 8192 * K),
     ),
     seeds=((10, 11, 12), (13, 14, 15), (16, 17, 18), (19, 20, 21)),
@@ -104,9 +105,9 @@ TOY = Size(
 )
 SPEED = {128: 2.0e6, 512: 0.75e6, 704: 0.45e6}  # Tokens a second.
 JOB_SECONDS = 3  # For building and capturing.
-# Where the tuning begins: WSD's law of the CPU's proxies, four times as high because hidden matrices have 1 / 4 of its rate at
-# the base width of 128, and half of that because the scouting at that width was lower.
-PRIOR = Law(38.0, -0.4687, 0.603)
+# Where the tuning begins: the exponents of WSD's law of the CPU's proxies, and .36 of its rates, because at their base width of 32
+# hidden matrices of this width had a quarter of the rate and the best rate of such a model was half of that law's.
+PRIOR = Law(7.0, -0.4687, 0.603)
 SCALES, FREE_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0), (0.5, 1.0, 2.0, 4.0, 8.0)
 POWER_SCALES, CAPS = (0.25, 0.5, 1.0, 2.0), (1, 2)
 TUNING_SEEDS = (0, 1)
@@ -124,7 +125,7 @@ def text(size):
             left -= len(chosen[-1])
     tokenizer = _train_bpe(iter(chosen[::4]), size.vocabulary)
     encoded = tokenizer.backend_tokenizer.encode_batch(chosen)
-    tokens = np.array([token for each in encoded for token in (*each.ids, tokenizer.eos_token_id)], dtype=np.int16)
+    tokens = np.concatenate([np.array([*each.ids, tokenizer.eos_token_id], dtype=np.int16) for each in encoded])
     blocks = tokens[: len(tokens) // size.block * size.block].reshape(-1, size.block)
     held = size.eval_tokens // size.block
     held_out = [{"input_ids": block} for block in blocks[:held]]
@@ -164,23 +165,25 @@ def warmup(size, batch):
     return max(size.warmup_tokens, size.warmup_steps * batch)
 
 
-def ladder(size, batch, scales, linear_to=None):
-    """Members of one rate each: scales of the rate of PRIOR at the middle horizon of the fit."""
+def ladder(size, batch, scales, seeds, linear_to=None):
+    """Members of one rate each: scales of the rate of PRIOR at the second horizon of the fit."""
     rate = PRIOR.lr(size.horizons[1], batch)
     for scale in scales:
         trunk = Trunk(
             f"b 0 s {scale:g}", few_digits(scale * rate), warmup_tokens=warmup(size, batch), linear_to=linear_to
         )
-        yield from ((trunk, seed) for seed in TUNING_SEEDS)
+        yield from ((trunk, seed) for seed in seeds)
 
 
 def first_tuning_jobs(size):
     """WSD's rates and the constant ones on the same trunks, schedule-free's, and linear's at each horizon."""
     for batch in size.batches:
-        yield job_of("tune", size.width, batch, size.horizons, list(ladder(size, batch, SCALES)), (0.2,))
-        yield job_of("tune free", size.width, batch, size.horizons, list(ladder(size, batch, FREE_SCALES)), free=True)
+        members = ladder(size, batch, SCALES, TUNING_SEEDS)
+        yield job_of("tune", size.width, batch, size.horizons, members, (0.2,))
+        members = ladder(size, batch, FREE_SCALES, TUNING_SEEDS[:1])
+        yield job_of("tune free", size.width, batch, size.horizons, members, free=True)
         for horizon in size.horizons:
-            members = list(ladder(size, batch, SCALES, linear_to=horizon))
+            members = ladder(size, batch, SCALES, TUNING_SEEDS[:1], linear_to=horizon)
             yield job_of("tune linear", size.width, batch, (horizon,), members)
 
 
@@ -294,14 +297,17 @@ class Sitting:
             started = time.perf_counter()
             device = "cuda" if torch.cuda.is_available() else "cpu"
             settings = settings_of(self.size, job.width, job.batch)
-            models = Models(settings, job.seeds, self.data, job.schedule_free, device)
+            models = Models(settings, job.seeds, self.data, job.schedule_free, device, compiles=False)
             parameters = sum(tensor[0].numel() for tensor in models.weights)
             lines = rows_of(job, models)
             about = {"seconds": round(time.perf_counter() - started, 1), "estimated": round(estimate(job), 1)}
             about |= {"members": len(job.seeds), "parameters": parameters, "device": hardware(torch.device(device))}
             append_rows(self.path, [*lines, json.dumps({"job": job.id} | about)])
             print(f"{job.part}, width {job.width}, {job.batch} a step, {max(job.horizons) // K}k: {about}", flush=True)
+            # A captured step holds its memory until the models are gone.
             del models
+            gc.collect()
+            torch.cuda.empty_cache()
         return True
 
 

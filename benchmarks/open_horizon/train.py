@@ -75,10 +75,11 @@ class Average:
 class Models:
     """M models, each what pretraining would build and feed for its seed, computed as one and updated by AdamW as one.
 
-    A CPU compiles the losses and the update. On CUDA a step is captured in a graph and replayed, as the sweep's engine does.
+    Losses and update are compiled, which needs a C++ compiler, or on CUDA a step is captured in a graph and replayed, as the
+    sweep's engine does.
     """
 
-    def __init__(self, settings, seeds, data, schedule_free=False, device="cpu"):
+    def __init__(self, settings, seeds, data, schedule_free=False, device="cpu", compiles=True):
         args, self.device = settings.training, torch.device(device)
         self.batch_blocks = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.bf16, self.graph = bool(args.bf16), None
@@ -108,9 +109,11 @@ class Models:
         self.held_out = torch.from_numpy(np.stack([row["input_ids"] for row in data.held_out])).long().to(self.device)
         self.step_number, self.num_members = 0, len(models)
         self.pass_blocks = self._pass_blocks(self.held_out.shape[1])
-        compiled = torch.compile if self.device.type == "cpu" else lambda function, dynamic: function
-        self.losses = compiled(lambda blocks: block_losses(self.whole, blocks), dynamic=False)
-        self.update = compiled(_adamw if self.average is None else _schedule_free, dynamic=False)
+        self.losses = lambda blocks: block_losses(self.whole, blocks)
+        self.update = _adamw if self.average is None else _schedule_free
+        if compiles:
+            self.losses = torch.compile(self.losses, dynamic=False)
+            self.update = torch.compile(self.update, dynamic=False)
 
     def _pass_blocks(self, block_size):
         """Blocks of one member in one pass, a divisor of the batch's."""
