@@ -29,7 +29,7 @@ AVERAGES = [
     *(Average(window, "decay", shape) for shape in ("linear", "1-sqrt") for window in WINDOWS),
 ]
 TAILS = (0.1, 0.2, 0.3)
-CELLS = ((1024, (256 * K, 512 * K)), (512, (128 * K, 256 * K)), (256, (128 * K, 256 * K)))
+CELLS = ((1024, 256 * K), (512, 256 * K), (256, 256 * K), (1024, 512 * K))
 SEEDS = ((3, 4, 5), (6, 7, 8))  # Others than those of the tuning.
 REFERENCE = "average 0.2"
 
@@ -40,10 +40,9 @@ def jobs():
     by_number = {float(b): each for b, each in choices[REFERENCE].items()}
     power, constant = power_and_constant({REFERENCE: by_number})
     for seeds in SEEDS:
-        for batch, horizons in CELLS:
-            trunks = (power(batch, WARMUP, CAP), constant(batch, WARMUP))
-            members = [(trunk, seed) for trunk in trunks for seed in seeds]
-            yield Job("averages", "python", 32, batch, horizons, *map(tuple, zip(*members, strict=True)))
+        for batch, horizon in CELLS:
+            for trunk in (power(batch, WARMUP, CAP), constant(batch, WARMUP)):
+                yield Job("averages", "python", 32, batch, (horizon,), (trunk,) * len(seeds), seeds)
 
 
 def table(rows):

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from run import TAIL, Job, K, append_rows, at_width, done_jobs, rows_of
 from train import Models, Trunk
 from tune import curves, least, one_scale, read
@@ -43,7 +44,7 @@ from tune import curves, least, one_scale, read
 from hf_power.data.text import python_sources, stdlib_folder
 from hf_power.data.tokenizer import _train_bpe
 from hf_power.records.files import write_json
-from hf_power.records.machine import hardware, versions
+from hf_power.records.machine import hardware
 from hf_power.schedule import PAPER_LAW, Law
 from hf_power.schedule.law import PAPER_MAX_LR
 from hf_power.sweep.grid import few_digits
@@ -324,7 +325,8 @@ def measure(folder, seconds, toy=False):
         return False
     tuned = choose_rest(size, read(sitting.path), law)
     laws = {name: vars(tuned[name]) for name in ("wsd", "linear")}
-    write_json(folder / "tuned.json", tuned | laws | {"versions": versions()})
+    versions = {module.__name__: str(module.__version__) for module in (torch, transformers)}
+    write_json(folder / "tuned.json", tuned | laws | {"versions": versions})
     first, *more = size.seeds
     held_out = chain(held_out_jobs(size, tuned, first), paper_jobs(size, first))
     return sitting.take(chain(held_out, *(held_out_jobs(size, tuned, seeds) for seeds in more)))
