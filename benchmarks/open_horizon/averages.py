@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
-from analyse import differences, summary
+from analyse import differences, span, summary
 from run import CAP, HERE, WARMUP, Job, K, power_and_constant, run, run_all
 from train import Average
 from tune import read
@@ -46,39 +46,34 @@ def jobs():
 
 
 def table(rows):
-    """Nats behind the mean of the last 20 %, paired by seed, per trunk and way to finish."""
-    rng, lines = np.random.default_rng(0), []
+    """Nats behind the mean of the last 20 %, paired by seed, per trunk and way to finish; of the rows that are there."""
     names = ["raw", *(each.name for each in AVERAGES), *("tail" if t == 0.2 else f"tail {t:g}" for t in TAILS)]
     cells = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         cells[row["batch"], row["tokens"]][row["method"], row["finish"]][row["seed"]] = row["loss"]
-    found = {}
-    for method in ("power", "constant"):
-        for name in names:
-            each = differences(cells, (method, name), (method, REFERENCE))
-            found[method, name] = each, summary(each, rng)
-    lines += ["    python benchmarks/open_horizon/averages.py", ""]
-    some = found["power", REFERENCE][0]
+    lines = ["    python benchmarks/open_horizon/averages.py", ""]
     lines += [
-        f"Nats per token behind the mean of the last 20 % on the same trunk: mean over {len(some)} cells of width 32 (batch,",
-        f"horizon: {', '.join(f'{b:,} {t // K}k' for b, t in sorted(some))}), {sum(map(len, some.values()))} pairs of one seed,",
-        "with 95 % intervals. An ema has a half-life of a quarter of its window; 'as linear' and 'as 1-sqrt' have the shares that",
-        "emulate such a tail (arXiv:2507.17634); a tail trains on from the trunk and ends at the same tokens (1-sqrt).",
-        "",
-        "| finish | Power | constant |",
-        "|---|---:|---:|",
+        "Nats per token behind the mean of the last 20 % on the same trunk, at width 32, paired by seed: the mean over the cells"
     ]
-    for name in names:
-        if name != REFERENCE:
-            spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*found[m, name][1]["mean"]) for m in ("power", "constant")]
-            lines.append(f"| {name} | {spans[0]} | {spans[1]} |")
-    lines += ["", "By cell, on Power's trunk:", ""]
-    lines += ["| finish | " + " | ".join(f"{b:,}, {t // K}k" for b, t in sorted(some)) + " |"]
-    lines += ["|---|" + "---:|" * len(some)]
-    for name in names:
-        if name != REFERENCE:
-            each = found["power", name][0]
-            lines.append(f"| {name} | " + " | ".join(f"{np.mean(each[cell]):+.4f}" for cell in sorted(some)) + " |")
+    lines += [
+        "with its 95 % interval, and each cell's. An ema has a half-life of a quarter of its window; 'as linear' and 'as 1-sqrt'"
+    ]
+    lines += [
+        "have the shares that emulate such a tail (arXiv:2507.17634); a tail (1-sqrt) trains on from the trunk to the same tokens."
+    ]
+    rng = np.random.default_rng(0)
+    for method in ("power", "constant"):
+        there = sorted(cell for cell, ways in cells.items() if (method, REFERENCE) in ways)
+        if there:
+            labels = [
+                f"{batch:,}, {tokens // K}k ({len(cells[batch, tokens][method, 'raw'])})" for batch, tokens in there
+            ]
+            lines += ["", f"**{method}**, cells by tokens per step and horizon (seeds):", ""]
+            lines += ["| finish | mean | " + " | ".join(labels) + " |", "|---|" + "---:|" * (1 + len(there))]
+        for name in names if there else ():
+            each = differences(cells, (method, name), (method, REFERENCE))
+            of_cells = [f"{np.mean(each[cell]):+.4f}" for cell in there]
+            lines.append(f"| {name} | {span(*summary(each, rng)['mean'])} | " + " | ".join(of_cells) + " |")
     return "\n".join(lines) + "\n"
 
 

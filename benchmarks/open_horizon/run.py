@@ -113,7 +113,7 @@ def run(job, averages=(), tails=(TAIL,)):
     # A process compiles a function for each shape of its jobs, of which torch forgets the first ones after eight.
     torch._dynamo.config.cache_size_limit = 64
     started = time.perf_counter()
-    eval_tokens = 16 * K if job.part in ("tune", "free") else 64 * K
+    eval_tokens = 16 * K if job.part in ("tune", "free", "averages") else 64 * K
     settings = settings_of(job.width, job.batch, job.corpus, eval_tokens)
     models = Models(settings, job.seeds, data_of(job.corpus, eval_tokens), job.schedule_free)
     lines = rows_of(job, models, averages, tails)
