@@ -41,7 +41,7 @@ from run import TAIL, Job, K, append_rows, at_width, done_jobs, rows_of
 from train import Models, Trunk
 from tune import curves, least, one_scale, read
 
-from hf_power.data.text import python_sources, stdlib_folder
+from hf_power.data.text import python_files, stdlib_folder
 from hf_power.data.tokenizer import _train_bpe
 from hf_power.records.files import write_json
 from hf_power.records.machine import hardware
@@ -117,12 +117,13 @@ CORPUS = "python sources"
 
 def text(size):
     """Blocks of the standard library and of torch's sources, which every machine has that can run this; and their digest."""
-    sources = [source for root in (stdlib_folder(), Path(torch.__file__).parent) for _, source in python_sources(root)]
-    order = np.random.default_rng(0).permutation(len(sources))
+    roots = (stdlib_folder(), Path(torch.__file__).parent)
+    paths = [root / path for root in roots for path in python_files(root)]
     chosen, left = [], size.text_bytes
-    for i in order:
-        if left > 0 and sources[i]:
-            chosen.append(sources[i][:left])
+    for i in np.random.default_rng(0).permutation(len(paths)):
+        if left > 0:
+            # Python's own tests of encodings hold files that are broken on purpose.
+            chosen.append(paths[i].read_bytes().decode(errors="ignore")[:left])
             left -= len(chosen[-1])
     tokenizer = _train_bpe(iter(chosen[::4]), size.vocabulary)
     encoded = tokenizer.backend_tokenizer.encode_batch(chosen)
