@@ -134,7 +134,7 @@ def test_the_gpu_size_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys
     path = tmp_path / "rows.jsonl"
     whole = path.read_text().splitlines()
     ends = [i for i, line in enumerate(whole) if "job" in json.loads(line)]
-    path.write_text("\n".join(whole[: ends[-4] + 1]) + "\n")
+    path.write_text("\n".join(whole[: ends[-3] + 1]) + "\n")
     monkeypatch.setitem(gpu.SPEED, 32, 1.0)  # So that the jobs of the cell seem to take hours.
     assert not gpu.measure(tmp_path, 60, toy=True)
     assert "no time is left for held out, width 32, 128 a step: call it again" in capsys.readouterr().out
