@@ -51,7 +51,7 @@ if ((left > 40)); then
     echo "== open_horizon, at most $left s"
     toy=()
     $dry && toy=(--toy)
-    "${PYTHON:-python3}" "$here/open_horizon/run.py" gpu --folder "$folder/open_horizon" --seconds $((left - 10)) "${toy[@]}" 2>&1 < /dev/null |
+    timeout "$left" "${PYTHON:-python3}" "$here/open_horizon/run.py" gpu --folder "$folder/open_horizon" --seconds $((left - 10)) "${toy[@]}" 2>&1 < /dev/null |
         tee -a "$folder/log.txt"
     if ((PIPESTATUS[0])); then
         failed=1
