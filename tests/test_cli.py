@@ -209,7 +209,10 @@ MISTAKES = [
     ("coord-check good.yaml --device tpu", "the device 'tpu' cannot be used"),
     ("coord-check good.yaml --picture nowhere/c.png", "there is no folder nowhere for the picture c.png"),
     ("schedule --lr 1e-3 --tokens_per_step 8k --steps 100 --picture a.xyz", "must end in .png, .pdf or .svg"),
-    ("plan recipe.json --tokens 1k --tokens_per_step 4M --parameters 1B", "--tokens 1k is less than one step of"),
+    (
+        "plan recipe.json --tokens 1k --tokens_per_step 4M --parameters 1B",
+        "1,000 tokens are less than one step of 4,000,000",
+    ),
     ("coord-check good.yaml --widths 64 wide", "argument --widths: invalid int value: 'wide'"),
     ("sweep grid.yaml", "the following arguments are required: --output_dir"),
     ("sweep good.yaml --output_dir o", "good.yaml lacks the section sweep"),

@@ -13,7 +13,8 @@ from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError
 from hf_power.settings.any_model import config_file, config_of_file
 
-MADE = ("sweep.yaml", "target.yaml")
+TARGET_FILE = "target.yaml"
+MADE = ("sweep.yaml", TARGET_FILE)
 # A trial that two CPU cores finish in minutes, and numbers to begin with for a model that somebody wants.
 _TRIAL = {
     "base_width": "32",
@@ -29,7 +30,6 @@ _TRIAL = {
     "max_eval_tokens": "32k",
     "tokens": "2M",
     "verify_tokens": "500k",
-    "tokens_per_step": "2048",
     "batch_size": "32",
 }
 _REAL = _TRIAL | {
@@ -43,7 +43,6 @@ _REAL = _TRIAL | {
     "max_eval_tokens": "64k",
     "tokens": "2B",
     "verify_tokens": "64M",
-    "tokens_per_step": "131072",
     "batch_size": "128",
 }
 _SIZES = """\

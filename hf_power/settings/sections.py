@@ -68,6 +68,18 @@ def parse_tokens(value: object, name: str, kind: str = OF_TOKENS) -> int:
     return tokens
 
 
+def short_tokens(tokens: int) -> str:
+    """A number of tokens to six digits: 2.1B, 1.2288M.
+
+    >>> short_tokens(2_100_000_000), short_tokens(1_228_800), short_tokens(640)
+    ('2.1B', '1.2288M', '640')
+    """
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= factor:
+            return f"{tokens / factor:.6g}{unit}"
+    return str(tokens)
+
+
 class Default(int):
     """A number that stands where none was given."""
 
