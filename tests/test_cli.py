@@ -224,7 +224,7 @@ MISTAKES = [
     ("fit run --batch_exponent one", "--batch_exponent must be free or a number, got 'one'"),
     ("fit run --columns loss", "--columns takes pairs such as learning_rate=lr, got 'loss'"),
     ("fit run --columns loss=l", "--columns is for a CSV, got run: leave it out"),
-    ("plan recipe.json --tokens 1M", "the following arguments are required: --tokens_per_step"),
+    ("plan recipe.json --tokens 1M --parameters 1M", "a plan needs the length of the run and its batch: give --tokens"),
     ("plan recipe.json --tokens 1M --tokens_per_step 4k", "a plan needs either --target or --parameters"),
     ("plan recipe.json --tokens much --tokens_per_step 4k --parameters 1M", "--tokens must be a number of tokens"),
     ("plan nowhere.json --tokens 1M --tokens_per_step 4k --parameters 1M", "there is no recipe at nowhere.json"),

@@ -291,9 +291,12 @@ class FitArguments:
         if self.batch_exponent == "free":
             return None
         try:
-            return float(self.batch_exponent)
-        except ValueError as error:
-            raise UserError(f"--batch_exponent must be free or a number, got {self.batch_exponent!r}.") from error
+            held = float(self.batch_exponent)
+        except ValueError:
+            held = math.nan
+        if not math.isfinite(held):
+            raise UserError(f"--batch_exponent must be free or a number, got {self.batch_exponent!r}.")
+        return held
 
     def column_names(self) -> dict[str, str]:
         """The columns of a CSV: our name -> theirs."""

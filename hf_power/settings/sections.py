@@ -60,6 +60,8 @@ def parse_tokens(value: object, name: str, kind: str = OF_TOKENS) -> int:
     if THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
     try:
+        if not float(number).is_integer() and factor == 1:
+            raise ValueError("a part of a token")
         tokens = round(float(number) * factor)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{name} must be {kind}, got {shown(value)}.") from error

@@ -141,7 +141,9 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
         max_extensions=EXTENSIONS,
     )
     if tokens < FEWEST_STEPS * batch:
-        raise UserError(f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens.")
+        raise UserError(
+            f"{settings.run.tokens or 0:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens."
+        )
     values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
     law = recipe.law
     return grid, Group("power", width, batch, (tokens,), grid.seeds, values, law)
