@@ -100,8 +100,9 @@ def _length(tokens: str | None, tokens_per_step: str | None, settings: Settings 
 
 def _with_scale(plan: Plan, run: Target, machine: Machine, per_device_batch_size: int) -> Plan:
     """The plan with its table, where the batch can be divided between any of the numbers of devices."""
-    sequences = run.tokens_per_step // run.block_size
-    devices = [count for count in DEVICES if sequences % count == 0]
+    sequences, left = divmod(run.tokens_per_step, run.block_size)
+    # A batch of which a part of a block is left is refused by the table.
+    devices = [count for count in DEVICES if left or sequences % count == 0]
     if run.config is None or not devices:
         return plan
     rows = scale_table(run.config, run, per_device_batch_size=per_device_batch_size, devices=devices, machine=machine)
