@@ -11,6 +11,7 @@ from hf_power.compat import PreTrainedConfig
 from hf_power.models import PLAIN_FAMILIES
 from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError
+from hf_power.records.files import parse_json
 from hf_power.settings.any_model import config_file, config_of_file
 
 TARGET_FILE = "target.yaml"
@@ -85,11 +86,27 @@ def new_run(folder: Path, source: str) -> list[Path]:
         proxy = target = f"  model_type: any\n  model_config: {json.dumps(f'{folder}/config.json')}"
     folder.mkdir(parents=True, exist_ok=True)
     if config_json is not None:
-        shutil.copyfile(config_json, folder / "config.json")
+        _copy_config(config_json, folder / "config.json", has_tokenizer="vocab_size" not in values["tokenizer"])
     for name, model in zip(MADE, (proxy, target), strict=True):
         text = files("hf_power.settings").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
         (folder / name).write_text(Template(text).substitute(values, model=model), encoding="utf-8")
     return sorted(folder.iterdir())
+
+
+def _copy_config(config_json: Path, copy: Path, has_tokenizer: bool) -> None:
+    """The config as it is; for a tokenizer that is trained on the text without the size of its own vocabulary.
+
+    The embedding then has a row for every token that there is. With the 150,000 of a published model it would be most of the
+    proxies' work, for tokens that never come.
+    """
+    if has_tokenizer:
+        shutil.copyfile(config_json, copy)
+        return
+    content = parse_json(config_json.read_bytes(), str(config_json), "pass the config.json of a model")
+    for part in (content, *content.values()) if isinstance(content, dict) else ():
+        if isinstance(part, dict):
+            part.pop("vocab_size", None)
+    copy.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenizer(source: str, config_json: Path) -> dict[str, str]:
