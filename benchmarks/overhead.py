@@ -1,7 +1,8 @@
 """What the scheduler, the Trainer and muP cost: python benchmarks/overhead.py [--pairs 30] [--imports_only]; rows go to benchmarks/results/.
 
-0. `import transformers` and its Trainer with `import hf_power` after it over the same without, each in a process of its
-   own, in turn: CPU seconds of the whole process, start and end included. Alone with --imports_only, in imports.md.
+0. `import transformers` and its Trainer with `import hf_power` after it over the same without: CPU seconds of one process
+   from its start, read before and after, since two processes differ by more than the import takes. Alone with
+   --imports_only, in imports.md.
 1. The stock Trainer with lr_scheduler_type "power" over the same with "cosine": same model, data, steps, in turn in one
    process; seconds of a step, `import hf_power` included in both.
 2. `hf_power.pretrain.run.pretrain` less a bare loop (throughput.by_hand's) on a model of 40 thin layers, so that the step is all
@@ -19,6 +20,7 @@ import dataclasses
 import io
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -64,17 +66,21 @@ class Steps:
 
 
 def imports(pairs):
-    # Compiled modules are kept, as an installation has them; the first leg, which does not count, writes those of hf_power.
+    # Compiled modules are kept, as an installation has them; the first process, which does not count, writes those of hf_power.
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-
-    def seconds(code):
-        child = os.posix_spawn(sys.executable, [sys.executable, "-c", code], kept)
-        _, status, used = os.wait4(child, 0)
-        assert status == 0
-        return used.ru_utime + used.ru_stime
-
-    code = "import transformers; from transformers import Trainer, TrainingArguments"
-    return in_turn(pairs, {"with": lambda: seconds(f"{code}; import hf_power"), "without": lambda: seconds(code)})
+    code = """
+import time, transformers
+from transformers import Trainer, TrainingArguments
+without = time.process_time()
+import hf_power
+print(without, time.process_time())
+"""
+    rows = []
+    for _ in range(1 + pairs):
+        said = subprocess.run([sys.executable, "-c", code], env=kept, stdout=subprocess.PIPE, check=True).stdout
+        without, both = map(float, said.split())
+        rows.append({"with": both, "without": without, "ratio": both / without, "milliseconds": 1e3 * (both - without)})
+    return rows[1:]
 
 
 def schedulers(pairs, steps=40):

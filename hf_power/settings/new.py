@@ -29,7 +29,7 @@ _TRIAL = {
     "rates": "[0.004, 0.008, 0.016, 0.032]",
     "budget": "60M",
     "max_eval_tokens": "32k",
-    "tokens": "2M",
+    "tokens": "1M",
     "verify_tokens": "500k",
     "batch_size": "32",
 }
