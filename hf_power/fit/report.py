@@ -12,6 +12,7 @@ from hf_power.fit.form import Critical, Size
 from hf_power.fit.published import Compared, compare, compared_text
 from hf_power.fit.result import FIT_FILE, Fit
 from hf_power.fit.text import fit_text
+from hf_power.fit.validity import check_falling
 from hf_power.plots.cells import pages_of, plot_cells
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.plots.law import plot_law, plot_map
@@ -98,6 +99,7 @@ def fit_sweep(
     folder = (source if source.is_dir() else source.parent) if folder is None else folder
     options: _Options = {"batch_exponent": batch_exponent, "critical_batch": critical_batch, "size": size}
     fit = fit_law(rows, schedule=schedule or "warmup_stable_decay", **options)
+    check_falling(fit)
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
     forecast = fit_forecast(fit.cells)
     told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast) if forecast else None}

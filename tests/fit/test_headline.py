@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 from fits import CELL, FIT, unused
+from sentences import refused
 
 from hf_power.fit.result import PowerFit
+from hf_power.fit.validity import check_falling
+from hf_power.records.errors import UserError
 
 
 def test_the_rate_at_the_far_corner_and_what_is_known():
@@ -22,3 +25,10 @@ def test_doubtful_cells_and_a_misfit_are_in_it():
     assert said.endswith("1 of 2 cells have no optimum to count; 2 of 3 power cells have no optimum to count")
     held = replace(FIT, intervals=replace(FIT.intervals, b=(-0.3, -0.3)))
     assert held.headline.endswith("b was held")
+
+
+def test_a_rate_that_rises_with_the_tokens_is_no_power_law():
+    rising = replace(FIT, law=replace(FIT.law, b=0.18), intervals=replace(FIT.intervals, b=(-0.1, 0.46)))
+    with refused(UserError, "do not fall with the tokens, b is +0.18 (-0.10 to +0.46)", "run longer horizons"):
+        check_falling(rising)
+    check_falling(FIT)
