@@ -27,7 +27,7 @@ def test_doubtful_cells_and_a_misfit_are_in_it():
     held = replace(FIT, intervals=replace(FIT.intervals, b=(-0.3, -0.3)))
     assert held.headline.endswith("b was held")
     unknown = replace(FIT, intervals=replace(FIT.intervals, b=(-0.7, 0.1)))
-    assert unknown.headline.endswith("so that the rate may not fall at all: run longer horizons or more seeds")
+    assert unknown.headline.endswith("so the rate may not fall at all: run longer horizons or more seeds")
 
 
 def test_a_rate_that_rises_with_the_tokens_is_no_power_law():
