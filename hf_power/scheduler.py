@@ -167,9 +167,17 @@ class PowerLR(LRScheduler):
         by accelerate's convention its lengths in steps are multiplied by num_processes; each call then counts its
         share of the tokens.
 
+        Args:
+            epoch: the number of the step to go on to, as in every PyTorch scheduler; 0 begins anew, which older
+                versions of torch.optim.lr_scheduler.SequentialLR ask for; None, the next step, is what a loop wants.
+
         Raises:
+            UserError: epoch is no step ahead. Loops in the manner of Megatron give the number of steps that were made;
+                PyTorch's meaning would hold the rate from their second step on.
             RuntimeError: if a prepared scheduler runs far past its end, because its lengths were not multiplied.
         """
+        if epoch is not None:
+            self._check_epoch(epoch)
         before, calls = self._at.calls_per_step, PowerLR.calls_per_step()
         if calls != before and self._step_count:  # It is 0 in the step that torch's constructor makes.
             self.last_epoch = self.last_epoch * calls // before
@@ -182,6 +190,14 @@ class PowerLR(LRScheduler):
                 "accelerator.num_processes, or do not prepare the scheduler."
             )
         super().step(epoch)
+
+    def _check_epoch(self, epoch: object) -> None:
+        if type(epoch) is not int or (epoch != 0 and epoch <= self.last_epoch):
+            raise UserError(
+                f"PowerLR.step({epoch!r}) names no step ahead, and the schedule stands at step {self.last_epoch}: PyTorch takes "
+                "this argument (epoch) for the step to go on to, neither for a number of steps that were made nor for a "
+                "metric; call step() without it, once after each optimizer step."
+            )
 
     def _go_on_from(self, progress: Progress) -> None:
         """Plan again, because a checkpoint or accelerate has changed where the run is or what a step is."""

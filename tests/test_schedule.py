@@ -646,6 +646,31 @@ def prepared_lrs(wrapper, num_steps):
     return used
 
 
+@pytest.mark.parametrize("increment", [1, 2, 32])
+def test_a_loop_that_steps_by_an_increment_is_refused_before_the_rate_stands_still(increment):
+    scheduler = schedule(4, 100)
+    scheduler.optimizer.step()
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        scheduler.step(increment)
+    with refused(UserError, f"step({increment}) names no step ahead", f"at step {increment}", "call step() without it"):
+        scheduler.step(increment)
+    assert scheduler.tokens_seen == increment * TOKENS
+    with refused(UserError, "step(0.53)", "metric"):
+        scheduler.step(0.53)
+
+
+@pytest.mark.filterwarnings("ignore:.*epoch parameter")
+def test_a_step_ahead_is_gone_on_to_as_in_every_pytorch_scheduler():
+    rates = lrs_used(schedule(4, 100), 101)
+    by_number, in_sequence = schedule(4, 100), schedule(4, 100)
+    for epoch in (1, 2, 50, 0, 1):
+        by_number.optimizer.step(), by_number.step(epoch)
+        assert (by_number.optimizer.param_groups[0]["lr"], by_number.tokens_seen) == (rates[epoch], epoch * TOKENS)
+    before = torch.optim.lr_scheduler.ConstantLR(in_sequence.optimizer, 0.5, 9)
+    both = torch.optim.lr_scheduler.SequentialLR(in_sequence.optimizer, [before, in_sequence], [3])
+    assert lrs_used(both, 13)[3:] == rates[:10]
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("tokens", [TOKENS, 1001])  # 1001 does not divide by the number of calls
 @CAP_WARNING

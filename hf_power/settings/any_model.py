@@ -97,7 +97,10 @@ def mapping_of(source: object, where: str) -> dict[str, object]:
     if isinstance(source, str) and not source.lstrip().startswith("{"):
         if (path := config_file(source)) is None:
             raise UserError(f"{where} must be a mapping of config arguments or a config.json, got {shown(source)}.")
-        return _text_of(parse_json(path.read_bytes(), str(path), "pass the config.json of a model"), str(path))
+        content = parse_json(path.read_bytes(), str(path), "pass the config.json of a model")
+        if isinstance(content, dict) and "schema" in content:
+            raise UserError(f"{path} is a record that hf-power wrote and no config: pass the config.json of a model.")
+        return _text_of(content, str(path))
     if isinstance(source, str):
         source = parse_json(source.encode(errors="replace"), where, "give a mapping of config arguments")
     if not isinstance(source, Mapping):

@@ -11,9 +11,11 @@ from hf_power.compat import PreTrainedConfig
 from hf_power.models import PLAIN_FAMILIES
 from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError
+from hf_power.records.files import parse_json
 from hf_power.settings.any_model import config_file, config_of_file
 
-MADE = ("sweep.yaml", "target.yaml")
+TARGET_FILE = "target.yaml"
+MADE = ("sweep.yaml", TARGET_FILE)
 # A trial that two CPU cores finish in minutes, and numbers to begin with for a model that somebody wants.
 _TRIAL = {
     "base_width": "32",
@@ -27,9 +29,8 @@ _TRIAL = {
     "rates": "[0.004, 0.008, 0.016, 0.032]",
     "budget": "60M",
     "max_eval_tokens": "32k",
-    "tokens": "2M",
+    "tokens": "1M",
     "verify_tokens": "500k",
-    "tokens_per_step": "2048",
     "batch_size": "32",
 }
 _REAL = _TRIAL | {
@@ -43,7 +44,6 @@ _REAL = _TRIAL | {
     "max_eval_tokens": "64k",
     "tokens": "2B",
     "verify_tokens": "64M",
-    "tokens_per_step": "131072",
     "batch_size": "128",
 }
 _SIZES = """\
@@ -86,11 +86,27 @@ def new_run(folder: Path, source: str) -> list[Path]:
         proxy = target = f"  model_type: any\n  model_config: {json.dumps(f'{folder}/config.json')}"
     folder.mkdir(parents=True, exist_ok=True)
     if config_json is not None:
-        shutil.copyfile(config_json, folder / "config.json")
+        _copy_config(config_json, folder / "config.json", has_tokenizer="vocab_size" not in values["tokenizer"])
     for name, model in zip(MADE, (proxy, target), strict=True):
         text = files("hf_power.settings").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
         (folder / name).write_text(Template(text).substitute(values, model=model), encoding="utf-8")
     return sorted(folder.iterdir())
+
+
+def _copy_config(config_json: Path, copy: Path, has_tokenizer: bool) -> None:
+    """The config as it is; for a tokenizer that is trained on the text without the size of its own vocabulary.
+
+    The embedding then has a row for every token that there is. With the 150,000 of a published model it would be most of the
+    proxies' work, for tokens that never come.
+    """
+    if has_tokenizer:
+        shutil.copyfile(config_json, copy)
+        return
+    content = parse_json(config_json.read_bytes(), str(config_json), "pass the config.json of a model")
+    for part in (content, *content.values()) if isinstance(content, dict) else ():
+        if isinstance(part, dict):
+            part.pop("vocab_size", None)
+    copy.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenizer(source: str, config_json: Path) -> dict[str, str]:

@@ -60,12 +60,26 @@ def parse_tokens(value: object, name: str, kind: str = OF_TOKENS) -> int:
     if THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
     try:
+        if not float(number).is_integer() and factor == 1:
+            raise ValueError("a part of a token")
         tokens = round(float(number) * factor)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{name} must be {kind}, got {shown(value)}.") from error
     if tokens < 0:
         raise UserError(f"{name} must be at least 0, got {shown(value)}: leave the sign out.")
     return tokens
+
+
+def short_tokens(tokens: int) -> str:
+    """A number of tokens to six digits: 2.1B, 1.2288M.
+
+    >>> short_tokens(2_100_000_000), short_tokens(1_228_800), short_tokens(640)
+    ('2.1B', '1.2288M', '640')
+    """
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= factor:
+            return f"{tokens / factor:.6g}{unit}"
+    return str(tokens)
 
 
 class Default(int):
