@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -73,6 +74,11 @@ def build(config, base_width=16, **kwargs):
     return mup_init_(AutoModelForCausalLM.from_config(config), base_width=base_width, **kwargs)
 
 
+# Up to transformers 4 a mixture has the matrices of each expert by themselves.
+ONE_BY_ONE = re.compile(r"mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
+FUSED = {"gate": "mlp.experts.gate_up_proj", "up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+
 def rows(model):
     """(lr, weight decay, eps) of each tensor, over the base's; None for the std of what is no matrix."""
     names = {id(tensor): name for name, tensor in model.named_parameters()}
@@ -82,7 +88,9 @@ def rows(model):
             name = names.pop(id(tensor))
             std = stds[name].std
             row = (None if std is None else 1 / std, group["lr"], group["weight_decay"], group["eps"])
-            found[name.replace("model.layers.0.", "").replace("transformer.h.0.", "")] = row
+            short = name.replace("model.layers.0.", "").replace("transformer.h.0.", "")
+            short = ONE_BY_ONE.sub(lambda match: FUSED[match[1]], short)
+            assert found.setdefault(short, row) == row
     assert not names, "left out"
     return found
 
@@ -153,12 +161,16 @@ def test_factors_of_every_tensor(kind):
 
 
 def test_first_weights_and_the_gain_that_is_one_plus_its_weight():
-    model = build(gemma2(tie_word_embeddings=True, hidden_size=256, num_attention_heads=16, vocab_size=512))
+    config = gemma2(tie_word_embeddings=True, hidden_size=256, num_attention_heads=16, vocab_size=512)
+    own = AutoModelForCausalLM.from_config(
+        config
+    ).model.norm.weight  # 0, a gain of 1; transformers 4 has 1, a gain of 2
+    model = build(config)
     s, weights = 0.02, dict(model.named_parameters())
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(s / 4, rel=0.02)
     assert weights["model.layers.0.mlp.down_proj.weight"].std().item() == pytest.approx(s / 4, rel=0.02)
-    assert torch.equal(weights["model.norm.weight"], torch.full((256,), 1 / 4 - 1))
-    assert torch.equal(weights["model.layers.0.input_layernorm.weight"], torch.zeros(256))
+    assert torch.equal(weights["model.norm.weight"], (1 + own) / 4 - 1)
+    assert torch.equal(weights["model.layers.0.input_layernorm.weight"], own)
     gpt = dict(build(gpt2()).named_parameters())
     assert torch.equal(gpt["transformer.ln_f.weight"], torch.full((64,), 1 / 4))
     assert torch.equal(gpt["transformer.ln_f.bias"], torch.zeros(64))
