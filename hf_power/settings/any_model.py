@@ -121,14 +121,11 @@ def with_own_rope(values: dict[str, Any], kind: type[PreTrainedConfig]) -> dict[
     """
     if not IS_4 or not isinstance(values.get("rope_parameters"), dict):
         return values
-    # A scaling that the class does not know stays, so that it is refused by name.
-    known = {
-        *names_of_config(kind),
-        *(["rope_scaling"] if values["rope_parameters"].get("rope_type") != "default" else []),
-    }
+    known = arguments_of(kind)
     added = older_names(values | {"model_type": kind.model_type})
     others = {name: value for name, value in values.items() if name != "rope_parameters"}
-    return others | {name: value for name, value in added.items() if name in known}
+    # A scaling that the class does not know stays, so that it is refused by name.
+    return others | {name: value for name, value in added.items() if name in known or isinstance(value, dict)}
 
 
 def names_of_config(kind: type[PreTrainedConfig]) -> dict[str, str]:
