@@ -11,10 +11,12 @@ from sentences import refused
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
     JambaConfig,
+    LlamaConfig,
     MambaConfig,
     Olmo2Config,
     OlmoConfig,
@@ -330,3 +332,20 @@ def test_a_coordinate_check_says_it_of_the_init_of_the_config():
     with pytest.warns(UserWarning, match=r"1 / initializer_range, 10, with") as caught:
         coord_check(POST_NORM, widths=[64, 128, 192, 256], steps=1, seeds=[0])
     assert len(caught) == 1
+
+
+def test_heads_of_keys_and_values_that_stay_are_told():
+    """No rule is exact for them; where both grow, or neither does, there is nothing to say."""
+    llama = {**SIZES, "head_dim": 16, "num_hidden_layers": 1}
+    told = "FalconForCausalLM keeps its number of heads of keys and values"
+    with pytest.warns(UserWarning, match=told):
+        build(FalconConfig(vocab_size=48, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    wide = LlamaConfig(**llama | {"hidden_size": 128, "num_attention_heads": 8})
+    model = AutoModelForCausalLM.from_config(wide)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM keeps"):
+        mup_init_(model, base_config=LlamaConfig(**llama))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mup_init_(model, base_config=LlamaConfig(**llama | {"num_key_value_heads": 1}))
+        mup_init_(model, base_config=LlamaConfig(**llama | {"num_attention_heads": 8}))
+        mup_init_(model, base_width=64)
