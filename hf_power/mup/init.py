@@ -13,7 +13,7 @@ from hf_power.models import kind_of
 from hf_power.mup.probe import Probe
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
 from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
-from hf_power.mup.scale import head_size, refuse_sizes_per_layer
+from hf_power.mup.scale import KV_HEADS, head_size, refuse_sizes_per_layer
 from hf_power.records.errors import UserError
 
 DROWNED = 5.0  # From so many times the embedding on, what a block adds is said to drown it.
@@ -65,7 +65,7 @@ def mup_init_(
             final gain; head sizes that grow; a multiplier that is not positive. Nothing has been changed then.
 
     Warns:
-        UserWarning: what `drowned_embedding` says.
+        UserWarning: what `drowned_embedding` and `kept_kv_heads` say.
     """
     if not hasattr(model, "config"):
         raise UserError(
@@ -83,7 +83,7 @@ def mup_init_(
         if given or not hasattr(model.config, RECORD):
             setattr(model.config, RECORD, _new_record(model, base_width, base_config, embedding_multiplier))
         _init_plain_form_(model)
-        if told := drowned_embedding(model):
+        for told in filter(None, (drowned_embedding(model), kept_kv_heads(model))):
             warnings.warn(told, stacklevel=2)
     _zero_padding_(model.get_input_embeddings())
     return model
@@ -156,6 +156,28 @@ def drowned_embedding(model: PreTrainedModel) -> str | None:
         f"{type(model).__name__} normalizes what its blocks add, and what its first block adds is {added / entering:.2g} times "
         "the embedding, whose best learning rate is then far above that of the matrices and does not carry over with theirs to "
         f"another width: give an embedding_multiplier of 1 / initializer_range, {times:.4g}, with which its deviation is 1."
+    )
+
+
+def kept_kv_heads(model: PreTrainedModel) -> str | None:
+    """One sentence about a model of the plain form whose heads of keys and values stay while those of the queries grow.
+
+    Each value then gathers the gradients of more query heads the wider the model is. With the rule of hidden matrices what
+    attention adds changes as about m**0.2 to m**0.3. The rule of arXiv:2605.15290, whose rate of keys and values rises with the
+    queries per head, makes that more in the coordinate check, not less; and Falcon has all three in one tensor, with one rate.
+    """
+    sizes = cast("PlainRecord", getattr(model.config, RECORD)).get("base_sizes", {})
+    own = [name for name in KV_HEADS if isinstance(getattr(model.config, name, None), int)]
+    is_kept = "num_attention_heads" in sizes and bool(own) and not any(name in sizes for name in own)
+    has_one = bool(
+        getattr(model.config, "multi_query", False) and not getattr(model.config, "new_decoder_architecture", False)
+    )
+    if not (is_kept or has_one):
+        return None
+    return (
+        f"{type(model).__name__} keeps its number of heads of keys and values while that of the queries grows, for which muP has no "
+        "exact rule: what attention adds changes as about m**0.3 with m = hidden_size / base width, so look for the best rate again "
+        "near the target's width, or let both grow."
     )
 
 

@@ -8,13 +8,8 @@ from hf_power.models import NUM_EXPERTS, head_dim
 from hf_power.records.errors import UserError
 
 # Attributes that grow with hidden_size. A config has some of them, and their aliases are the same attribute.
-HEADS: tuple[str, ...] = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "kv_n_heads",
-    "decoder_attention_heads",
-)
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+HEADS: tuple[str, ...] = ("num_attention_heads", *KV_HEADS, "decoder_attention_heads")
 HEADS += ("swa_num_attention_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
 MLPS: tuple[str, ...] = (
     "intermediate_size",

@@ -14,7 +14,7 @@ from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import parse_json
 from hf_power.schedule import PAPER_MAX_LR
-from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of
+from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of, with_own_rope
 from hf_power.settings.any_model import unknown_key as unknown_key
 
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -195,7 +195,7 @@ class ModelArguments:
 
     def _extra(self, known: set[str]) -> dict[str, object]:
         """model_config, of names that the config class knows."""
-        extra = self._mapping()
+        extra = with_own_rope(self._mapping(), FAMILIES[self.model_type].config_class)
         for name in extra:
             if name not in known:
                 raise UserError(unknown_key(f"model_config.{name}", name, sorted(known)))
