@@ -220,7 +220,7 @@ MISTAKES = [
     ("fit nowhere", "nowhere"),
     ("fit run --batch_exponent one", "--batch_exponent must be free or a number, got 'one'"),
     ("fit run --columns loss", "--columns takes pairs such as learning_rate=lr, got 'loss'"),
-    ("fit run --columns loss=l", "--columns is for a CSV, got run: leave it out"),
+    ("fit run --columns loss=l", "--columns is for another tool's table, got run: leave it out"),
     ("plan recipe.json --tokens 1M", "the following arguments are required: --tokens_per_step"),
     ("plan recipe.json --tokens 1M --tokens_per_step 4k", "a plan needs either --target or --parameters"),
     ("plan recipe.json --tokens much --tokens_per_step 4k --parameters 1M", "--tokens must be a number of tokens"),
