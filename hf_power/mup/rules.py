@@ -5,9 +5,10 @@ They are those of Shen et al. (arXiv:2408.13359, Table 1) after Yang et al. (arX
 """
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_power.compat import PreTrainedConfig
@@ -128,6 +129,14 @@ class Factors(NamedTuple):
 def power(base: float, exponent: float) -> float:
     """base**exponent; roots are those of math.sqrt, from which ``**`` may differ in the last bit."""
     return math.sqrt(base) if exponent == 0.5 else base**exponent
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, inside of what torch.compile and data parallelism wrap it in; its tensors are the same."""
+    inner: nn.Module = model
+    while isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(inner, "_orig_mod"):
+        inner = cast("nn.Module", inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module)
+    return cast("PreTrainedModel", inner)
 
 
 def mup_record(model: PreTrainedModel) -> MupRecord | None:

@@ -76,9 +76,9 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
             if size is not None and not isinstance(size, bool):
                 setattr(new, name, _scaled(name, size, config, hidden_size))
     heads = getattr(scaled, "num_attention_heads", None)
-    for name in KV_HEADS if isinstance(heads, int) and "num_attention_heads" not in fixed else ():
-        shared = getattr(scaled, name, None)
-        if name in fixed and isinstance(shared, int) and heads % shared:
+    for name in fixed if isinstance(heads, int) else ():
+        shared = getattr(scaled, name)
+        if name in KV_HEADS and heads is not None and heads % shared:
             raise UserError(
                 f"{name} stays at {shared}, of which {heads} heads of width {hidden_size} are no multiple: choose another width."
             )
@@ -92,6 +92,12 @@ def refuse_sizes_per_layer(config: PreTrainedConfig) -> None:
             f"the layers of {config.model_type} have {', '.join(sorted(config.per_layer_attributes or ()))} of their own, for which "
             "the plain form of muP has no rule: take a model whose layers are alike."
         )
+
+
+def check_base_width(value: object) -> None:
+    """Raise a UserError for what is no width."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value % 1:
+        raise UserError(f"base_width must be a positive number of features, got {value!r}.")
 
 
 def head_size(config: PreTrainedConfig) -> float | None:

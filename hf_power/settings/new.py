@@ -86,8 +86,8 @@ def new_run(folder: Path, source: str) -> list[Path]:
         config_json = config_file(source)
         if config_json is None:
             config_json = download(source, ["config.json"]) / "config.json"
-        values |= _REAL | _tokenizer(source, config_json)
         config = config_of_file(config_json)
+        values |= _REAL | _tokenizer(source, config_json, config)
         width, fixed = _proxy_width(config, source)
         values |= {"proxy_width": str(width), "mup": f"base_width: {width}"}
         if fixed:
@@ -107,14 +107,15 @@ def new_run(folder: Path, source: str) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _tokenizer(source: str, config_json: Path) -> dict[str, str]:
+def _tokenizer(source: str, config_json: Path, config: PreTrainedConfig) -> dict[str, str]:
     """The line of the section data that says which tokenizer: the model's own, where it has one."""
     if not Path(source).exists():
         own = source
     elif (config_json.parent / "tokenizer.json").is_file():
         own = str(config_json.parent)
     else:
-        return {"tokenizer": "  vocab_size: 4096             # of a tokenizer that is trained on the text"}
+        size = min(4096, int(config.vocab_size))
+        return {"tokenizer": f"  vocab_size: {size}             # of a tokenizer that is trained on the text"}
     return {"tokenizer": f"  tokenizer: {json.dumps(own)}"}
 
 
