@@ -68,17 +68,7 @@ def mup_init_(
     Warns:
         UserWarning: what `drowned_embedding` says.
     """
-    wrapped, model = model, unwrapped(model)
-    if not hasattr(model, "config"):
-        raise UserError(
-            f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
-            "AutoModelForCausalLM.from_config."
-        )
-    if any(tensor.is_meta for tensor in model.parameters()):
-        raise UserError(
-            f"weights of {type(model).__name__} are on the meta device, where they have no values: build it outside of "
-            'torch.device("meta") and of init_empty_weights.'
-        )
+    wrapped, model = model, _with_values(model)
     given = base_width is not None or base_config is not None or embedding_multiplier is not None
     if mup_record(model) is not None:
         if given:
@@ -131,6 +121,22 @@ def _init_plain_form_(model: PreTrainedModel) -> None:
         elif multiplier != 1.0:  # The final gain, or its bias.
             value = multiplier * record["gain"] - record["gain_offset"]
             nn.init.constant_(tensor, 0.0 if name.endswith("bias") else value)
+
+
+def _with_values(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself without wrappers; a UserError where it is none of transformers or has no values yet."""
+    model = unwrapped(model)
+    if not hasattr(model, "config"):
+        raise UserError(
+            f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
+            "AutoModelForCausalLM.from_config."
+        )
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise UserError(
+            f"weights of {type(model).__name__} are on the meta device, where they have no values: build it outside of "
+            'torch.device("meta") and of init_empty_weights.'
+        )
+    return model
 
 
 def initializer_range(config: PreTrainedConfig) -> float:
