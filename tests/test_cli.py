@@ -224,7 +224,7 @@ MISTAKES = [
     ("fit nowhere", "nowhere"),
     ("fit run --batch_exponent one", "--batch_exponent must be free or a number, got 'one'"),
     ("fit run --columns loss", "--columns takes pairs such as learning_rate=lr, got 'loss'"),
-    ("fit run --columns loss=l", "--columns is for a CSV, got run: leave it out"),
+    ("fit run --columns loss=l", "--columns is for another tool's table, got run: leave it out"),
     ("plan recipe.json --tokens 1M --parameters 1M", "a plan needs the length of the run and its batch: give --tokens"),
     (
         "plan recipe.json --target good.yaml --tokens_per_step 100",

@@ -376,6 +376,22 @@ def test_named_groups_above_the_cap_are_meant(recwarn):
     assert (scheduler.max_lr, scheduler.get_last_lr(), len(recwarn)) == (0.02, [0.02, 0.04], 0)
 
 
+def test_mup_s_groups_in_an_optimizer_without_lr():
+    """The rate of the first group is the base rate, and not AdamW's 0.001, which nobody chose."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name}
+        for name, lr in [("x", 0.02), ("y", 0.04)]
+    ]
+    with pytest.warns(UserWarning, match="the optimizer's lr is 0.001 and a group's is 0.02"):
+        scheduler = get_power_schedule(torch.optim.AdamW(groups), 0, 10**6, tokens_per_step=TOKENS)
+    assert (scheduler.max_lr, scheduler.get_last_lr()) == (0.02, [0.02, 0.04])
+
+
+def test_an_argument_that_is_none_is_named():
+    with refused(UserError, "no argument 'decay_ration': did you mean decay_ratio?"):
+        get_power_schedule(sgd(0.02), 0, 100, tokens_per_step=TOKENS, decay_ration=0.1)
+
+
 @pytest.fixture
 def processes(monkeypatch):
     """Accelerate as one of num_processes processes, without the others; undone afterwards."""

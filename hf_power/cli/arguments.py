@@ -239,7 +239,7 @@ def _choice(option: str, given: str, choices: tuple[_Word, ...]) -> _Word:
 class FitArguments:
     """The law of a sweep."""
 
-    sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, or a CSV"})
+    sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, a CSV or JSON"})
     output_dir: str | None = option(None, "of fit.json, recipe.json and the pictures; default: beside the rows")
     schedule: str | None = option(
         None, "whose optima make the law; default: warmup_stable_decay; of a CSV its column's"

@@ -151,13 +151,19 @@ class _Options(TypedDict):
 
 def _read(source: Path, schedule: str | None, elsewhere: Elsewhere) -> tuple[list[Row], list[str], Elsewhere | None]:
     """The rows, sentences on those that are not used, and what a CSV was read with; None for a sweep of our own."""
-    if source.suffix.lower() in (".csv", ".tsv", ".txt"):
+    if source.is_file() and not _is_of_ours(source):
         rows, problems = read_csv(source, elsewhere.columns, schedule=schedule, block_size=elsewhere.block_size)
         return rows, problems, elsewhere
     if given := [field.name for field in fields(elsewhere) if getattr(elsewhere, field.name)]:
-        raise UserError(f"--{given[0]} is for a CSV, got {source}: leave it out.")
+        raise UserError(f"--{given[0]} is for another tool's table, got {source}: leave it out.")
     rows, problems = load_rows(source / ROWS_FILE if source.is_dir() else source)
     return rows, problems, None
+
+
+def _is_of_ours(source: Path) -> bool:
+    """Whether a file has rows or another record of hf-power, rather than another tool's table."""
+    with source.open("rb") as file:
+        return source.name == ROWS_FILE or b'"schema"' in file.read(4000)
 
 
 def _size_of(rows: Sequence[Row]) -> Size | None:

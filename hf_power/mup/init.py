@@ -12,8 +12,8 @@ from hf_power.compat import DTYPE, PreTrainedConfig
 from hf_power.models import kind_of
 from hf_power.mup.probe import Probe
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
-from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
-from hf_power.mup.scale import KV_HEADS, head_size, refuse_sizes_per_layer
+from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record, unwrapped
+from hf_power.mup.scale import KV_HEADS, check_base_width, head_size, refuse_sizes_per_layer
 from hf_power.records.errors import UserError
 
 DROWNED = 5.0  # From so many times the embedding on, what a block adds is said to drown it.
@@ -62,16 +62,13 @@ def mup_init_(
 
     Raises:
         UserError: no base, or one beside `mup_config`; a tensor for which there is no rule; a tied head without a
-            final gain; head sizes that grow; a multiplier that is not positive. Nothing has been changed then.
+            final gain; head sizes that grow; a multiplier that is not positive; weights on the meta device. Nothing has been
+            changed then.
 
     Warns:
         UserWarning: what `drowned_embedding` and `kept_kv_heads` say.
     """
-    if not hasattr(model, "config"):
-        raise UserError(
-            f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
-            "AutoModelForCausalLM.from_config."
-        )
+    wrapped, model = model, _with_values(model)
     given = base_width is not None or base_config is not None or embedding_multiplier is not None
     if mup_record(model) is not None:
         if given:
@@ -86,7 +83,7 @@ def mup_init_(
         for told in filter(None, (drowned_embedding(model), kept_kv_heads(model))):
             warnings.warn(told, stacklevel=2)
     _zero_padding_(model.get_input_embeddings())
-    return model
+    return wrapped
 
 
 @torch.no_grad()
@@ -124,6 +121,22 @@ def _init_plain_form_(model: PreTrainedModel) -> None:
         elif multiplier != 1.0:  # The final gain, or its bias.
             value = multiplier * record["gain"] - record["gain_offset"]
             nn.init.constant_(tensor, 0.0 if name.endswith("bias") else value)
+
+
+def _with_values(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself without wrappers; a UserError where it is none of transformers or has no values yet."""
+    model = unwrapped(model)
+    if not hasattr(model, "config"):
+        raise UserError(
+            f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
+            "AutoModelForCausalLM.from_config."
+        )
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise UserError(
+            f"weights of {type(model).__name__} are on the meta device, where they have no values: build it outside of "
+            'torch.device("meta") and of init_empty_weights.'
+        )
+    return model
 
 
 def initializer_range(config: PreTrainedConfig) -> float:
@@ -192,8 +205,8 @@ def _new_record(
         raise UserError(
             f"mup_init_ needs the base of {type(model).__name__}: give one of base_width, e.g. 256, and base_config."
         )
-    if base_width is not None and base_width < 1:
-        raise UserError(f"base_width must be a positive number of features, got {base_width}.")
+    if base_width is not None:
+        check_base_width(base_width)
     multiplier = 1.0 if embedding_multiplier is None else float(embedding_multiplier)
     if not 0 < multiplier < math.inf:
         raise UserError(

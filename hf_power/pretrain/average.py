@@ -55,14 +55,7 @@ def average(
     source = Path(run)
     if not source.is_dir():
         raise NotFoundError(f"there is no run folder at {source}: pass the output_dir of a training.")
-    if kind not in (*KINDS, WINDOW):
-        raise UserError(f"kind must be one of {', '.join((*KINDS, WINDOW))}, got {kind!r}.")
-    if kind == WINDOW and last is not None:
-        raise UserError(
-            f"--last {last} is not of the kind window, whose part of the run is its average_window: leave it out."
-        )
-    if kind != "decay" and decay_shape is not None:
-        raise UserError(f"--decay_shape {decay_shape} is of the kind decay alone, got the kind {kind}: leave it out.")
+    _check_kind(kind, last, decay_shape)
     chosen = _chosen(source, _share(last or LAST)) if kind in KINDS else _intact(source, 1.0)[-1:]
     records = [Run.load_if_there(folder) for folder in chosen]
     newest = records[-1]
@@ -84,6 +77,17 @@ def average(
         if newest is not None:
             _write(folder, chosen[-1], newest, made)
     return folder
+
+
+def _check_kind(kind: str, last: str | None, decay_shape: str | None) -> None:
+    if kind not in (*KINDS, WINDOW):
+        raise UserError(f"kind must be one of {', '.join((*KINDS, WINDOW))}, got {kind!r}.")
+    if kind == WINDOW and last is not None:
+        raise UserError(
+            f"--last {last} is not of the kind window, whose part of the run is its average_window: leave it out."
+        )
+    if kind != "decay" and decay_shape is not None:
+        raise UserError(f"--decay_shape {decay_shape} is of the kind decay alone, got the kind {kind}: leave it out.")
 
 
 def evaluate_average(folder: Path, dataset: str | None = None) -> Run | None:

@@ -80,7 +80,10 @@ def config_file(source: str) -> Path | None:
 
 def config_of_file(path: Path) -> PreTrainedConfig:
     """The config in a config.json; a UserError where transformers refuses it."""
-    return config_of_mapping(mapping_of(str(path), str(path)), str(path))
+    config = config_of_mapping(mapping_of(str(path), str(path)), str(path))
+    # Without the file's own the class has one, which need not be among the rows of the embedding.
+    config.pad_token_id = None
+    return config
 
 
 def mapping_of(source: object, where: str) -> dict[str, object]:

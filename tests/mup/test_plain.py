@@ -27,6 +27,7 @@ from transformers import (
 
 from hf_power import coord_check, mup_init_, mup_param_groups
 from hf_power.mup.optimizer import factors_of
+from hf_power.records.errors import UserError
 
 SIZES = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "max_position_embeddings": 32}
@@ -349,3 +350,32 @@ def test_heads_of_keys_and_values_that_stay_are_told():
         mup_init_(model, base_config=LlamaConfig(**llama | {"num_key_value_heads": 1}))
         mup_init_(model, base_config=LlamaConfig(**llama | {"num_attention_heads": 8}))
         mup_init_(model, base_width=64)
+
+
+def test_wrappers_are_looked_through():
+    """The groups of a compiled or data-parallel model are those of the model, and so are its first weights."""
+    torch.manual_seed(0)
+    expected = mup_init_(AutoModelForCausalLM.from_config(qwen3()), base_width=32)
+    for wrap in (lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel):
+        torch.manual_seed(0)
+        wrapped = wrap(AutoModelForCausalLM.from_config(qwen3()))
+        assert mup_init_(wrapped, base_width=32) is wrapped
+        pairs = zip(wrapped.parameters(), expected.parameters(), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+        of_both = [mup_param_groups(model, lr=0.1) for model in (wrapped, expected)]
+        names = [[(group["name"], group["lr"], len(group["params"])) for group in groups] for groups in of_both]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("base", ["32", True, 0, 31.5])
+def test_a_base_width_that_is_no_width(base):
+    with refused(UserError, f"base_width must be a positive number of features, got {base!r}"):
+        mup_init_(AutoModelForCausalLM.from_config(qwen3()), base_width=base)
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(qwen3())
+    with refused(UserError, "are on the meta device, where they have no values"):
+        mup_init_(model, base_width=32)
+    assert not hasattr(model.config, "hf_power_mup")
