@@ -4,8 +4,9 @@
 # Each part writes its rows to FOLDER/rows.jsonl as it measures them, and has a limit of its own. A part that FOLDER has
 # already is left out, so a second sitting goes on where the first one ended. Nothing is started that cannot end within
 # SECONDS_IN_ALL (540). Needed: torch for the device, and the packages of setup.cfg's extra "train" for $PYTHON (python3); no
-# network.
-# Afterwards, anywhere: python benchmarks/accelerator/run.py report --folder FOLDER
+# network. The open horizon needs neither datasets nor matplotlib.
+# Afterwards, anywhere: python benchmarks/accelerator/run.py report --folder FOLDER, and
+# python benchmarks/open_horizon/analyse.py FOLDER/open_horizon
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:?"the folder for the rows is missing: benchmarks/on_accelerator.sh FOLDER"}
@@ -43,6 +44,19 @@ profile 80
 resume 120
 coordinates 90
 PARTS
+
+# The open horizon's runs of size `gpu` begin nothing that cannot end in time, and go on in the next sitting; dry, they are the toy.
+left=$((end - SECONDS))
+if ((left > 40)); then
+    echo "== open_horizon, at most $left s"
+    toy=()
+    $dry && toy=(--toy)
+    timeout "$left" "${PYTHON:-python3}" "$here/open_horizon/run.py" gpu --folder "$folder/open_horizon" --seconds $((left - 10)) "${toy[@]}" 2>&1 < /dev/null |
+        tee -a "$folder/log.txt"
+    if ((PIPESTATUS[0])); then
+        failed=1
+    fi
+fi
 
 # What is left goes to the transfer table's runs of size `gpu`, which take several sittings: FOLDER/transfer.tgz is what they
 # have made so far.

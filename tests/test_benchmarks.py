@@ -74,6 +74,14 @@ def test_a_sitting_is_measured_part_by_part_and_goes_on(tmp_path, corpus):
     assert resumed["killed_run_equal"]
     assert [row["passed"] for row in rows if row["part"] == "coordinates" and "way" in row] == [True] * 3
 
+    open_horizon = [json.loads(line) for line in (tmp_path / "rows/open_horizon/rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in open_horizon if row.get("part") == "held out"} >= {
+        "power",
+        "constant",
+        "free",
+        "linear 1",
+    }
+
     kept = [row for row in rows if not (row["part"] == "coordinates" and row.get("done"))]
     (tmp_path / "rows/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     added = sitting()[len(kept) :]

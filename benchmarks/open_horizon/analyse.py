@@ -1,8 +1,10 @@
-"""The tables of the open horizon, from results/cpu/rows.jsonl alone.
+"""The tables of the open horizon, from the rows of run.py alone.
 
-python benchmarks/open_horizon/analyse.py
+python benchmarks/open_horizon/analyse.py         # of results/cpu
+python benchmarks/open_horizon/analyse.py FOLDER  # of another folder with rows.jsonl, as `run.py gpu` makes it
 """
 
+import argparse
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -35,6 +37,8 @@ def ways_of(horizon):
         for window in (0.1, 0.2, 0.3):
             ways[f"{name.capitalize()}, average {f'{window:g}'[1:]}"] = (name, f"average {window:g}")
         ways[f"{name.capitalize()}, as it stands"] = (name, "raw")
+    ways["Power as in the paper, tail"] = ("power paper", "tail")
+    ways["Power as in the paper, average .2"] = ("power paper", "average 0.2")
     ways["schedule-free AdamW, one rate"] = ("free", "free")
     return ways
 
@@ -70,16 +74,20 @@ def summary(found, rng):
 
     The standard deviation of a paired difference is pooled over the cells. Each draw moves every cell's mean by Student's
     t of the pooled degrees of freedom times its standard error; the cells are those that were chosen and are not redrawn.
+    Where no cell has two seeds nothing is known of the noise, and the intervals have no end.
     """
     counts = np.array([len(each) for each in found.values()])
     means = np.array([fmean(each) for each in found.values()])
     freedom = int((counts - 1).sum())
     squares = sum(((np.array(each) - fmean(each)) ** 2).sum() for each in found.values())
-    deviation = math.sqrt(squares / freedom)
+    deviation = math.sqrt(squares / freedom) if freedom else math.inf
+    result = {"cells": len(means), "pairs": int(counts.sum()), "sd": deviation}
+    centers = {"median": np.median, "mean": np.mean, "max": np.max}
+    if not freedom:
+        return result | {name: [float(of(means)), -math.inf, math.inf] for name, of in centers.items()}
     noise = rng.standard_normal((DRAWS, len(means))) * np.sqrt(freedom / rng.chisquare(freedom, (DRAWS, 1)))
     drawn = means + noise * deviation / np.sqrt(counts)
-    result = {"cells": len(means), "pairs": int(counts.sum()), "sd": deviation}
-    for name, of in (("median", np.median), ("mean", np.mean), ("max", np.max)):
+    for name, of in centers.items():
         center = float(of(means))
         # About its own centre, because the median and the greatest of noisy means are drawn towards the noise's side.
         errors = of(drawn, axis=1) - float(np.mean(of(drawn, axis=1)))
@@ -116,6 +124,16 @@ def label(cell):
     return f"d {width}, {batch} a step, {horizon // K}k"
 
 
+def span(center, low, high):
+    """A number with its interval."""
+    return f"{center:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def summary_row(name, each):
+    """Of a table of medians and means: how many cells and pairs they are of, and both with their intervals."""
+    return f"| {name} | {each['cells']} | {each['pairs']} | {span(*each['median'])} | {span(*each['mean'])} |"
+
+
 def markdown(corpus, cells, rng):
     """The summary over the cells, and a row per way and cell."""
     names = list(ways_of(K * K))
@@ -127,24 +145,19 @@ def markdown(corpus, cells, rng):
     )
     lines += ["", "| way | cells | pairs | median (95 %) | mean (95 %) | greatest |", "|---|---:|---:|---:|---:|---:|"]
     for way in sorted(table, key=lambda way: (-table[way]["cells"], table[way]["median"][0])):
-        each = table[way]
-        spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
-        lines.append(f"| {way} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} | {each['max'][0]:+.4f} |")
+        lines.append(f"{summary_row(way, table[way])} {table[way]['max'][0]:+.4f} |")
     gains = oracle(cells)
     if gains:
         of_all = summary(gains, rng)
         lines += ["", "The best of WSD's rates in the cell itself, chosen on the other seeds, beats the law's rate by "]
-        lines[-1] += "{:+.4f} ({:+.4f} to {:+.4f}) in the median, {:+.4f} at most.".format(
-            *of_all["median"], of_all["max"][0]
-        )
+        lines[-1] += f"{span(*of_all['median'])} in the median, {of_all['max'][0]:+.4f} at most."
     lines += ["", f"Behind {OPEN}, paired by seed:", "", "| way | cells | pairs | median (95 %) | mean (95 %) |"]
     lines.append("|---|---:|---:|---:|---:|")
     behind = {}
     for way in table:
         if way != OPEN and "as it stands" not in way and (found := differences(cells, way, OPEN)):
-            behind[way] = each = summary(found, rng)
-            spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
-            lines.append(f"| {way} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} |")
+            behind[way] = summary(found, rng)
+            lines.append(summary_row(way, behind[way]))
     lines += ["", "Averaging in place of a tail, on the same trunk at equal tokens (average .2 less tail):", ""]
     lines += ["| trunk | cells | pairs | median (95 %) | mean (95 %) |", "|---|---:|---:|---:|---:|"]
     pairs = [(f"{name}, average .2", f"{name}, tail") for name in ("Power", "Constant")]
@@ -152,9 +165,8 @@ def markdown(corpus, cells, rng):
     averaging = {}
     for way, reference in pairs:
         if found := differences(cells, way, reference):
-            averaging[way] = each = summary(found, rng)
-            spans = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*each[name]) for name in ("median", "mean")]
-            lines.append(f"| {way.split(',')[0]} | {each['cells']} | {each['pairs']} | {spans[0]} | {spans[1]} |")
+            averaging[way] = summary(found, rng)
+            lines.append(summary_row(way.split(",")[0], averaging[way]))
     lines += ["", "| way | " + " | ".join(map(label, cells)) + " |", "|---|" + "---:|" * len(cells)]
     known = [f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" for ways in cells.values()]
     lines.append(f"| {KNOWN}: loss (seeds) | " + " | ".join(known) + " |")
@@ -197,15 +209,18 @@ def chosen(rows):
 
 
 def main():
-    results = HERE / "results" / "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE / "results" / "cpu")
+    results = parser.parse_args().folder
     rows = read(results / "rows.jsonl")
     rng = np.random.default_rng(0)
     texts, tables = [], {}
-    for corpus in ("python", "english"):
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
         if cells := cells_of(rows, corpus):
             text, tables[corpus] = markdown(corpus, cells, rng)
             texts.append(text)
-    texts.append(chosen(rows))
+    if any(row["part"] == "validate" for row in rows):
+        texts.append(chosen(rows))
     write_json(results / "table.json", tables)
     with replaced(results / "table.md") as temporary:
         temporary.write_text("\n".join(texts), encoding="utf-8")

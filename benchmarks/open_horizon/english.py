@@ -40,7 +40,3 @@ def plain(source):
             line = line.replace(name, character)
         lines.append(ESCAPES.sub("", line))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
-
-
-if __name__ == "__main__":
-    print(sum(path.stat().st_size for path in write_manuals(Path("/tmp/manuals")).iterdir()))

@@ -2,9 +2,10 @@
 
     python benchmarks/open_horizon/run.py cpu         # README.md says what it takes
     python benchmarks/open_horizon/run.py cpu-long    # then more seeds of the two ways that the claim compares
+    python benchmarks/open_horizon/run.py gpu         # larger models, ten minutes of one accelerator; see gpu.py
 
 Killed, it goes on where it stopped. The rows of all runs go to results/cpu/rows.jsonl as they come (cpu and cpu-long share
-them); analyse.py makes the tables from them alone.
+them), those of gpu to results/gpu or --folder; analyse.py makes the tables from them alone.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from english import write_manuals
-from train import Models, Trunk, train
+from train import TAIL, Average, Models, Trunk, train
 from tune import CENTER_BATCH, one_scale, read, tuned
 
 from hf_power.data.packing import pack_both
@@ -75,6 +76,11 @@ def settings_of(width, batch, corpus="python", eval_tokens=64 * K):
     data = {"dataset": CORPORA[corpus], "vocab_size": 512, "block_size": 64}
     sections = {"model": MODEL, "mup": {"base_width": 32, "preset": "power_of_two"}, "data": data}
     sections |= {"training": {"weight_decay": 0.1}, "run": {"max_eval_tokens": eval_tokens}}
+    return at_width(sections, width, batch)
+
+
+def at_width(sections, width, batch):
+    """The settings of these sections at a width and batch, as a sweep would make them; each trunk has its own rates."""
     grid = Grid(
         sections,
         widths=(width,),
@@ -99,7 +105,7 @@ def data_of(corpus, eval_tokens):
     return SweepData(tokenizer, packed.train, packed.held_out, packed.about())
 
 
-def run(job):
+def run(job, averages=(), tails=(TAIL,)):
     """Train a job; its rows as lines of JSON, the last of which says that it is done."""
     import torch
 
@@ -107,18 +113,24 @@ def run(job):
     # A process compiles a function for each shape of its jobs, of which torch forgets the first ones after eight.
     torch._dynamo.config.cache_size_limit = 64
     started = time.perf_counter()
-    eval_tokens = 16 * K if job.part in ("tune", "free") else 64 * K
+    eval_tokens = 16 * K if job.part in ("tune", "free", "averages") else 64 * K
     settings = settings_of(job.width, job.batch, job.corpus, eval_tokens)
     models = Models(settings, job.seeds, data_of(job.corpus, eval_tokens), job.schedule_free)
-    found = train(models, job.trunks, job.batch, job.horizons, job.windows)
-    seconds = time.perf_counter() - started
-    lines = []
+    lines = rows_of(job, models, averages, tails)
+    seconds = round(time.perf_counter() - started, 1)
+    return [*lines, json.dumps({"job": job.id, "seconds": seconds, "members": len(job.seeds)})]
+
+
+def rows_of(job, models, averages=(), tails=(TAIL,)):
+    """Train the models of a job; a line of JSON for each member, horizon and way to finish."""
+    averages = [*map(Average, job.windows), *averages]
+    found, lines = train(models, job.trunks, job.batch, job.horizons, averages, tails), []
     for (horizon, finish), losses in found.items():
         for trunk, seed, loss in zip(job.trunks, job.seeds, losses, strict=True):
             row = {"part": job.part, "corpus": job.corpus, "width": job.width, "batch": job.batch, "tokens": horizon}
             row |= {"method": trunk.method, "finish": finish, "seed": seed}
             lines.append(json.dumps(row | {"loss": round(loss, 6), "trunk": asdict(trunk)}))
-    return [*lines, json.dumps({"job": job.id, "seconds": round(seconds, 1), "members": len(job.seeds)})]
+    return lines
 
 
 def tuning_jobs(corpus, seeds):
@@ -256,9 +268,19 @@ def rival_jobs(free, seeds, corpus="python", lines=LINES):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=("cpu", "cpu-long"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("size", choices=("cpu", "cpu-long", "gpu"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of cpu and cpu-long")
+    parser.add_argument("--folder", type=Path, default=HERE / "results" / "gpu", help="where the rows of gpu are kept")
+    parser.add_argument(
+        "--seconds", type=float, default=570, help="of gpu: nothing is begun that cannot end within them"
+    )
+    parser.add_argument("--toy", action="store_true", help="of gpu: tiny, on a CPU")
     options = parser.parse_args()
+    if options.size == "gpu":
+        from gpu import measure
+
+        measure(options.folder, options.seconds, options.toy)
+        return
     results = HERE / "results" / "cpu"
     results.mkdir(parents=True, exist_ok=True)
     rows = results / "rows.jsonl"
@@ -285,17 +307,28 @@ def choices_for_json(choices):
     return {finish: {f"{b:g}": each for b, each in of_finish.items()} for finish, of_finish in choices.items()}
 
 
-def run_all(pool, jobs, path):
+def run_all(pool, jobs, path, run=run):
     """Train the jobs that have no rows yet, and append the rows of each as it ends; this process alone writes."""
-    done = {json.loads(line).get("job") for line in path.read_text().splitlines()}
+    done = done_jobs(path)
     futures = {pool.submit(run, job): job for job in jobs if job.id not in done}
     print(f"{len(futures)} jobs", flush=True)
     for future in as_completed(futures):
         job = futures[future]
-        with replaced(path) as temporary:  # A kill leaves no half of a line.
-            temporary.write_text(path.read_text() + "".join(line + "\n" for line in future.result()))
+        append_rows(path, future.result())
         what = f"{job.part} {job.corpus} {job.width} {job.batch}"
         print(f"{what} seeds {sorted(set(job.seeds))}: done", flush=True)
+
+
+def done_jobs(path):
+    """The ids of the jobs that have rows."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line["job"] for line in lines if "job" in line}
+
+
+def append_rows(path, lines):
+    """Add the lines of a job, all or none of them: a kill leaves no half of one."""
+    with replaced(path) as temporary:
+        temporary.write_text(path.read_text() + "".join(line + "\n" for line in lines))
 
 
 if __name__ == "__main__":

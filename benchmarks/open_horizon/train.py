@@ -1,20 +1,23 @@
 """Many small models of one shape trained as one: trunks that are finished at several horizons by a tail or by averaging."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import set_seed
 
+from hf_power.checkpoints.average import shares
 from hf_power.models import block_losses
 from hf_power.mup.optimizer import factors_of
 from hf_power.pretrain.speed import attend_to_blocks_
 from hf_power.schedule import DECAY_SHAPES, power_lr
 from hf_power.settings.settings import build_model
-from hf_power.sweep.stacked import BlocksOfSeeds, stack
+from hf_power.sweep.ensemble import EAGER_STEPS
+from hf_power.sweep.stacked import BATCHED_TOKENS, BlocksOfSeeds, stack
 
-# Blocks of one member in one pass: larger batches are accumulated, so that one compiled function serves them all.
+# Blocks of one member in one pass on a CPU: larger batches are accumulated, so that one compiled function serves them all.
 PASS_BLOCKS = 8
 TAIL, TAIL_SHAPE = 0.2, "1-sqrt"
 # An average takes this many weights in a horizon's whole length, so a window of .2 has a fifth of them.
@@ -49,17 +52,41 @@ class Trunk:
         return np.array([power_lr(step * batch, **kwargs) for step in range(steps)])
 
 
-class Models:
-    """M models, each what pretraining would build and feed for its seed, computed as one and updated by AdamW as one."""
+@dataclass(frozen=True)
+class Average:
+    """A mean of the weights of the last part of a horizon, the window, with the shares of `hf_power.checkpoints.average`."""
 
-    def __init__(self, settings, seeds, data, schedule_free=False):
-        args = settings.training
+    window: float
+    kind: str = "uniform"  # or ema, whose half-life is a quarter of the window, or decay
+    shape: str = "linear"  # of the tail that decay emulates
+
+    @property
+    def name(self):
+        kind = {"uniform": "average", "decay": f"as {self.shape}"}.get(self.kind, self.kind)
+        return f"{kind} {self.window:g}"
+
+    def shares_at(self, end):
+        """Step -> share of the weights after it, of a horizon that ends after `end` steps."""
+        every = max(1, end // SAMPLES)
+        steps = [n for n in range(1, end + 1) if n > end * (1 - self.window) and (end - n) % every == 0]
+        return dict(zip(steps, shares(self.kind, steps, self.shape), strict=True))
+
+
+class Models:
+    """M models, each what pretraining would build and feed for its seed, computed as one and updated by AdamW as one.
+
+    Losses and update are compiled, which needs a C++ compiler, or on CUDA a step is captured in a graph and replayed, as the
+    sweep's engine does.
+    """
+
+    def __init__(self, settings, seeds, data, schedule_free=False, device="cpu", compiles=True):
+        args, self.device = settings.training, torch.device(device)
         self.batch_blocks = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.pass_blocks = min(PASS_BLOCKS, self.batch_blocks)
+        self.bf16, self.graph = bool(args.bf16), None
         models = []
         for seed in seeds:
             set_seed(seed)
-            models.append(attend_to_blocks_(build_model(settings, data.tokenizer)).train())
+            models.append(attend_to_blocks_(build_model(settings, data.tokenizer)).train().to(self.device))
             models[-1].config.use_cache = False
         factors = factors_of(models[0])
         self.whole, stacked = stack(models)
@@ -73,48 +100,75 @@ class Models:
             "betas": (args.adam_beta1, args.adam_beta2),
             "clip": args.max_grad_norm,
         }
-        for leaf in self.leaves:
-            leaf.grad = torch.zeros_like(leaf)
         # AdamW: first and second moments. Schedule-free AdamW: the points z, and the second moments.
         self.first = [tensor.clone() if schedule_free else torch.zeros_like(tensor) for tensor in self.weights]
         self.second = [torch.zeros_like(tensor) for tensor in self.weights]
         self.average = [tensor.clone() for tensor in self.weights] if schedule_free else None
         self.weight_sum = torch.zeros(len(models))
-        self.blocks = BlocksOfSeeds(data, list(seeds), self.batch_blocks, torch.device("cpu"))
-        self.held_out = torch.from_numpy(np.stack([row["input_ids"] for row in data.held_out])).long()
+        self.blocks = BlocksOfSeeds(data, list(seeds), self.batch_blocks, self.device)
+        self.held_out = torch.from_numpy(np.stack([row["input_ids"] for row in data.held_out])).long().to(self.device)
         self.step_number, self.num_members = 0, len(models)
-        self.losses = torch.compile(lambda blocks: block_losses(self.whole, blocks), dynamic=False)
-        self.update = torch.compile(_schedule_free if schedule_free else _adamw, dynamic=False)
+        self.pass_blocks = self._pass_blocks(self.held_out.shape[1])
+        self.losses = lambda blocks: block_losses(self.whole, blocks)
+        self.update = _adamw if self.average is None else _schedule_free
+        if compiles:
+            self.losses = torch.compile(self.losses, dynamic=False)
+            self.update = torch.compile(self.update, dynamic=False)
+
+    def _pass_blocks(self, block_size):
+        """Blocks of one member in one pass, a divisor of the batch's."""
+        most = PASS_BLOCKS
+        if self.device.type == "cuda":
+            most = max(1, BATCHED_TOKENS // (self.num_members * block_size))
+        return max(n for n in range(1, min(most, self.batch_blocks) + 1) if self.batch_blocks % n == 0)
+
+    def _block_losses(self, blocks):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext():
+            return self.losses(blocks).view(self.num_members, -1)
 
     def step(self, rates):
         """One optimizer step of each member at its own learning rate; the mean training losses."""
         batch = self.blocks.at(self.step_number)
-        total = torch.zeros(self.num_members)
-        for first in range(0, self.batch_blocks, self.pass_blocks):
-            part = batch[:, first : first + self.pass_blocks].flatten(0, 1).contiguous()
-            of_members = self.losses(part).view(self.num_members, -1).sum(1) / self.batch_blocks
-            of_members.sum().backward()
-            total += of_members.detach()
         self.step_number += 1
-        grads = [leaf.grad for leaf in self.leaves]
         lr = torch.as_tensor(rates, dtype=torch.float32)
-        with torch.no_grad():
-            if self.average is None:
-                beta1, beta2 = self.numbers["betas"]
-                corrections = torch.tensor([1 - beta1**self.step_number, 1 - beta2**self.step_number])
-                self.update(self.weights, grads, self.first, self.second, lr, corrections, self.numbers)
-            else:
-                self._schedule_free_step(grads, lr)
-        for grad in grads:
-            grad.zero_()
-        return total
-
-    def _schedule_free_step(self, grads, lr):
-        # The weight of a step in the average is its squared rate (arXiv:2405.15682, the package's default).
+        beta1, beta2 = self.numbers["betas"]
+        corrections = torch.tensor([1 - beta1**self.step_number, 1 - beta2**self.step_number])
+        # The weight of a step in schedule-free's average is its squared rate (arXiv:2405.15682, the package's default).
         self.weight_sum += lr**2
         share = torch.where(self.weight_sum > 0, lr**2 / self.weight_sum.clamp(min=1e-30), torch.ones(()))
-        correction = torch.tensor(1 - self.numbers["betas"][1] ** self.step_number)
-        self.update(self.weights, grads, self.first, self.second, self.average, lr, share, correction, self.numbers)
+        inputs = [batch, *(each.to(self.device) for each in (lr, corrections, share))]
+        return self._take(*inputs) if self.device.type == "cpu" else self._replayed(inputs)
+
+    def _replayed(self, inputs):
+        """`_take` by its graph, after a few steps without one."""
+        if self.graph is None:
+            if self.step_number <= EAGER_STEPS:
+                return self._take(*inputs)
+            graph, self.inputs = torch.cuda.CUDAGraph(), [each.clone() for each in inputs]
+            with torch.cuda.graph(graph):
+                self.output = self._take(*self.inputs)
+            self.graph = graph
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+    def _take(self, batch, lr, corrections, share):
+        for leaf in self.leaves:
+            leaf.grad = None
+        total = torch.zeros(self.num_members, device=self.device)
+        for first in range(0, self.batch_blocks, self.pass_blocks):
+            part = batch[:, first : first + self.pass_blocks].flatten(0, 1).contiguous()
+            of_members = self._block_losses(part).sum(1) / self.batch_blocks
+            of_members.sum().backward()
+            total += of_members.detach()
+        state = self.weights, [leaf.grad for leaf in self.leaves], self.first, self.second
+        with torch.no_grad():
+            if self.average is None:
+                self.update(*state, lr, corrections, self.numbers)
+            else:
+                self.update(*state, self.average, lr, share, corrections[1], self.numbers)
+        return total
 
     def state(self):
         """What the next step depends on, but for schedule-free's."""
@@ -134,12 +188,11 @@ class Models:
         if weights is not None:
             for mine, other in zip(self.weights, weights, strict=True):
                 mine.copy_(other)
-        total = torch.zeros(self.num_members, dtype=torch.float64)
+        total = torch.zeros(self.num_members, dtype=torch.float64, device=self.device)
         # As in training in shape, so that nothing is compiled twice but for the missing gradients.
         usable = len(self.held_out) // self.pass_blocks * self.pass_blocks
         for blocks in torch.split(self.held_out[:usable], self.pass_blocks):
-            of_blocks = self.losses(blocks.repeat(self.num_members, 1)).view(self.num_members, -1)
-            total += of_blocks.double().sum(1)
+            total += self._block_losses(blocks.repeat(self.num_members, 1)).double().sum(1)
         for mine, own in zip(self.weights, kept, strict=True):
             mine.copy_(own)
         means = (total / usable).tolist()
@@ -178,39 +231,37 @@ def _schedule_free(weights, grads, points, second, average, lr, share, correctio
         y.copy_(points[i].lerp(average[i], beta1))
 
 
-def train(models, trunks, batch, horizons, windows, tell=lambda tokens: None):
+def train(models, trunks, batch, horizons, averages=(), tails=(TAIL,)):
     """Losses of every member at every horizon: {(horizon, finish): losses}, finish in raw, tail, average .2, ..., free.
 
-    Up to the longest horizon the members follow their trunks; at each horizon's own tail they leave it, are measured, and come
-    back. Averages are uniform over the weights of the last part of the horizon's steps, without a tail.
+    Up to the longest horizon the members follow their trunks; at each horizon's own tails they leave it, are measured, and come
+    back. `averages` are of the last weights without a tail. A tail of another length than TAIL is named with its own.
     """
     longest = max(horizons) // batch
     rates = np.stack([trunk.rates(batch, longest) for trunk in trunks])
     ends = {horizon // batch: horizon for horizon in horizons}
     plain = models.average is None and any(trunk.linear_to is None for trunk in trunks)
-    branches = {end - round(TAIL * end): end for end in ends} if plain else {}
-    sums = {(end, window): None for end in ends for window in windows} if plain else {}
-    counts, found = dict.fromkeys(sums, 0), {}
+    branches = [(end - round(part * end), end, part) for end in ends for part in tails if plain]
+    parts = {(end, each): each.shares_at(end) for end in ends for each in averages if plain}
+    sums, found = {}, {}
     for step in range(longest + 1):
-        if step in branches:
-            found[ends[branches[step]], "tail"] = _tail(models, rates[:, step], branches[step])
-        for end, window in sums:
-            every = max(1, end // SAMPLES)
-            if end * (1 - window) < step <= end and (end - step) % every == 0:
-                sums[end, window] = _added(sums[end, window], models.weights)
-                counts[end, window] += 1
+        for first, end, part in branches:
+            if step == first:
+                name = "tail" if part == TAIL else f"tail {part:g}"
+                found[ends[end], name] = _tail(models, rates[:, step], end)
+        for key, of_step in parts.items():
+            if step in of_step:
+                sums[key] = _added(sums.get(key), models.weights, of_step[step])
         if step in ends:
             horizon = ends[step]
             if models.average is not None:
                 found[horizon, "free"] = models.held_out_losses(models.average)
             else:
                 found[horizon, "raw"] = models.held_out_losses()
-            for end, window in [key for key in sums if key[0] == step]:
-                mean = [total / counts[end, window] for total in sums.pop((end, window))]
-                found[horizon, f"average {window:g}"] = models.held_out_losses(mean)
+            for end, each in [key for key in sums if key[0] == step]:
+                found[horizon, each.name] = models.held_out_losses(sums.pop((end, each)))
         if step < longest:
             models.step(rates[:, step])
-            tell(step * batch)
     return found
 
 
@@ -224,9 +275,9 @@ def _tail(models, before, end):
     return losses
 
 
-def _added(total, weights):
+def _added(total, weights, share):
     if total is None:
-        return [tensor.clone() for tensor in weights]
+        return [tensor * share for tensor in weights]
     for mine, other in zip(total, weights, strict=True):
-        mine.add_(other)
+        mine.add_(other, alpha=share)
     return total

@@ -57,8 +57,13 @@ def tuned(rows, exponents, part="tune"):
     }
 
 
-def one_scale(rows, part="free"):
-    """Schedule-free's one scale over WSD's law for all cells, and its loss: the least mean of the parabolas."""
-    found, scales = curves(rows, part, "free").values(), np.linspace(-2, 3, 501)
-    means = np.mean([np.polyval(each, scales) for each in found], axis=0)
+def one_scale(rows, part="free", finish="free"):
+    """The one scale for all cells of a part, by default schedule-free's over WSD's law, and its mean loss."""
+    return least(curves(rows, part, finish).values())
+
+
+def least(parabolas):
+    """The scale with the least mean of the parabolas, between a quarter and eight, and that mean."""
+    scales = np.linspace(-2, 3, 501)
+    means = np.mean([np.polyval(each, scales) for each in parabolas], axis=0)
     return {"scale": float(2 ** scales[np.argmin(means)]), "loss": float(means.min())}

@@ -1,4 +1,4 @@
-"""The mean of the weights of several checkpoints: shares for each, and the merge, a file of weights at a time."""
+"""The mean of the weights of several checkpoints, or the one that a run has kept: shares, and the merge, a file at a time."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from hf_power.checkpoints.ema import FILE
 from hf_power.checkpoints.locate import check_weights, weight_files
 from hf_power.records.errors import UserError
 from hf_power.records.files import free_bytes, replaced
@@ -74,16 +75,9 @@ def merge(folders: Sequence[Path], parts: Sequence[float], target: Path) -> None
         UserError: weights in another form than safetensors, cut, or of another model; too little room on the disk.
     """
     for folder in folders:
-        check_weights(folder)
-        if not (files := weight_files(folder)) or files[0].suffix != ".safetensors":
-            raise UserError(
-                f"{folder} has no model.safetensors: an average needs whole weights in that form, as save_pretrained and the "
-                "Trainer write them without FSDP's shards."
-            )
+        _check_form(folder)
     last = weight_files(folders[-1])
-    needed = sum(path.stat().st_size for path in last)
-    if needed > free_bytes(target):
-        raise UserError(f"the disk of {target} has no room for {needed / 1e6:,.1f} MB of weights: free some space.")
+    _check_room(last, target)
     with ExitStack() as stack:
         held = [_opened(stack, folder) for folder in folders]
         for path in last:
@@ -94,7 +88,54 @@ def merge(folders: Sequence[Path], parts: Sequence[float], target: Path) -> None
             with replaced(target / path.name) as temporary:
                 save_file(merged, temporary, metadata=metadata)
             del merged
-    for index in folders[-1].glob("model*.safetensors.index.json"):
+    _copy_index(folders[-1], target)
+
+
+def merge_kept(checkpoint: Path, target: Path) -> None:
+    """Write the mean that `AverageWeights` has kept in a checkpoint in the files of its weights, and in their type.
+
+    Raises:
+        UserError: no mean there, weights in another form than safetensors, or of another model; too little room on the disk.
+    """
+    if not (checkpoint / FILE).is_file():
+        raise UserError(
+            f"{checkpoint} has no {FILE}: a mean is kept where average_window is set or AverageWeights is among the callbacks, "
+            "so take another kind."
+        )
+    _check_form(checkpoint)
+    files = weight_files(checkpoint)
+    _check_room(files, target)
+    mean = load_file(checkpoint / FILE)
+    for path in files:
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors |= {name: mean.pop(name).to(tensors[name].dtype) for name in tensors.keys() & mean.keys()}
+        with replaced(target / path.name) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    if mean:
+        raise UserError(
+            f"{checkpoint / FILE} has {min(mean)}, which the weights beside it lack: take another checkpoint."
+        )
+    _copy_index(checkpoint, target)
+
+
+def _check_form(folder: Path) -> None:
+    check_weights(folder)
+    if not (files := weight_files(folder)) or files[0].suffix != ".safetensors":
+        raise UserError(
+            f"{folder} has no model.safetensors: an average needs whole weights in that form, as save_pretrained and the "
+            "Trainer write them without FSDP's shards."
+        )
+
+
+def _check_room(files: Sequence[Path], target: Path) -> None:
+    needed = sum(path.stat().st_size for path in files)
+    if needed > free_bytes(target):
+        raise UserError(f"the disk of {target} has no room for {needed / 1e6:,.1f} MB of weights: free some space.")
+
+
+def _copy_index(checkpoint: Path, target: Path) -> None:
+    for index in checkpoint.glob("model*.safetensors.index.json"):
         shutil.copyfile(index, target / index.name)
 
 

@@ -85,6 +85,8 @@ def _tail_settings(trunk: Run, length: int, decay_shape: str | None) -> Settings
     if decay_shape is not None:
         kwargs["decay_shape"] = decay_shape
     settings.training.lr_scheduler_kwargs = kwargs
+    # A mean is kept in place of a tail, and the trunk's does not reach into this folder.
+    settings.run.average_window = None
     settings.run.tokens = Tokens(trunk.tokens_seen + length)
     settings.given |= {"lr_scheduler_kwargs", "tokens"}
     return settings

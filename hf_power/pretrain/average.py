@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from hf_power.checkpoints.average import merge, shares
+from hf_power.checkpoints.average import KINDS, merge, merge_kept, shares
 from hf_power.checkpoints.locate import weight_files
 from hf_power.checkpoints.seal import LATER, MANIFEST, checkpoints, problems, seal
 from hf_power.evaluate.heldout import evaluate_model
@@ -17,6 +17,8 @@ from hf_power.records.files import only_one, read_json, write_json
 from hf_power.records.run import RUN_FILE, Average, Run
 from hf_power.settings.settings import Settings
 
+WINDOW = "window"  # The kind of a mean that was kept while the run trained.
+LAST = "20%"
 # What a checkpoint holds for going on with its training, beside the model.
 STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|average\.safetensors)")
 
@@ -24,7 +26,7 @@ STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|trainer_state|trainin
 def average(
     run: str | os.PathLike[str],
     kind: str = "uniform",
-    last: str = "20%",
+    last: str | None = None,
     output_dir: str | None = None,
     decay_shape: str | None = None,
 ) -> Path:
@@ -36,8 +38,10 @@ def average(
 
     Args:
         run: a run folder with checkpoints.
-        kind: "uniform", "ema" or "decay", see `hf_power.checkpoints.average.shares`.
-        last: the part of the run's tokens whose checkpoints are averaged, e.g. "20%".
+        kind: "uniform", "ema" or "decay", see `hf_power.checkpoints.average.shares`; or "window", the mean that the run has
+            kept in its last checkpoint, see `AverageWeights`.
+        last: the part of the run's tokens whose checkpoints are averaged, by default "20%"; not of the kind "window", whose
+            part was set when the run began.
         output_dir: the new folder; by default beside the run, with -average-N.
         decay_shape: of the kind "decay"; by default that of the run.
 
@@ -45,29 +49,45 @@ def average(
         The new folder.
 
     Raises:
-        UserError: fewer than two intact checkpoints there, one that has begun to decay, or a folder with another run.
+        UserError: fewer than two intact checkpoints there, none with a kept mean, one that has begun to decay, or a folder with
+            another run.
     """
     source = Path(run)
     if not source.is_dir():
         raise NotFoundError(f"there is no run folder at {source}: pass the output_dir of a training.")
-    chosen = _chosen(source, _share(last))
+    _check_kind(kind, last, decay_shape)
+    chosen = _chosen(source, _share(last or LAST)) if kind in KINDS else _intact(source, 1.0)[-1:]
     records = [Run.load_if_there(folder) for folder in chosen]
     newest = records[-1]
     _refuse_decaying(chosen, records)
     positions = [_position(folder, record) for folder, record in zip(chosen, records, strict=True)]
     shape = decay_shape or (newest and newest.schedule and newest.schedule.get("decay_shape")) or "exponential"
-    parts = shares(kind, positions, shape)
+    parts = shares(kind, positions, shape) if kind in KINDS else [1.0]
     number = chosen[-1].name.removeprefix("checkpoint-")
     folder = Path(output_dir) if output_dir else source.with_name(f"{source.name}-average-{number}")
     refuse_other_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
-        merge(chosen, parts, folder)
+        if kind == WINDOW:
+            merge_kept(chosen[-1], folder)
+        else:
+            merge(chosen, parts, folder)
         _copy_model(chosen[-1], folder)
         made = Average(kind, positions, [round(part, 12) for part in parts], shape if kind == "decay" else None)
         if newest is not None:
             _write(folder, chosen[-1], newest, made)
     return folder
+
+
+def _check_kind(kind: str, last: str | None, decay_shape: str | None) -> None:
+    if kind not in (*KINDS, WINDOW):
+        raise UserError(f"kind must be one of {', '.join((*KINDS, WINDOW))}, got {kind!r}.")
+    if kind == WINDOW and last is not None:
+        raise UserError(
+            f"--last {last} is not of the kind window, whose part of the run is its average_window: leave it out."
+        )
+    if kind != "decay" and decay_shape is not None:
+        raise UserError(f"--decay_shape {decay_shape} is of the kind decay alone, got the kind {kind}: leave it out.")
 
 
 def evaluate_average(folder: Path, dataset: str | None = None) -> Run | None:
@@ -88,7 +108,7 @@ def evaluate_average(folder: Path, dataset: str | None = None) -> Run | None:
 
 def record_of_kept(run: Run) -> Run:
     """The record of the mean that a run has kept while it trained; `hf-power evaluate RUN/average` scores it."""
-    made = Average("window", [run.tokens_seen], [1.0])
+    made = Average(WINDOW, [run.tokens_seen], [1.0])
     run = replace(run, weights_step=run.steps, weights_tokens=run.tokens_seen, held_out_loss=None)
     return replace(run, kind="average", name=f"{run.name}-average", average=made)
 
@@ -105,6 +125,17 @@ def _share(last: str) -> float:
 
 
 def _chosen(source: Path, share: float) -> list[Path]:
+    """The intact checkpoints in the last part of the run, oldest first: two or more."""
+    intact = _intact(source, share)
+    if len(intact) < 2:
+        raise UserError(
+            f"{source} has {len(intact)} intact checkpoints in the last {share:.0%} of its tokens, and an average needs two: "
+            "pass a larger --last, or train with a smaller save_steps and a larger save_total_limit."
+        )
+    return intact
+
+
+def _intact(source: Path, share: float) -> list[Path]:
     """The checkpoints in the last part of the run, oldest first; those that are not intact are left out, with a word."""
     found = [folder for folder in checkpoints(source) if weight_files(folder)]
     if not found:
@@ -118,11 +149,6 @@ def _chosen(source: Path, share: float) -> list[Path]:
             print(f"{folder.name} is not used: {', '.join(wrong)}", flush=True)
         else:
             intact.append(folder)
-    if len(intact) < 2:
-        raise UserError(
-            f"{source} has {len(intact)} intact checkpoints in the last {share:.0%} of its tokens, and an average needs two: "
-            "pass a larger --last, or train with a smaller save_steps and a larger save_total_limit."
-        )
     return intact[::-1]
 
 

@@ -8,7 +8,17 @@ from typing import cast
 
 from transformers import AutoConfig
 
-from hf_power.checkpoints.seal import checkpoints, missing_parts, newest_intact, problems, saved_under_fsdp, unfinished
+from hf_power.checkpoints.ema import FOLDER as KEPT
+from hf_power.checkpoints.locate import weight_files
+from hf_power.checkpoints.seal import (
+    MANIFEST,
+    checkpoints,
+    missing_parts,
+    newest_intact,
+    problems,
+    saved_under_fsdp,
+    unfinished,
+)
 from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.recipe import Recipe
 from hf_power.records.errors import NotFoundError, UserError, shown
@@ -82,6 +92,15 @@ def verify(checkpoint: Path) -> None:
     if there := sorted(checkpoint.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name)):
         names = ", ".join(path.name for path in there)
         raise UserError(f"{checkpoint} is a run and no checkpoint: pass one of those in it, {names}.")
+    if checkpoint.name == KEPT and not (checkpoint / MANIFEST).exists():
+        raise UserError(
+            f"{checkpoint} is the mean that a run has kept, without the optimizer to go on with: run hf-power average "
+            f"{checkpoint.parent} --kind window, and pass the checkpoint in the new folder."
+        )
+    if not weight_files(checkpoint) and not (checkpoint / "trainer_state.json").exists():
+        raise NotFoundError(
+            f"{checkpoint} holds neither weights nor trainer_state.json: pass a checkpoint-N folder of a run."
+        )
     if found := problems(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")
     if missing := missing_parts(checkpoint):

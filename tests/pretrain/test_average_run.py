@@ -94,6 +94,10 @@ def test_what_cannot_be_averaged_is_refused(trunk, averaged, tmp_path):
         average(trunk, last="10%")
     with refused(UserError, "--last must be a percentage", "'half'"):
         average(trunk, last="half")
+    with refused(UserError, "--last 20% is not of the kind window"):
+        average(trunk, "window", last="20%")
+    with refused(UserError, "--decay_shape linear is of the kind decay alone", "kind ema"):
+        average(trunk, "ema", decay_shape="linear")
     with refused(UserError, "holds a run already"):
         average(trunk, last="60%")
     with refused(UserError, "there is no run folder"):
@@ -103,7 +107,7 @@ def test_what_cannot_be_averaged_is_refused(trunk, averaged, tmp_path):
 
 
 def test_pretrain_keeps_a_mean_where_it_is_asked_to(sections, tmp_path):
-    given = sections(tmp_path / "kept", tokens=4 * 128)
+    given = sections(tmp_path / "kept", tokens=4 * 128, lr_scheduler_kwargs={"a": 8.0, "decay_ratio": 0})
     given["run"]["average_window"] = 0.5
     pretrain(Settings.from_dict(given))
     folder = tmp_path / "kept/average"
@@ -112,6 +116,16 @@ def test_pretrain_keeps_a_mean_where_it_is_asked_to(sections, tmp_path):
     assert not torch.equal(kept["model.norm.weight"], trained["model.norm.weight"])
     run = Run.load(folder)
     assert (run.stage, run.average.kind, run.average.tokens) == ("averaged", "window", [4 * 128])
+
+    # A tail needs the optimizer beside the mean.
+    with refused(UserError, "is the mean that a run has kept", "--kind window"):
+        anneal(folder)
+    made = average(tmp_path / "kept", "window")
+    again = load_file(made / "checkpoint-4/model.safetensors")
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+    tail = anneal(made / "checkpoint-4", "20%")
+    assert (tail.kind, tail.parent, tail.tokens_seen) == ("anneal", f"{made.name}/checkpoint-4", 5 * 128)
+    assert not (tmp_path / f"{made.name}-anneal-4/average").exists()
     given["run"]["average_window"] = 2.0
     with refused(UserError, "window must lie above 0 and up to 1, got 2.0"):
         pretrain(Settings.from_dict(given))

@@ -1,0 +1,92 @@
+"""Which average, over which part of a trunk? On the proxies' own batches and at 1,024; nothing here is held out.
+
+    python benchmarks/open_horizon/averages.py           # goes on where it stopped
+    python benchmarks/open_horizon/averages.py table     # the table from the rows alone
+
+Rows: results/averages/rows.jsonl; the table: results/averages/table.md.
+"""
+
+import functools
+import json
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+from analyse import differences, span, summary
+from run import CAP, HERE, WARMUP, Job, K, power_and_constant, run, run_all
+from train import Average
+from tune import read
+
+from hf_power.records.files import replaced
+
+RESULTS = HERE / "results" / "averages"
+WINDOWS = (0.1, 0.2, 0.3, 0.4)
+AVERAGES = [
+    *(Average(window) for window in WINDOWS),
+    *(Average(window, "ema") for window in (0.1, 0.2, 0.4, 0.6, 0.8)),
+    *(Average(window, "decay", shape) for shape in ("linear", "1-sqrt") for window in WINDOWS),
+]
+TAILS = (0.1, 0.2, 0.3)
+CELLS = ((1024, 256 * K), (512, 256 * K), (256, 256 * K), (1024, 512 * K))
+SEEDS = ((3, 4, 5), (6, 7, 8))  # Others than those of the tuning.
+REFERENCE = "average 0.2"
+
+
+def jobs():
+    """Power and a constant rate as they were tuned for the mean of the last 20 %, three seeds at a time."""
+    choices = json.loads((HERE / "results" / "cpu" / "tuned.json").read_text())
+    by_number = {float(b): each for b, each in choices[REFERENCE].items()}
+    power, constant = power_and_constant({REFERENCE: by_number})
+    for seeds in SEEDS:
+        for batch, horizon in CELLS:
+            for trunk in (power(batch, WARMUP, CAP), constant(batch, WARMUP)):
+                yield Job("averages", "python", 32, batch, (horizon,), (trunk,) * len(seeds), seeds)
+
+
+def table(rows):
+    """Nats behind the mean of the last 20 %, paired by seed, per trunk and way to finish; of the rows that are there."""
+    names = ["raw", *(each.name for each in AVERAGES), *("tail" if t == 0.2 else f"tail {t:g}" for t in TAILS)]
+    cells = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        cells[row["batch"], row["tokens"]][row["method"], row["finish"]][row["seed"]] = row["loss"]
+    lines = ["    python benchmarks/open_horizon/averages.py", ""]
+    lines += [
+        "Nats per token behind the mean of the last 20 % on the same trunk, at width 32, paired by seed: the mean over the cells"
+    ]
+    lines += [
+        "with its 95 % interval, and each cell's. An ema has a half-life of a quarter of its window; 'as linear' and 'as 1-sqrt'"
+    ]
+    lines += [
+        "have the shares that emulate such a tail (arXiv:2507.17634); a tail (1-sqrt) trains on from the trunk to the same tokens."
+    ]
+    rng = np.random.default_rng(0)
+    for method in ("power", "constant"):
+        there = sorted(cell for cell, ways in cells.items() if (method, REFERENCE) in ways)
+        if there:
+            labels = [
+                f"{batch:,}, {tokens // K}k ({len(cells[batch, tokens][method, 'raw'])})" for batch, tokens in there
+            ]
+            lines += ["", f"**{method}**, cells by tokens per step and horizon (seeds):", ""]
+            lines += ["| finish | mean | " + " | ".join(labels) + " |", "|---|" + "---:|" * (1 + len(there))]
+        for name in names if there else ():
+            each = differences(cells, (method, name), (method, REFERENCE))
+            of_cells = [f"{np.mean(each[cell]):+.4f}" for cell in there]
+            lines.append(f"| {name} | {span(*summary(each, rng)['mean'])} | " + " | ".join(of_cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = RESULTS / "rows.jsonl"
+    rows.touch()
+    if sys.argv[1:] != ["table"]:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            run_all(pool, jobs(), rows, functools.partial(run, averages=AVERAGES, tails=TAILS))
+    with replaced(RESULTS / "table.md") as temporary:
+        temporary.write_text(table(read(rows)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
