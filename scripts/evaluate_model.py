@@ -12,6 +12,7 @@ from hf_power.cli.arguments import EvaluateArguments, ExitCode, ending, is_first
 from hf_power.data.text import DataArguments
 from hf_power.evaluate.heldout import evaluate_model, evaluation_text, scores_text, written_to
 from hf_power.evaluate.tasks import NAMED_TASKS, Tasks, run_tasks
+from hf_power.publish.card import card_command
 from hf_power.settings.sections import parse_tokens
 
 
@@ -39,7 +40,7 @@ def main(arguments: EvaluateArguments, data: DataArguments) -> int:
         text = scores_text(scores)
     if is_first_process():
         print(text)
-        print(ending(f"hf-power card {arguments.model}", written_to(arguments.model, arguments.output)))
+        print(ending(card_command(arguments.model), written_to(arguments.model, arguments.output)))
     return ExitCode.DONE
 
 

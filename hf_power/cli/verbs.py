@@ -244,6 +244,7 @@ def evaluate(arguments: EvaluateArguments, data: DataArguments) -> int:
     """Measure any checkpoint on held-out text, or on lm-evaluation-harness tasks: evaluate RUN [--tasks paper]."""
     from hf_power.evaluate.heldout import evaluate_model, evaluation_text, scores_text, written_to
     from hf_power.evaluate.tasks import NAMED_TASKS, Tasks, run_tasks
+    from hf_power.publish.card import card_command
     from hf_power.settings.sections import parse_tokens
 
     if arguments.tasks is None:
@@ -268,7 +269,7 @@ def evaluate(arguments: EvaluateArguments, data: DataArguments) -> int:
         text = scores_text(scores)
     if is_first_process():
         print(text)
-        print(ending(f"hf-power card {arguments.model}", written_to(arguments.model, arguments.output)))
+        print(ending(card_command(arguments.model), written_to(arguments.model, arguments.output)))
     return ExitCode.DONE
 
 

@@ -60,6 +60,12 @@ def check_license(name: object) -> str:
     return name
 
 
+def card_command(model: str) -> str:
+    """The command line that makes the card of a model, with a place for the licence where its record has none."""
+    run = Run.load_if_there(Path(model))
+    return f"hf-power card {model}" + ("" if run and run.license else " --license LICENSE")
+
+
 def card_data(sources: Sources, license: str, name: str, perplexity: float | None) -> ModelCardData:
     """The YAML header; the perplexity of the run's own held-out loss is for a model that has no eval.json."""
     run, config = sources.run, sources.config
