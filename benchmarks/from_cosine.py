@@ -1,9 +1,9 @@
-"""From a tuned cosine to Power: python benchmarks/from_cosine.py cpu; goes on where it was stopped.
+"""From a tuned cosine to Power: python benchmarks/from_cosine.py cpu cpu-long; goes on where it was stopped.
 
 A GPT-2 in standard parameterization learns Python's standard library under transformers' cosine, whose peak is tuned in
 powers of two, and under Power with the numbers that follow from the best peak. On the cells of "choose" another mean rate
-was tried as well; the cells of "report" took no part in that choice. `gpu` has cells of 2.6M parameters:
-8k and 64k tokens per step, 25 and 100 steps of warmup. Rows: benchmarks/results/from_cosine.jsonl; the table: from_cosine.md.
+was tried as well; the cells of "report" took no part in that choice. `cpu-long` has 2.3M parameters at 8k tokens per step, and `gpu`
+2.6M at 8k and 64k, with 25 and 100 steps of warmup. Rows: benchmarks/results/from_cosine.jsonl; the table: from_cosine.md.
 """
 
 import argparse
@@ -24,12 +24,16 @@ from hf_power import power_lr
 RESULTS = Path(__file__).resolve().parent / "results"
 ROWS, PAGE = RESULTS / "from_cosine.jsonl", RESULTS / "from_cosine.md"
 BLOCK, VOCABULARY, MICRO = 128, 512, 32
-SIZES = {"0.01M": (16, 1), "0.04M": (32, 2), "2.6M": (192, 6)}
+SIZES = {"0.01M": (16, 1), "0.04M": (32, 2), "2.3M": (192, 5), "2.6M": (192, 6)}
 # Of each cell: size, tokens per step, steps, warmup, and the peaks of cosine to begin with.
 CELLS = {
     "cpu": {
         "choose": [("0.04M", 512, 200, 25, (0.016, 0.008)), ("0.04M", 1024, 150, 100, (0.016, 0.008))],
         "report": [("0.01M", 8192, 100, 25, (0.016, 0.032)), ("0.01M", 8192, 125, 100, (0.016, 0.032))],
+    },
+    "cpu-long": {
+        "choose": [],
+        "report": [("2.3M", 8192, steps, warmup, (0.002, 0.004)) for steps, warmup in ((100, 25), (150, 100))],
     },
     "gpu": {
         "choose": [],
@@ -143,9 +147,9 @@ def run_cell(cell, variants, done, folder, device):
     return best, losses[best], power
 
 
-def table(found):
+def table(sizes, found):
     """What came out, as a page."""
-    lines = ["    python benchmarks/from_cosine.py cpu", ""]
+    lines = ["    " + " ".join(["python benchmarks/from_cosine.py", *sizes]), ""]
     lines += ["Held-out loss in nats per token, of Power less that of cosine at its best peak; one seed each.", ""]
     lines += [
         "| part | parameters | tokens per step | steps | warmup | best peak | cosine | mean | cap | tail | Power - cosine |"
@@ -161,7 +165,7 @@ def table(found):
 def main():
     """Run what is missing of one size of the benchmark, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cells", choices=list(CELLS))
+    parser.add_argument("sizes", nargs="+", choices=list(CELLS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "from_cosine")
@@ -170,15 +174,16 @@ def main():
     names = ("size", "tokens_per_step", "steps", "warmup", "seed", "schedule", "lr", "kwargs", "variant")
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     done = {json.dumps({k: row[k] for k in names if k in row}, sort_keys=True): row for row in rows}
-    cells = [(part, cell) for part, those in CELLS[given.cells].items() for cell in those]
+    cells = [(part, cell) for size in given.sizes for part, those in CELLS[size].items() for cell in those]
     jobs = [
         (cell, [RULE, *(OTHERS if part == "choose" else [])], done, given.cache, given.device) for part, cell in cells
     ]
     with multiprocessing.get_context("spawn").Pool(given.workers) as pool:
         results = pool.starmap(run_cell, jobs)
     found = [(part, cell, result) for (part, cell), result in zip(cells, results, strict=True)]
-    PAGE.write_text(table(found))
-    print(table(found))
+    page = table(given.sizes, found)
+    PAGE.write_text(page)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the scheduler, the Trainer and muP cost: python benchmarks/overhead.py [--pairs 30]; rows go to benchmarks/results/.
+"""What the scheduler, the Trainer and muP cost: python benchmarks/overhead.py [--pairs 30] [--imports_only]; rows go to benchmarks/results/.
 
-0. `import transformers` and its Trainer with `import hf_power` after it over the same without, each in a process of its
-   own, in turn: CPU seconds of the whole process, start and end included.
+0. `import transformers` and its Trainer with `import hf_power` after it over the same without: CPU seconds of one process
+   from its start, read before and after, since two processes differ by more than the import takes. Alone with
+   --imports_only, in imports.md.
 1. The stock Trainer with lr_scheduler_type "power" over the same with "cosine": same model, data, steps, in turn in one
    process; seconds of a step, `import hf_power` included in both.
 2. `hf_power.pretrain.run.pretrain` less a bare loop (throughput.by_hand's) on a model of 40 thin layers, so that the step is all
@@ -19,6 +20,7 @@ import dataclasses
 import io
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -64,14 +66,21 @@ class Steps:
 
 
 def imports(pairs):
-    def seconds(code):
-        child = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
-        _, status, used = os.wait4(child, 0)
-        assert status == 0
-        return used.ru_utime + used.ru_stime
-
-    code = "import transformers; from transformers import Trainer, TrainingArguments"
-    return in_turn(pairs, {"with": lambda: seconds(f"{code}; import hf_power"), "without": lambda: seconds(code)})
+    # Compiled modules are kept, as an installation has them; the first process, which does not count, writes those of hf_power.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    code = """
+import time, transformers
+from transformers import Trainer, TrainingArguments
+without = time.process_time()
+import hf_power
+print(without, time.process_time())
+"""
+    rows = []
+    for _ in range(1 + pairs):
+        said = subprocess.run([sys.executable, "-c", code], env=kept, stdout=subprocess.PIPE, check=True).stdout
+        without, both = map(float, said.split())
+        rows.append({"with": both, "without": without, "ratio": both / without, "milliseconds": 1e3 * (both - without)})
+    return rows[1:]
 
 
 def schedulers(pairs, steps=40):
@@ -172,32 +181,34 @@ def in_turn(pairs, legs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--imports_only", action="store_true", help="print the first row and write nothing")
+    parser.add_argument("--imports_only", action="store_true", help="the first row alone, in imports.md")
     options = parser.parse_args()
-    if options.imports_only:
-        rows = imports(options.pairs)
-        print({key: median_and_interval([row[key] for row in rows]) for key in ("ratio", "milliseconds")})
-        return
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder)
     torch.set_num_threads(1)
     cpu = tune_cpu(args)
-    parts = {
-        "import of transformers' Trainer, with hf_power / without": imports(options.pairs),
-        "stock Trainer, power / cosine": schedulers(options.pairs),
-        "pretrain - bare loop, 40 thin layers": host(max(5, options.pairs // 3)),
-        "compiled layer, Granite / Llama": multipliers(options.pairs, whole=False),
-        "compiled model of 4 layers, Granite / Llama": multipliers(options.pairs, whole=True),
-    }
+    parts = {"import of transformers' Trainer, with hf_power / without": imports(options.pairs)}
+    if not options.imports_only:
+        parts |= the_others(options.pairs)
     rows = []
-    for name, found in parts.items():
+    for what, found in parts.items():
         ratio, gap = (median_and_interval([row[key] for row in found]) for key in ("ratio", "milliseconds"))
         rows.append(
-            [name, *(f"{v['median']:.3f} ({v['low']:.3f} to {v['high']:.3f})" for v in (ratio, gap)), len(found)]
+            [what, *(f"{v['median']:.3f} ({v['low']:.3f} to {v['high']:.3f})" for v in (ratio, gap)), len(found)]
         )
-    command = f"python benchmarks/overhead.py --pairs {options.pairs}"
-    columns = ("what", "ratio (95 %)", "ms a step (95 %)", "pairs")
-    throughput.report("overhead", command, hardware(args.device, args.world_size) | cpu, parts, columns, rows)
+    name, only = ("imports", " --imports_only") if options.imports_only else ("overhead", "")
+    command = f"python benchmarks/overhead.py --pairs {options.pairs}{only}"
+    columns = ("what", "ratio (95 %)", "ms, of a step where there are steps (95 %)", "pairs")
+    throughput.report(name, command, hardware(args.device, args.world_size) | cpu, parts, columns, rows)
+
+
+def the_others(pairs):
+    return {
+        "stock Trainer, power / cosine": schedulers(pairs),
+        "pretrain - bare loop, 40 thin layers": host(max(5, pairs // 3)),
+        "compiled layer, Granite / Llama": multipliers(pairs, whole=False),
+        "compiled model of 4 layers, Granite / Llama": multipliers(pairs, whole=True),
+    }
 
 
 if __name__ == "__main__":

@@ -94,12 +94,18 @@ def sequences_per_step(trainer: Trainer) -> int:
 
 
 def uncounted_sharers(trainer: Trainer) -> int:
-    """Processes that share each matrix, and so each batch, of which the Trainer does not know.
+    """Processes that share each matrix or each sequence, and so each batch, of which the Trainer does not know.
 
-    transformers 5.18 and older ask the model and DeepSpeed for them, but not accelerate; this can go when the floor is 5.19.
+    transformers 5.18 and older ask the model and DeepSpeed for those of a matrix, but not accelerate, and transformers 4 does not
+    ask for those of a sequence at all; this can go when the floor is 5.19.
     """
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    return int(parallel.tp_size) if parallel is not None and trainer.get_tp_size() == 1 else 1
+    if parallel is None:
+        return 1
+    of_matrix = int(parallel.tp_size) if trainer.get_tp_size() == 1 else 1
+    # Older versions of accelerate have no sp_size.
+    of_sequence = int(parallel.cp_size) * int(getattr(parallel, "sp_size", 1)) if IS_4 else 1
+    return of_matrix * of_sequence
 
 
 def name_cpu_without_index(args: TrainingArguments) -> None:

@@ -249,4 +249,6 @@ def without_memory(config: PreTrainedConfig) -> PreTrainedModel:
     # AutoModelForCausalLM.from_config would partition the model under ZeRO 3.
     model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with refused_by("the model's config"), torch.device("meta"):
-        return model_class(config)
+        model = model_class(config)
+    model.tie_weights()  # transformers 5.0 does not on the meta device; this can go when the floor is 5.1.
+    return model

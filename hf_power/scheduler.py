@@ -1,5 +1,6 @@
 """The Power schedule as a PyTorch scheduler, with lengths in steps."""
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -167,9 +168,17 @@ class PowerLR(LRScheduler):
         by accelerate's convention its lengths in steps are multiplied by num_processes; each call then counts its
         share of the tokens.
 
+        Args:
+            epoch: the number of the step to go on to, as in every PyTorch scheduler; 0 begins anew, which older
+                versions of torch.optim.lr_scheduler.SequentialLR ask for; None, the next step, is what a loop wants.
+
         Raises:
+            UserError: epoch is no step ahead. Loops in the manner of Megatron give the number of steps that were made;
+                PyTorch's meaning would hold the rate from their second step on.
             RuntimeError: if a prepared scheduler runs far past its end, because its lengths were not multiplied.
         """
+        if epoch is not None:
+            self._check_epoch(epoch)
         before, calls = self._at.calls_per_step, PowerLR.calls_per_step()
         if calls != before and self._step_count:  # It is 0 in the step that torch's constructor makes.
             self.last_epoch = self.last_epoch * calls // before
@@ -182,6 +191,14 @@ class PowerLR(LRScheduler):
                 "accelerator.num_processes, or do not prepare the scheduler."
             )
         super().step(epoch)
+
+    def _check_epoch(self, epoch: object) -> None:
+        if type(epoch) is not int or (epoch != 0 and epoch <= self.last_epoch):
+            raise UserError(
+                f"PowerLR.step({epoch!r}) names no step ahead, and the schedule stands at step {self.last_epoch}: PyTorch takes "
+                "this argument (epoch) for the step to go on to, neither for a number of steps that were made nor for a "
+                "metric; call step() without it, once after each optimizer step."
+            )
 
     def _go_on_from(self, progress: Progress) -> None:
         """Plan again, because a checkpoint or accelerate has changed where the run is or what a step is."""
@@ -244,8 +261,16 @@ def get_power_schedule(
         The scheduler; call step() once after each optimizer.step().
 
     Raises:
-        UserError: tokens_per_step is unknown, or what `PowerLR` refuses.
+        UserError: tokens_per_step or one of the arguments is unknown, or what `PowerLR` refuses.
     """
+    known = [name for name in inspect.signature(PowerLR.__init__).parameters if name not in ("self", "optimizer")]
+    for name in kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"the power schedule has no argument {name!r}: "
+                + (f"did you mean {near[0]}?" if near else f"use those of {', '.join(known)}.")
+            )
     if tokens_per_step is None:
         raise UserError(
             "the power schedule needs tokens_per_step and found no Trainer to take it from: pass tokens_per_step = "
@@ -255,19 +280,33 @@ def get_power_schedule(
     return PowerLR(optimizer, num_warmup_steps, num_training_steps, tokens_per_step=tokens_per_step, **kwargs)
 
 
+def chosen_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The base rate of an optimizer: its lr, or where it was built without one over groups with rates of their own, theirs.
+
+    That is the highest of them, and of muP's groups, which have names, that of the first, see `mup_param_groups`.
+    """
+    lr, rate = inspect.signature(type(optimizer).__init__).parameters.get("lr"), float(optimizer.defaults["lr"])
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if lr is None or lr.default != rate or rate in rates or max(rates) <= 0:
+        return rate
+    return rates[0] if "name" in optimizer.param_groups[0] else max(rates)
+
+
 def _max_lr(optimizer: torch.optim.Optimizer) -> float:
     inner: Any = optimizer
     while hasattr(inner, "optimizer"):  # DeepSpeed's wrapper has no defaults, accelerate's no signature of its own.
         inner = inner.optimizer
     cap = check_cap(inner.defaults.get("lr"))
+    base, unchosen = chosen_rate(inner), False
     # muP's groups have names; its rates above the base rate are those of a model narrower than the base width.
     rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups if "name" not in group]
-    lr, highest = inspect.signature(type(inner).__init__).parameters.get("lr"), max(rates, default=0.0)
-    unchosen = lr is not None and lr.default == cap and cap not in rates and highest > 0
+    highest = max(rates, default=cap)
+    if base != cap:
+        highest, unchosen = base, True
     if not unchosen and highest <= cap * (1 + 1e-6):
         return cap
     above = f"that group follows {highest / cap:.3g} times the law; pass lr={highest:g} for the law itself"
-    said = "the highest of its groups is the cap" if unchosen else above
+    said = "that of its groups is the cap" if unchosen else above
     warnings.warn(f"the optimizer's lr is {cap:g} and a group's is {highest:g}, so {said}.", stacklevel=4)
     return check_cap(highest) if unchosen else cap
 

@@ -18,6 +18,7 @@ def main(arguments: SweepArguments) -> int:
     grid, aim = load_grid(arguments.grid), arguments.aim()
     if arguments.dry_run:
         print(estimate_text(estimate(grid, arguments.output_dir, arguments.workers)))
+        print(ending(f"hf-power sweep {arguments.grid} --output_dir {arguments.output_dir}"))
         return ExitCode.DONE
     print(cost_text(grid, aim), flush=True)
     rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers, aim=aim)

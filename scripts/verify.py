@@ -16,7 +16,8 @@ def main(arguments: VerifyArguments, settings: Settings) -> int:
     """Before a big run: verify SETTINGS.yaml --recipe recipe.json --tokens 8M --output_dir runs/verify."""
     page = verify(settings, seeds=arguments.seeds, tolerance=arguments.tolerance)
     print(page_text(page))
-    print(ending(page.next_command(settings.run.recipe or ""), f"{settings.training.output_dir}/verify.md"))
+    folder, recipe = settings.training.output_dir or "", settings.run.recipe or ""
+    print(ending(page.next_command(settings.file or "RUN.yaml", recipe, folder), f"{folder}/verify.md"))
     return ExitCode.DONE if page.passed else ExitCode.FAILED
 
 

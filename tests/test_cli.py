@@ -128,6 +128,7 @@ def here(tmp_path_factory):
         "type": {"model": shape | {"hidden_size": "wide"}},
         "grid": {**good, "run": {}, "sweep": SWEEP},
         "horizon": {**good, "run": {}, "sweep": SWEEP | {"tokens": [192]}},
+        "seeds": {**good, "run": {}, "sweep": SWEEP | {"seeds": 2}},
         "schedule": {**good, "run": {}, "sweep": SWEEP | {"schedules": {"cosin": [0.01]}}},
     }.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -209,7 +210,10 @@ MISTAKES = [
     ("coord-check good.yaml --device tpu", "the device 'tpu' cannot be used"),
     ("coord-check good.yaml --picture nowhere/c.png", "there is no folder nowhere for the picture c.png"),
     ("schedule --lr 1e-3 --tokens_per_step 8k --steps 100 --picture a.xyz", "must end in .png, .pdf or .svg"),
-    ("plan recipe.json --tokens 1k --tokens_per_step 4M --parameters 1B", "--tokens 1k is less than one step of"),
+    (
+        "plan recipe.json --tokens 1k --tokens_per_step 4M --parameters 1B",
+        "1,000 tokens are less than one step of 4,000,000",
+    ),
     ("coord-check good.yaml --widths 64 wide", "argument --widths: invalid int value: 'wide'"),
     ("sweep grid.yaml", "the following arguments are required: --output_dir"),
     ("sweep good.yaml --output_dir o", "good.yaml lacks the section sweep"),
@@ -220,8 +224,12 @@ MISTAKES = [
     ("fit nowhere", "nowhere"),
     ("fit run --batch_exponent one", "--batch_exponent must be free or a number, got 'one'"),
     ("fit run --columns loss", "--columns takes pairs such as learning_rate=lr, got 'loss'"),
-    ("fit run --columns loss=l", "--columns is for a CSV, got run: leave it out"),
-    ("plan recipe.json --tokens 1M", "the following arguments are required: --tokens_per_step"),
+    ("fit run --columns loss=l", "--columns is for another tool's table, got run: leave it out"),
+    ("plan recipe.json --tokens 1M --parameters 1M", "a plan needs the length of the run and its batch: give --tokens"),
+    (
+        "plan recipe.json --target good.yaml --tokens_per_step 100",
+        "100 tokens per step are no whole number of blocks of 32",
+    ),
     ("plan recipe.json --tokens 1M --tokens_per_step 4k", "a plan needs either --target or --parameters"),
     ("plan recipe.json --tokens much --tokens_per_step 4k --parameters 1M", "--tokens must be a number of tokens"),
     ("plan nowhere.json --tokens 1M --tokens_per_step 4k --parameters 1M", "there is no recipe at nowhere.json"),
@@ -250,6 +258,19 @@ MISTAKES = [
     ("forecast --curves nowhere.csv", "there is no loss curve at nowhere.csv"),
     ("doctor", "the following arguments are required: run"),
     ("doctor nowhere", "there is no run folder at nowhere"),
+    ("sweep seeds.yaml --output_dir o", "seeds must be a list, got 2: write [0, 1, 2] for three seeds"),
+    ("evaluate good.yaml", "good.yaml is a file and no model: pass a finished run"),
+    ("doctor .", ". has neither run.json nor a checkpoint-N folder: pass the output_dir of a training"),
+    ("anneal --from .", ". holds neither weights nor trainer_state.json: pass a checkpoint-N folder of a run"),
+    ("pretrain grid.yaml --output_dir o", "grid.yaml is the grid of a sweep and holds no settings of a run"),
+    ("verify recipe.json --output_dir o", "recipe.json is a record that hf-power wrote and holds no settings"),
+    ("coord-check recipe.json", "recipe.json is a record that hf-power wrote and no config"),
+    ("fit recipe.json", "recipe.json is JSON and no rows: pass the sweep.jsonl"),
+    ("fit run --batch_exponent nan", "--batch_exponent must be free or a number, got 'nan'"),
+    (
+        "pretrain good.yaml --output_dir o --tokens 2.5",
+        "tokens must be a number of tokens such as 30M or 2.1B, got '2.5'",
+    ),
 ]
 
 

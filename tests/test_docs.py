@@ -10,6 +10,8 @@ import transformers
 from transformers import LlamaConfig
 
 from hf_power.cli.dispatch import VERBS
+from hf_power.schedule.words import describe
+from hf_power.scheduler import PowerLR
 from hf_power.sweep.grid import load_grid
 
 TESTS = Path(__file__).parent
@@ -87,6 +89,17 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
         for pattern, value in SMALL.items():
             block = re.sub(pattern, value, block)
         exec(compile(block, page.name, "exec"), space)
+
+
+def test_the_readme_shows_what_its_first_lines_print():
+    code, printed = blocks(ROOT / "README.md", "python")[0], blocks(ROOT / "README.md", "text")[0]
+    space = {}
+    exec(code.partition("Trainer(model")[0], space)
+    args = space["args"]
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    batch = args.per_device_train_batch_size * 1024
+    schedule = PowerLR(optimizer, args.warmup_steps, args.max_steps, tokens_per_step=batch, **args.lr_scheduler_kwargs)
+    assert " ".join(printed.split()) == describe(schedule.schedule, schedule.whose)
 
 
 def named(page):

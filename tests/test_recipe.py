@@ -141,7 +141,7 @@ def test_bad_files(tmp_path):
         (b'{"schema": 1}', "lacks ['a', "),
     ):
         (tmp_path / "recipe.json").write_bytes(content)
-        with refused(ValueError, message, str(tmp_path), "write it with Recipe.save"):
+        with refused(ValueError, message, str(tmp_path), "pass the recipe.json that hf-power fit wrote"):
             Recipe.load(tmp_path)
 
 

@@ -376,6 +376,22 @@ def test_named_groups_above_the_cap_are_meant(recwarn):
     assert (scheduler.max_lr, scheduler.get_last_lr(), len(recwarn)) == (0.02, [0.02, 0.04], 0)
 
 
+def test_mup_s_groups_in_an_optimizer_without_lr():
+    """The rate of the first group is the base rate, and not AdamW's 0.001, which nobody chose."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "name": name}
+        for name, lr in [("x", 0.02), ("y", 0.04)]
+    ]
+    with pytest.warns(UserWarning, match="the optimizer's lr is 0.001 and a group's is 0.02"):
+        scheduler = get_power_schedule(torch.optim.AdamW(groups), 0, 10**6, tokens_per_step=TOKENS)
+    assert (scheduler.max_lr, scheduler.get_last_lr()) == (0.02, [0.02, 0.04])
+
+
+def test_an_argument_that_is_none_is_named():
+    with refused(UserError, "no argument 'decay_ration': did you mean decay_ratio?"):
+        get_power_schedule(sgd(0.02), 0, 100, tokens_per_step=TOKENS, decay_ration=0.1)
+
+
 @pytest.fixture
 def processes(monkeypatch):
     """Accelerate as one of num_processes processes, without the others; undone afterwards."""
@@ -644,6 +660,31 @@ def prepared_lrs(wrapper, num_steps):
         optimizer.step()
         wrapper.step()
     return used
+
+
+@pytest.mark.parametrize("increment", [1, 2, 32])
+def test_a_loop_that_steps_by_an_increment_is_refused_before_the_rate_stands_still(increment):
+    scheduler = schedule(4, 100)
+    scheduler.optimizer.step()
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        scheduler.step(increment)
+    with refused(UserError, f"step({increment}) names no step ahead", f"at step {increment}", "call step() without it"):
+        scheduler.step(increment)
+    assert scheduler.tokens_seen == increment * TOKENS
+    with refused(UserError, "step(0.53)", "metric"):
+        scheduler.step(0.53)
+
+
+@pytest.mark.filterwarnings("ignore:.*epoch parameter")
+def test_a_step_ahead_is_gone_on_to_as_in_every_pytorch_scheduler():
+    rates = lrs_used(schedule(4, 100), 101)
+    by_number, in_sequence = schedule(4, 100), schedule(4, 100)
+    for epoch in (1, 2, 50, 0, 1):
+        by_number.optimizer.step(), by_number.step(epoch)
+        assert (by_number.optimizer.param_groups[0]["lr"], by_number.tokens_seen) == (rates[epoch], epoch * TOKENS)
+    before = torch.optim.lr_scheduler.ConstantLR(in_sequence.optimizer, 0.5, 9)
+    both = torch.optim.lr_scheduler.SequentialLR(in_sequence.optimizer, [before, in_sequence], [3])
+    assert lrs_used(both, 13)[3:] == rates[:10]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 8])

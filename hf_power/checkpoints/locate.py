@@ -39,6 +39,10 @@ def find_model(model: str | os.PathLike[str]) -> tuple[Path, Model]:
         NotFoundError: neither a folder nor a repository that can be read; the sentence says which it is.
     """
     folder = Path(model).expanduser()
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file and no model: pass a finished run, one of its checkpoint-N folders, or an export."
+        )
     if folder.is_dir():
         place = folder.resolve()
         name = f"{place.parent.name}/{place.name}" if place.name.startswith("checkpoint-") else place.name

@@ -43,12 +43,18 @@ def _config(config: dict[str, Json], _folder: Path) -> dict[str, Json]:
     added: dict[str, Json] = {}
     if config.get("dtype") is not None:
         added["torch_dtype"] = config["dtype"]
+    return config | added | older_names(config)
+
+
+def older_names(config: dict[str, Json]) -> dict[str, Json]:
+    """The values of a config that transformers 4 reads under other names, under those."""
+    added: dict[str, Json] = {}
     if isinstance(rope := config.get("rope_parameters"), dict):
         added |= _rope(rope, str(config["model_type"]))
     for new, old in _RENAMED.get(str(config.get("model_type")), {}).items():
         if new in config | added:
             added[old] = (config | added)[new]
-    return config | added
+    return added
 
 
 def _rope(rope: dict[str, Json], model_type: str) -> dict[str, Json]:

@@ -258,6 +258,8 @@ def examine(run: Path) -> Examination:
     # A stock Trainer's checkpoints have other parts, so only a run of hf_power is asked for those that it needs.
     ours = (run / RUN_FILE).exists()
     found = [_examined(folder, ours) for folder in checkpoints(run)]
+    if not ours and not found:
+        raise NotFoundError(f"{run} has neither run.json nor a checkpoint-N folder: pass the output_dir of a training.")
     resume, remaining = next((each for each in found if not each[0].problems), (None, None))
     return Examination([each for each, _ in found], None if resume is None else resume.name, remaining)
 

@@ -239,7 +239,7 @@ def _choice(option: str, given: str, choices: tuple[_Word, ...]) -> _Word:
 class FitArguments:
     """The law of a sweep."""
 
-    sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, or a CSV"})
+    sweep: str = field(metadata={"positional": True, "help": "folder of a sweep, its sweep.jsonl, a CSV or JSON"})
     output_dir: str | None = option(None, "of fit.json, recipe.json and the pictures; default: beside the rows")
     schedule: str | None = option(
         None, "whose optima make the law; default: warmup_stable_decay; of a CSV its column's"
@@ -291,9 +291,12 @@ class FitArguments:
         if self.batch_exponent == "free":
             return None
         try:
-            return float(self.batch_exponent)
-        except ValueError as error:
-            raise UserError(f"--batch_exponent must be free or a number, got {self.batch_exponent!r}.") from error
+            held = float(self.batch_exponent)
+        except ValueError:
+            held = math.nan
+        if not math.isfinite(held):
+            raise UserError(f"--batch_exponent must be free or a number, got {self.batch_exponent!r}.")
+        return held
 
     def column_names(self) -> dict[str, str]:
         """The columns of a CSV: our name -> theirs."""
@@ -308,9 +311,9 @@ class PlanArguments:
     """What a big run will do."""
 
     recipe: str = field(metadata={"positional": True, "help": "recipe.json, its folder, or a Hub repository"})
-    tokens: str = field(metadata={"help": "length of the run, e.g. 1T"})
-    tokens_per_step: str = field(metadata={"help": "global batch in tokens, e.g. 4M"})
-    target: str | None = option(None, "settings of the run (YAML): their model section gives the parameters")
+    target: str | None = option(None, "settings of the run (YAML): model, length, and the batch of one device")
+    tokens: str | None = option(None, "length of the run, e.g. 1T; default: the target's")
+    tokens_per_step: str | None = option(None, "global batch in tokens, e.g. 4M; default: the target's on one device")
     parameters: str | None = option(None, "instead of --target, e.g. 3.5B")
     block_size: int | None = option(None, "tokens per sequence; default: the target's, or 4096")
     devices: int = option(8, "number of them")
@@ -343,5 +346,5 @@ class ForecastArguments:
 class VerifyArguments:
     """The check before a big run; the settings of pretrain come beside these."""
 
-    seeds: int = option(2, "runs at each of the three learning rates")
+    seeds: int = option(3, "runs at each of the three learning rates")
     tolerance: float = option(0.02, "nats per token that the law may lose")

@@ -107,6 +107,8 @@ def with_exit_code(verb: str, call: Callable[[], int]) -> int:
         # What the machine refuses is the user's to put right too, and libraries raise it as they like.
         if disk_is_full(error):
             said = "the disk is full: free some space and give the same command again, what was finished is kept."
+        elif isinstance(error, FileExistsError):
+            said = f"{error.filename} is a file where a folder is needed: name another place."
         elif isinstance(error, OSError) and error.filename is not None and error.strerror:
             # A folder stands where a file should be, links go round in a circle, or there is no permission.
             said = f"{error.filename} cannot be used: {error.strerror}."

@@ -185,7 +185,7 @@ class SettingsParser(Parser):
         given = {self.fields.get(name, name) for name in given}
         given |= {name for name, value in values.items() if value is not None}
         *beside, model, mup, data, run, training = filled
-        return (*beside, Settings(model, mup, data, run, training, given=frozenset(given)))
+        return (*beside, Settings(model, mup, data, run, training, frozenset(given), files[0] if files else None))
 
     def format_help(self) -> str:
         """The options without the hundred of TrainingArguments that have the defaults of transformers."""

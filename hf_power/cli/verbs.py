@@ -160,6 +160,7 @@ def sweep(arguments: SweepArguments) -> int:
     grid, aim = load_grid(arguments.grid), arguments.aim()
     if arguments.dry_run:
         print(estimate_text(estimate(grid, arguments.output_dir, arguments.workers)))
+        print(ending(f"hf-power sweep {arguments.grid} --output_dir {arguments.output_dir}"))
         return ExitCode.DONE
     print(cost_text(grid, aim), flush=True)
     rows = run_sweep(grid, arguments.output_dir, workers=arguments.workers, aim=aim)
@@ -234,7 +235,8 @@ def verify(arguments: VerifyArguments, settings: Settings) -> int:
 
     page = verify(settings, seeds=arguments.seeds, tolerance=arguments.tolerance)
     print(page_text(page))
-    print(ending(page.next_command(settings.run.recipe or ""), f"{settings.training.output_dir}/verify.md"))
+    folder, recipe = settings.training.output_dir or "", settings.run.recipe or ""
+    print(ending(page.next_command(settings.file or "RUN.yaml", recipe, folder), f"{folder}/verify.md"))
     return ExitCode.DONE if page.passed else ExitCode.FAILED
 
 

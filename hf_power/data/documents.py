@@ -72,6 +72,8 @@ def read_documents(files: Sequence[str], column: str, counts: Counts) -> Iterato
                 yield value
             else:
                 why = value.why if isinstance(value, Bad) else f"{column} is {kind_in_words(value)} and no text"
+                if isinstance(value, list | dict):
+                    why += " (chats and token ids have to be made into one text each)"
                 counts.skip(file, line, why)
         if missing is not None and not found:
             _refuse_column(file, column, missing)

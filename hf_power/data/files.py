@@ -9,8 +9,9 @@ import gzip
 import io
 import lzma
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import BinaryIO, cast
 
@@ -38,6 +39,11 @@ _OF_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 TEXT_CACHE, TOKENIZER_CACHE = "hf_power_text", "hf_power_tokenizers"
 # What the standard library and pyarrow raise for a file that is cut, damaged, or not of its kind.
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+# Folders and files of a split, as train-00000-of-00002.parquet.
+_TRAINING = re.compile(r"train(ing)?([-_.].*)?", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(test|valid|validation|val|dev|eval)([-_.].*)?", re.IGNORECASE)
 
 
 def kind_of(path: PurePath) -> str | None:
@@ -87,9 +93,24 @@ def local_files(name: str) -> list[str]:
                 "choose the other files with a glob such as 'folder/*.jsonl'."
             )
         found.setdefault((status.st_dev, status.st_ino), file)
+    if roots == [path] and path.is_dir():
+        _refuse_splits(name, [file.relative_to(path) for file in found.values()])
     if not found:
         raise NotFoundError(f"dataset={name!r} has no file of type {', '.join(KINDS)}: check the path.")
     return [str(file) for file in found.values()]
+
+
+def _refuse_splits(name: str, files: Sequence[Path]) -> None:
+    """Raise a UserError for a folder with a split for training and one for tests, which must not be trained on."""
+    splits = [
+        next((file for file in files if any(split.fullmatch(part) for part in file.parts)), None)
+        for split in (_TRAINING, _HELD_OUT)
+    ]
+    if splits[0] and splits[1]:
+        raise UserError(
+            f"dataset={name!r} has a split for training, {splits[0]}, and another one, {splits[1]}, which would be trained on as "
+            "well: name the one, or the files by a glob such as 'folder/train*'."
+        )
 
 
 def _below(root: Path) -> Iterator[Path]:
@@ -128,5 +149,8 @@ def opened(path: str) -> Iterator[BinaryIO]:
             file: BinaryIO = stack.enter_context(io.BufferedReader(raw, 1 << 20))
         else:
             plain = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)
+            with open(path, "rb") as begin:
+                if plain is open and begin.read(2) == b"\x1f\x8b":  # gzip under a name that does not say so.
+                    plain = gzip.open
             file = stack.enter_context(cast("Callable[[str, str], BinaryIO]", plain)(path, "rb"))
         yield file

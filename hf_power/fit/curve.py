@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_power.fit.squares import Array
-from hf_power.records.errors import NotFoundError, UserError
+from hf_power.records.errors import NotFoundError, UserError, shown
 from hf_power.records.run import Run
 from hf_power.schedule import DECAY_SHAPES
 
@@ -100,7 +100,7 @@ def read_curve(path: Path, *, loss: bool = True) -> Curve:
     columns = {key: next((names[name] for name in known if name in names), None) for key, known in _COLUMNS.items()}
     if columns["step"] is None or columns["lr"] is None:
         raise UserError(
-            f"{path} needs the columns step and lr, and loss for a run that was made, got {', '.join(names) or 'no rows'}: "
+            f"{path} needs the columns step and lr, and loss for a run that was made, got {shown(', '.join(names)) if names else 'no rows'}: "
             "rename them."
         )
     wanted = [column for column in columns.values() if column is not None]

@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,14 +28,32 @@ _INSTEAD = {"tokens_per_step": "batch", "tokens": "steps"}
 _MAY = ("batch", "steps", "width", "parameters", "seed", "schedule", "state")
 _NAMES = (*_NEEDED, *_MAY)
 _TEXTS = ("schedule", "state")
+# Columns that tell a run from others, in small letters without what is between them.
+_RUN_NAMES = (
+    "name",
+    "run",
+    "runid",
+    "runname",
+    "id",
+    "sysid",
+    "trial",
+    "trialid",
+    "number",
+    "experiment",
+    "job",
+    "jobid",
+)
 _COUNTS = ("tokens_per_step", "batch", "tokens", "steps", "width", "parameters", "seed")
 _STATES: dict[str, Status] = {
-    **dict.fromkeys(("finished", "completed", "complete", "success", "succeeded", "done", "ok"), "finished"),
+    **dict.fromkeys(
+        ("finished", "completed", "complete", "success", "succeeded", "successful", "done", "ok"), "finished"
+    ),
     **dict.fromkeys(("diverged", "nan"), "diverged"),
     **dict.fromkeys(
         (
             *("crashed", "failed", "failure", "killed", "error", "preempted", "preempting", "running", "queued"),
             *("pending", "stopped", "canceled", "cancelled", "aborted", "interrupted", "timeout", "oom", "scheduled"),
+            *("fail", "pruned", "waiting", "terminated", "unfinished", "early_stopped", "early stopped"),
         ),
         "failed",
     ),
@@ -48,7 +67,7 @@ def read_csv(
     schedule: str | None = None,
     block_size: int | None = None,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of a sweep from elsewhere, a CSV or TSV file with a header, see `hf_power.fit.table.Table.read`.
+    """The rows of a sweep from elsewhere, CSV or TSV with a header or JSON, see `hf_power.fit.table.Table.read`.
 
     Args:
         path: the file.
@@ -78,7 +97,10 @@ def read_csv(
     runs, num_bare = _runs(table, names)
     if not runs:
         raise UserError(f"{path} has no run with a learning rate, batch and tokens: fill them in.")
-    return _rows(runs, table.path, "seed" in names, schedule, block_size, num_bare)
+    rows, notes = _rows(runs, table.path, "seed" in names, schedule, block_size, num_bare)
+    if all(row.schedule != "power" for row in rows):
+        _check_history(table, names, rows[0].schedule)
+    return rows, notes
 
 
 @dataclass(frozen=True)
@@ -156,9 +178,11 @@ def _runs(table: Table, names: Mapping[str, str]) -> tuple[list[_Run], int]:
 def _status(text: str, where: str) -> Status:
     if is_empty(text):
         return "finished"
-    if text.lower() not in _STATES:
+    # An enumeration is printed with its name before the value, as TrialState.COMPLETE.
+    state = text.lower().rpartition(".")[2]
+    if state not in _STATES:
         raise UserError(f"{where}: state must be finished, diverged, crashed or the like, got {text!r}; mend the line.")
-    return _STATES[text.lower()]
+    return _STATES[state]
 
 
 def _value(name: str, text: str, decimal: str, where: str) -> float:
@@ -217,26 +241,54 @@ def _rows(
         )
     if num_bare:
         notes.append(f"{num_bare} failed runs lack what tells their cell, and are passed over")
-    if not has_seed:
-        _check_repeats(rows, path)
+    _check_repeats(rows, path, has_seed)
     return rows, notes
 
 
-def _check_repeats(rows: list[Row], path: str) -> None:
-    """Refuse runs of one cell that are of several models: at each of four rates or more they differ by 0.03 nats."""
+def _check_repeats(rows: list[Row], path: str, has_seed: bool) -> None:
+    """Refuse runs of one cell that are of several models: at each of four rates or more they differ by 0.03 nats.
+
+    Runs of several seeds may do so, if the file says that they are, and runs of one seed may not.
+    """
     for key, inside in by_cell(rows).items():
-        losses: dict[float, list[float]] = {}
+        losses: dict[tuple[float, int], list[float]] = {}
         for row in inside:
             if row.loss is not None:
-                losses.setdefault(row.learning_rate, []).append(row.loss)
-        spreads = {rate: max(each) - min(each) for rate, each in losses.items() if len(each) > 1}
+                losses.setdefault((row.learning_rate, row.seed if has_seed else 0), []).append(row.loss)
+        spreads = {run: max(each) - min(each) for run, each in losses.items() if len(each) > 1}
         if len(spreads) >= 4 and min(spreads.values()) > MAX_SPREAD:
-            rate = min(spreads)
-            found = " and ".join(f"{loss:.4g}" for loss in sorted(losses[rate])[:: len(losses[rate]) - 1])
+            run = min(spreads)
+            found = " and ".join(f"{loss:.4g}" for loss in sorted(losses[run])[:: len(losses[run]) - 1])
+            said = f", seed {run[1]}," if has_seed else ""
             raise UserError(
-                f"{path}: runs of {key.tokens_per_step:,} tokens per step, {key.tokens:,} tokens and learning rate {rate:g} "
-                f"have the losses {found}, and at other rates they differ likewise, more than seeds do: map parameters= or "
-                "width= if they are other models, seed= if they are not, or fit each kind alone."
+                f"{path}: runs of {key.tokens_per_step:,} tokens per step, {key.tokens:,} tokens{said} and learning rate "
+                f"{run[0]:g} have the losses {found}, and at other rates they differ likewise, more than {'one does' if has_seed else 'seeds do'}: map "
+                f"parameters= or width= if they are other models,{'' if has_seed else ' seed= if they are not,'} or fit each kind "
+                "alone."
+            )
+
+
+def _check_history(table: Table, names: Mapping[str, str], schedule: str) -> None:
+    """Refuse several rows of one run under a schedule that is planned for its horizon: only its last row is a result.
+
+    A column of names tells them, in which most values stand in several rows, each with its own learning rate and batch.
+    """
+    constant = [names[name] for name in names if name not in ("loss", "tokens", "steps", "state")]
+    counted = names.get("tokens") or names["steps"]
+    for column in table.header:
+        if re.sub(r"[^a-z]", "", column.lower()) not in _RUN_NAMES or column in names.values():
+            continue
+        of_run: dict[str, list[Mapping[str, str]]] = {}
+        for _, record in table.records:
+            of_run.setdefault(record[column], []).append(record)
+        of_run.pop("", None)
+        alike = all(len({tuple(row[name] for name in constant) for row in rows}) == 1 for rows in of_run.values())
+        several = [run for run, rows in of_run.items() if len({row[counted] for row in rows}) > 1]
+        if alike and 2 * len(several) > len(of_run):
+            raise UserError(
+                f"{table.path}: the run {several[0]!r} of column {column!r} has {len(of_run[several[0]])} rows with other tokens, but under "
+                f"{schedule} only the last one of a run is its result: keep that one, or leave the column out if they are runs of "
+                "one name."
             )
 
 

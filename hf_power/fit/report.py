@@ -12,6 +12,7 @@ from hf_power.fit.form import Critical, Size
 from hf_power.fit.published import Compared, compare, compared_text
 from hf_power.fit.result import FIT_FILE, Fit
 from hf_power.fit.text import fit_text
+from hf_power.fit.validity import check_falling
 from hf_power.plots.cells import pages_of, plot_cells
 from hf_power.plots.figures import require_matplotlib, save
 from hf_power.plots.law import plot_law, plot_map
@@ -20,6 +21,7 @@ from hf_power.recipe import FILE_NAME, Recipe
 from hf_power.records.errors import UserError
 from hf_power.records.rows import ROWS_FILE, Row, load_rows
 from hf_power.records.schema import encode
+from hf_power.settings.new import TARGET_FILE
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def fit_sweep(
     folder = (source if source.is_dir() else source.parent) if folder is None else folder
     options: _Options = {"batch_exponent": batch_exponent, "critical_batch": critical_batch, "size": size}
     fit = fit_law(rows, schedule=schedule or "warmup_stable_decay", **options)
+    check_falling(fit)
     laws = {name: encode(law) for name, law in fit_laws(rows, **options).items()}
     forecast = fit_forecast(fit.cells)
     told = (from_csv.told() if from_csv else {}) | {"forecast": encode(forecast) if forecast else None}
@@ -107,13 +110,22 @@ def fit_sweep(
     text = [fit_text(fit), *([compared_text(compared)] if compared else [])]
     text += ["\n".join(forecast_text(forecast))] if forecast else []
     lines = [*problems, "\n\n".join(text), "", f"wrote: {', '.join(str(folder / name) for name in written)}"]
+    # Whose rows are from elsewhere may have a Trainer of another kind, and no settings to plan from.
+    run = _a_target(folder)
     if from_csv:
         how = f"muP of base width {from_csv.base_width}" if from_csv.base_width else "standard parameterization"
         lines.append(
             f"the recipe takes {how} (--base_width says muP); it leaves open: {', '.join(from_csv.open()) or 'nothing'}"
         )
-    lines.append(f"next: hf-power plan {folder / FILE_NAME} --tokens 1T --tokens_per_step 4M --parameters 3.5B")
+        run = "--tokens 1T --tokens_per_step 4M --parameters 3.5B"
+    lines.append(f"next: hf-power plan {folder / FILE_NAME} {run}")
     return "\n".join(lines)
+
+
+def _a_target(folder: Path) -> str:
+    """The option of a plan that names the run which the sweep is for; `hf-power new` has written it beside the sweep."""
+    made = folder.parent / TARGET_FILE
+    return f"--target {made if made.is_file() else 'RUN.yaml'}"
 
 
 def _save(folder: Path, fit: Fit, recipe: Recipe, compared: Sequence[Compared]) -> list[str]:
@@ -139,13 +151,19 @@ class _Options(TypedDict):
 
 def _read(source: Path, schedule: str | None, elsewhere: Elsewhere) -> tuple[list[Row], list[str], Elsewhere | None]:
     """The rows, sentences on those that are not used, and what a CSV was read with; None for a sweep of our own."""
-    if source.suffix.lower() in (".csv", ".tsv", ".txt"):
+    if source.is_file() and not _is_of_ours(source):
         rows, problems = read_csv(source, elsewhere.columns, schedule=schedule, block_size=elsewhere.block_size)
         return rows, problems, elsewhere
     if given := [field.name for field in fields(elsewhere) if getattr(elsewhere, field.name)]:
-        raise UserError(f"--{given[0]} is for a CSV, got {source}: leave it out.")
+        raise UserError(f"--{given[0]} is for another tool's table, got {source}: leave it out.")
     rows, problems = load_rows(source / ROWS_FILE if source.is_dir() else source)
     return rows, problems, None
+
+
+def _is_of_ours(source: Path) -> bool:
+    """Whether a file has rows or another record of hf-power, rather than another tool's table."""
+    with source.open("rb") as file:
+        return source.name == ROWS_FILE or b'"schema"' in file.read(4000)
 
 
 def _size_of(rows: Sequence[Row]) -> Size | None:

@@ -319,6 +319,7 @@ class Fit(Summarized, Record):
         low_b, high_b = self.intervals.b
         is_held = math.isclose(low_b, high_b)
         known = "b was held" if is_held else f"b = {self.law.b:.2f} is known to +-{(high_b - low_b) / 2:.2f}"
+        known += "" if is_held or high_b < 0 else ", so the rate may not fall at all: run longer horizons or more seeds"
         said = (
             f"at {tokens:,} tokens and {batch:,} per step{of_size} use a peak of {rate:.2g} ({low:.2g} to {high:.2g}) with "
             f"{self.schedule}; {known}"

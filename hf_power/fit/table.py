@@ -1,25 +1,27 @@
 """A table of text as trackers and spreadsheets export it: its encoding, its delimiter, and how it writes numbers."""
 
 import csv
+import gzip
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, refused_by
 
 _DELIMITERS = ",;\t|"
 # What stands in a cell that has no value.
 _EMPTY = {"", "-", "--", "n/a", "na", "#n/a", "none", "null", "nil"}
 _NOT_FINITE = {"nan", "inf", "infinity", "∞"}
-_UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _SPACES = " '_\u00a0\u2009\u202f\u2019"
 # A number with a decimal point may part its thousands by commas, one with a decimal comma by points.
 _FORMS = {
     decimal: re.compile(
         rf"(?P<sign>[+-]?)(?P<whole>[1-9]\d{{0,2}}(?:[{thousands}{_SPACES}]\d{{3}})+|\d*)(?:{decimal}(?P<part>\d*))?"
-        r"(?P<exponent>[eE][+-]?\d+)?\s*(?P<unit>[kKMBT]?)"
+        r"(?P<exponent>[eE][+-]?\d+)?\s*(?P<unit>[kKMBGT]?)"
     )
     for decimal, thousands in ((r"\.", ","), (",", r"\."))
 }
@@ -37,12 +39,18 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> "Table":
-        """Read a CSV or TSV in UTF-8, UTF-16 or cp1252, parted by commas, semicolons, tabs or bars.
+        """Read a CSV or TSV in UTF-8, UTF-16 or cp1252, parted by commas, semicolons, tabs or bars, or JSON; gzip or not.
+
+        JSON is a mapping per line, or one list of them; a mapping inside has the columns "config.lr" and so on.
 
         Raises:
             UserError: it is no text, a name stands twice in its header, or a line has more cells than the header.
         """
         text = _decoded(path)
+        if text.lstrip().startswith(("{", "[")):
+            records = _json_records(text, path)
+            names = list(dict.fromkeys(name for _, record in records for name in record))
+            return cls(str(path), names, [(i, dict.fromkeys(names, "") | record) for i, record in records], ",")
         delimiter, text = _delimiter(text)
         lines = _lines(text, delimiter, path)
         if not lines:
@@ -100,9 +108,39 @@ def _reads(text: str, decimal: str) -> bool:
     return number(text, decimal) is not None
 
 
+def _json_records(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The mappings of JSON, flat and as text, each with the number of its line, or of its place in a list."""
+    with refused_by(f"the JSON in {path}"):
+        whole = json.loads(text) if text.lstrip().startswith("[") else None
+    found = []
+    for number, line in enumerate(text.splitlines() if whole is None else whole, start=1):
+        if isinstance(line, str):
+            if not line.strip():
+                continue
+            with refused_by(f"line {number} of {path}"):
+                line = json.loads(line)
+        if not isinstance(line, dict):
+            raise UserError(f"line {number} of {path} is no mapping of columns to values: export the runs as CSV.")
+        found.append((number, _flat(line)))
+    return found
+
+
+def _flat(record: Mapping[str, object]) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": text for inner, text in _flat(value).items()}
+        else:
+            flat[name] = "" if value is None else str(value).strip()
+    return flat
+
+
 def _decoded(path: Path) -> str:
     content = path.read_bytes()
-    if content.startswith((b"PK\x03\x04", b"PAR1", b"\x1f\x8b", b"\xd0\xcf\x11\xe0", b"%PDF")):
+    if content.startswith(b"\x1f\x8b"):
+        with refused_by(str(path)):
+            content = gzip.decompress(content)
+    if content.startswith((b"PK\x03\x04", b"PAR1", b"\xd0\xcf\x11\xe0", b"%PDF")):
         raise UserError(f"{path} is a packed file or a workbook, not text: export the runs as CSV.")
     marks: Mapping[bytes, str] = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
     encoding = next((name for mark, name in marks.items() if content.startswith(mark)), None)

@@ -111,6 +111,11 @@ def _verdict_lines(fit: Fit) -> list[str]:
         f"the rate is known to a factor {2**MAX_SD_OCTAVES:.2f} (one standard deviation) up to {beyond.tokens:,} tokens, "
         f"or up to {beyond.tokens_per_step:,} tokens per step"
     )
+    if beyond.sd_octaves > MAX_SD_OCTAVES:
+        reach = (
+            f"the rate is known to a factor {2**beyond.sd_octaves:.2g} only (one standard deviation) where the cells end, so do not go "
+            "beyond them: run longer horizons or more seeds"
+        )
     if validity.misfit:
         reach = "nothing is claimed beyond these cells, for within them"
     sizes = f", {validity.parameters[0]:,} to {validity.parameters[-1]:,} parameters" if validity.parameters else ""

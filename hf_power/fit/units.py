@@ -15,6 +15,8 @@ MIN_STEPS, MAX_STEPS = 10, 1e7
 # Nats per token: the best run of a sweep is below, for even a uniform guess over 3,000 tokens is not above.
 MAX_BEST_LOSS = 8.0
 MAX_LEARNING_RATE = 1.0
+# The longest run of a sweep over the shortest.
+MAX_RANGE = 1e5
 _USUAL_STEPS = 2e4
 
 
@@ -85,6 +87,10 @@ def _horizon(tokens: Array, batch: Array) -> str | None:
     seen = f"a run of {tokens[at]:.6g} tokens would have {steps[at]:.3g} steps of {batch[at]:.6g} tokens"
     if _num_kinds(tokens * batch) < _num_kinds(tokens):
         return f"{seen}: the column of tokens likely counts steps, map it as steps=COLUMN"
+    if tokens.max() > MAX_RANGE * tokens.min():
+        return (
+            f"{seen}, and another one has {tokens.max():.6g} tokens: lines likely have other units, give all in tokens"
+        )
     units: Sequence[tuple[str, float]] = (("thousands", 1e3), ("millions", 1e6), ("billions", 1e9))
     middle = float(np.exp(np.log(np.maximum(steps, 1e-300)).mean()))
     unit, factor = min(units, key=lambda unit: abs(np.log(middle * unit[1] / _USUAL_STEPS)))

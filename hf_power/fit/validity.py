@@ -7,7 +7,18 @@ import numpy as np
 
 from hf_power.fit.law import FittedLaw
 from hf_power.fit.optima import Optima
-from hf_power.fit.result import Cell, Center, Estimate, FittedCell, Interval, PaperInside, Reach, RegretMap, Validity
+from hf_power.fit.result import (
+    Cell,
+    Center,
+    Estimate,
+    Fit,
+    FittedCell,
+    Interval,
+    PaperInside,
+    Reach,
+    RegretMap,
+    Validity,
+)
 from hf_power.fit.skew import warped
 from hf_power.fit.squares import interval, slopes, widening
 from hf_power.records.errors import UserError
@@ -43,6 +54,16 @@ def check_cells(cells: Sequence[Cell], *, batch_exponent: float | None = None, c
         raise UserError(
             f"{there}, but horizon and batch change together, so that b and the batch exponent cannot be told apart: run "
             "each batch at two horizons, or hold batch_exponent at 1."
+        )
+
+
+def check_falling(fit: Fit) -> None:
+    """Raise a UserError for a law that does not fall with the tokens, since no Power schedule follows from it."""
+    if fit.law.b >= 0:
+        low, high = fit.intervals.b
+        raise UserError(
+            f"the best learning rates of {fit.schedule} do not fall with the tokens, b is {fit.law.b:+.2f} ({low:+.2f} to {high:+.2f}), "
+            "and no Power schedule rises: run longer horizons or more seeds, the rows are kept."
         )
 
 

@@ -14,6 +14,7 @@ from hf_power.mup.roles import other_width, roles_of
 from hf_power.mup.rules import RECORD, mup_record
 from hf_power.mup.shrink import WIDTH, shrink
 from hf_power.records.errors import UserError
+from hf_power.scheduler import chosen_rate
 
 # Beyond so many times the rate that is usual for a model of its size a peak is said to be high.
 HIGH = 4.0
@@ -22,7 +23,7 @@ HIGH = 4.0
 def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
     """One sentence about an optimizer that trains a muP model at rates that are not muP's; None where all is well.
 
-    A tensor's rate is compared as its ratio to ``optimizer.defaults["lr"]``, with that of `mup_param_groups`. Tensors
+    A tensor's rate is compared as its ratio to the optimizer's base rate, with that of `mup_param_groups`. Tensors
     that an engine has replaced (flattened shards) are not compared, and a model with trainable tensors without a rule
     (adapters) is not either.
     """
@@ -37,7 +38,7 @@ def rates_beside_mup(model: torch.nn.Module, optimizer: object) -> str | None:
         return None
     ratios = {id(tensor): group["lr"] for group in groups for tensor in group["params"]}
     names = {id(tensor): name for name, tensor in model.named_parameters()}
-    base = float(optimizer.defaults["lr"])
+    base = chosen_rate(optimizer)
     factors = {
         names[id(tensor)]: rate / base / ratios[id(tensor)]
         for group in optimizer.param_groups
@@ -71,7 +72,7 @@ def refuse_without_rule(
     sizes = None if base_config is None else base_sizes(config, base_config)
     roles_of(model, other_width(model, base_width, sizes))
     try:
-        small_config = shrink(config, vocab_size=64)
+        small_config = shrink(config, vocab_size=64, pad_token_id=None)
     except UserError:  # What a forward pass shows is then seen on the model itself.
         return
     with torch.random.fork_rng(devices=[]):

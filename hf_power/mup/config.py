@@ -12,6 +12,7 @@ import transformers
 from hf_power.compat import IS_4, PreTrainedConfig
 from hf_power.models import FAMILIES, PLAIN_FAMILIES, head_dim
 from hf_power.mup.rules import MupRecord
+from hf_power.mup.scale import check_base_width
 from hf_power.records.errors import UserError
 
 # The multipliers of the named presets, beside logits_scaling, which is m = width / base_width in all of them.
@@ -135,8 +136,7 @@ def _check_plain(config: PreTrainedConfig, preset: str, base_width: int) -> None
         )
     if preset not in PRESETS:
         raise UserError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
-    if base_width < 1:
-        raise UserError(f"base_width must be a positive number of features, got {base_width}.")
+    check_base_width(base_width)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if config.hidden_size % heads and not getattr(config, "head_dim", None):
         raise UserError(

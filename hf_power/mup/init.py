@@ -12,8 +12,8 @@ from hf_power.compat import DTYPE, PreTrainedConfig
 from hf_power.models import kind_of
 from hf_power.mup.probe import Probe
 from hf_power.mup.roles import VERSION, PlainRecord, is_tied, other_width, plain_factors, roles_of
-from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record
-from hf_power.mup.scale import head_size, refuse_sizes_per_layer
+from hf_power.mup.rules import MLP_OUTPUTS, RECORD, multiplier_factors, mup_record, unwrapped
+from hf_power.mup.scale import KV_HEADS, check_base_width, head_size, refuse_sizes_per_layer
 from hf_power.records.errors import UserError
 
 DROWNED = 5.0  # From so many times the embedding on, what a block adds is said to drown it.
@@ -62,16 +62,13 @@ def mup_init_(
 
     Raises:
         UserError: no base, or one beside `mup_config`; a tensor for which there is no rule; a tied head without a
-            final gain; head sizes that grow; a multiplier that is not positive. Nothing has been changed then.
+            final gain; head sizes that grow; a multiplier that is not positive; weights on the meta device. Nothing has been
+            changed then.
 
     Warns:
-        UserWarning: what `drowned_embedding` says.
+        UserWarning: what `drowned_embedding` and `kept_kv_heads` say.
     """
-    if not hasattr(model, "config"):
-        raise UserError(
-            f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
-            "AutoModelForCausalLM.from_config."
-        )
+    wrapped, model = model, _with_values(model)
     given = base_width is not None or base_config is not None or embedding_multiplier is not None
     if mup_record(model) is not None:
         if given:
@@ -83,10 +80,10 @@ def mup_init_(
         if given or not hasattr(model.config, RECORD):
             setattr(model.config, RECORD, _new_record(model, base_width, base_config, embedding_multiplier))
         _init_plain_form_(model)
-        if told := drowned_embedding(model):
+        for told in filter(None, (drowned_embedding(model), kept_kv_heads(model))):
             warnings.warn(told, stacklevel=2)
     _zero_padding_(model.get_input_embeddings())
-    return model
+    return wrapped
 
 
 @torch.no_grad()
@@ -126,6 +123,22 @@ def _init_plain_form_(model: PreTrainedModel) -> None:
             nn.init.constant_(tensor, 0.0 if name.endswith("bias") else value)
 
 
+def _with_values(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself without wrappers; a UserError where it is none of transformers or has no values yet."""
+    model = unwrapped(model)
+    if not hasattr(model, "config"):
+        raise UserError(
+            f"mup_init_ takes a model of transformers for causal language modeling, got {type(model).__name__}: build it with "
+            "AutoModelForCausalLM.from_config."
+        )
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise UserError(
+            f"weights of {type(model).__name__} are on the meta device, where they have no values: build it outside of "
+            'torch.device("meta") and of init_empty_weights.'
+        )
+    return model
+
+
 def initializer_range(config: PreTrainedConfig) -> float:
     """The standard deviation of the first weights at base width, under the names that configs have for it."""
     return next((float(getattr(config, name)) for name in _STD_NAMES if getattr(config, name, None) is not None), 0.02)
@@ -159,6 +172,28 @@ def drowned_embedding(model: PreTrainedModel) -> str | None:
     )
 
 
+def kept_kv_heads(model: PreTrainedModel) -> str | None:
+    """One sentence about a model of the plain form whose heads of keys and values stay while those of the queries grow.
+
+    Each value then gathers the gradients of more query heads the wider the model is. With the rule of hidden matrices what
+    attention adds changes as about m**0.2 to m**0.3. The rule of arXiv:2605.15290, whose rate of keys and values rises with the
+    queries per head, makes that more in the coordinate check, not less; and Falcon has all three in one tensor, with one rate.
+    """
+    sizes = cast("PlainRecord", getattr(model.config, RECORD)).get("base_sizes", {})
+    own = [name for name in KV_HEADS if isinstance(getattr(model.config, name, None), int)]
+    is_kept = "num_attention_heads" in sizes and bool(own) and not any(name in sizes for name in own)
+    has_one = bool(
+        getattr(model.config, "multi_query", False) and not getattr(model.config, "new_decoder_architecture", False)
+    )
+    if not (is_kept or has_one):
+        return None
+    return (
+        f"{type(model).__name__} keeps its number of heads of keys and values while that of the queries grows, for which muP has no "
+        "exact rule: what attention adds changes as about m**0.3 with m = hidden_size / base width, so look for the best rate again "
+        "near the target's width, or let both grow."
+    )
+
+
 def _new_record(
     model: PreTrainedModel,
     base_width: int | None,
@@ -170,8 +205,8 @@ def _new_record(
         raise UserError(
             f"mup_init_ needs the base of {type(model).__name__}: give one of base_width, e.g. 256, and base_config."
         )
-    if base_width is not None and base_width < 1:
-        raise UserError(f"base_width must be a positive number of features, got {base_width}.")
+    if base_width is not None:
+        check_base_width(base_width)
     multiplier = 1.0 if embedding_multiplier is None else float(embedding_multiplier)
     if not 0 < multiplier < math.inf:
         raise UserError(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_power.mup.roles import plain_factors
-from hf_power.mup.rules import RECORD, RULES, Factors, multiplier_factors, mup_record
+from hf_power.mup.rules import RECORD, RULES, Factors, multiplier_factors, mup_record, unwrapped
 from hf_power.records.errors import UserError, refused_by
 
 # The names that transformers has for AdamW and its variants, the only optimizer for which muP has a rule here.
@@ -85,13 +85,12 @@ def mup_param_groups(
     Raises:
         UserError: a model that was not made under muP, or a tensor for which there is no rule.
     """
-    roles, found = list(RULES), factors_of(model)
+    model, roles = unwrapped(model), list(RULES)
+    found = factors_of(model)
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
     of_group: dict[tuple[object, ...], Factors] = {}
     plain = mup_record(model) is None
-    for name, tensor in model.named_parameters():
-        if not tensor.requires_grad:
-            continue
+    for name, tensor in ((name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad):
         own = found[name]
         decay = 0.0 if own.weight_decay is None else weight_decay * own.weight_decay
         new = {"name": own.role, "params": [], "lr": lr / own.lr, "weight_decay": decay, "eps": eps / own.eps}

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple, TypedDict
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 from hf_power.compat import PreTrainedConfig
@@ -128,6 +129,12 @@ class Factors(NamedTuple):
 def power(base: float, exponent: float) -> float:
     """base**exponent; roots are those of math.sqrt, from which ``**`` may differ in the last bit."""
     return math.sqrt(base) if exponent == 0.5 else base**exponent
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, inside of what torch.compile and data parallelism wrap it in; its tensors are the same."""
+    inner: PreTrainedModel = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model if inner is model else unwrapped(inner)
 
 
 def mup_record(model: PreTrainedModel) -> MupRecord | None:

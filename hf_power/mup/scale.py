@@ -8,14 +8,9 @@ from hf_power.models import NUM_EXPERTS, head_dim
 from hf_power.records.errors import UserError
 
 # Attributes that grow with hidden_size. A config has some of them, and their aliases are the same attribute.
-HEADS: tuple[str, ...] = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "kv_n_heads",
-    "decoder_attention_heads",
-)
-HEADS += ("swa_num_attention_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
+KV_HEADS: tuple[str, ...] = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads")
+KV_HEADS += ("num_global_key_value_heads",)
+HEADS: tuple[str, ...] = ("num_attention_heads", *KV_HEADS, "decoder_attention_heads", "swa_num_attention_heads")
 MLPS: tuple[str, ...] = (
     "intermediate_size",
     "n_inner",
@@ -80,6 +75,13 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
         for name, size in sizes.items():
             if size is not None and not isinstance(size, bool):
                 setattr(new, name, _scaled(name, size, config, hidden_size))
+    heads = getattr(scaled, "num_attention_heads", None)
+    for name in fixed if isinstance(heads, int) else ():
+        shared = getattr(scaled, name)
+        if name in KV_HEADS and heads is not None and heads % shared:
+            raise UserError(
+                f"{name} stays at {shared}, of which {heads} heads of width {hidden_size} are no multiple: choose another width."
+            )
     return scaled
 
 
@@ -90,6 +92,12 @@ def refuse_sizes_per_layer(config: PreTrainedConfig) -> None:
             f"the layers of {config.model_type} have {', '.join(sorted(config.per_layer_attributes or ()))} of their own, for which "
             "the plain form of muP has no rule: take a model whose layers are alike."
         )
+
+
+def check_base_width(value: object) -> None:
+    """Raise a UserError for what is no width."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value % 1:
+        raise UserError(f"base_width must be a positive number of features, got {value!r}.")
 
 
 def head_size(config: PreTrainedConfig) -> float | None:
@@ -112,8 +120,9 @@ def _scaled(name: str, size: object, config: PreTrainedConfig, hidden_size: int)
     value = size * hidden_size / config.hidden_size  # type: ignore[operator]
     if (value < 1 and size) or value != int(value):
         steps = f"steps of the head size {head_size(config):g}" if head_size(config) else "steps"
+        other = ", or give a base_config in which it stays" if name in KV_HEADS else ""
         raise UserError(
             f"{name} {size} of width {config.hidden_size} would become {value:g} at width {hidden_size}: choose widths in "
-            f"{steps} that keep it whole."
+            f"{steps} that keep it whole{other}."
         )
     return int(value)

@@ -1,10 +1,11 @@
 """The same kind of model with small sizes, shrink, for a coordinate check of a config that is too large for one."""
 
 import copy
+from typing import cast
 
 from hf_power.compat import PreTrainedConfig
-from hf_power.models import EXPERTS_PER_TOKEN, NUM_EXPERTS
-from hf_power.mup.scale import HEADS, MLPS, RANKS, refuse_sizes_per_layer
+from hf_power.models import EXPERTS_PER_TOKEN, NUM_EXPERTS, without_memory
+from hf_power.mup.scale import HEADS, MLPS, RANKS, head_size, refuse_sizes_per_layer
 from hf_power.records.errors import UserError, refused_by
 
 WIDTH, HEAD, LAYERS, EXPERTS = 64, 16, 2, 4
@@ -26,8 +27,8 @@ def shrink(config: PreTrainedConfig, **changes: object) -> PreTrainedConfig:
         changes: more values of the config.
 
     Raises:
-        UserError: a config without a hidden_size, one whose layers have sizes of their own, or one whose class refuses the
-            small sizes.
+        UserError: a config without a hidden_size, one whose layers have sizes of their own, or one whose class or code
+            refuses the small sizes.
     """
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise UserError(
@@ -44,8 +45,23 @@ def shrink(config: PreTrainedConfig, **changes: object) -> PreTrainedConfig:
     renamed = getattr(type(config), "attribute_map", {})
     for name, value in sizes.items():
         values[renamed.get(name, name)] = value
+    rope = values.get("rope_parameters") or values.get("rope_scaling")
+    if isinstance(rope, dict) and head_size(config):
+        head = sizes.get("head_dim") or WIDTH / cast("int", sizes.get("num_attention_heads", WIDTH // HEAD))
+        _shorten_(rope, cast("float", head) / cast("float", head_size(config)))
     with refused_by("the config with small sizes"):
-        return type(config).from_dict({name: value for name, value in values.items() if name != "transformers_version"})
+        small = type(config).from_dict({name: v for name, v in values.items() if name != "transformers_version"})
+    without_memory(small)  # Much of a config is only refused by the model's own code.
+    return small
+
+
+def _shorten_(rope: dict[str, object], share: float) -> None:
+    """Leave as many of the factors that longrope has for each pair of a head's features as smaller heads have."""
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            _shorten_(value, share)
+        elif name.endswith("_factor") and isinstance(value, list):
+            rope[name] = value[: round(len(value) * share)]
 
 
 def _layers(config: PreTrainedConfig) -> list[int]:

@@ -17,15 +17,16 @@ from hf_power.records.files import only_one, read_json, write_json
 from hf_power.records.run import RUN_FILE, Average, Run
 from hf_power.settings.settings import Settings
 
-# What a checkpoint holds for going on with its training, beside the model.
 WINDOW = "window"  # The kind of a mean that was kept while the run trained.
+LAST = "20%"
+# What a checkpoint holds for going on with its training, beside the model.
 STATE = re.compile(r"(optimizer|scheduler|scaler|rng_state|trainer_state|training_args|average\.safetensors)")
 
 
 def average(
     run: str | os.PathLike[str],
     kind: str = "uniform",
-    last: str = "20%",
+    last: str | None = None,
     output_dir: str | None = None,
     decay_shape: str | None = None,
 ) -> Path:
@@ -39,7 +40,8 @@ def average(
         run: a run folder with checkpoints.
         kind: "uniform", "ema" or "decay", see `hf_power.checkpoints.average.shares`; or "window", the mean that the run has
             kept in its last checkpoint, see `AverageWeights`.
-        last: the part of the run's tokens whose checkpoints are averaged, e.g. "20%".
+        last: the part of the run's tokens whose checkpoints are averaged, by default "20%"; not of the kind "window", whose
+            part was set when the run began.
         output_dir: the new folder; by default beside the run, with -average-N.
         decay_shape: of the kind "decay"; by default that of the run.
 
@@ -53,9 +55,8 @@ def average(
     source = Path(run)
     if not source.is_dir():
         raise NotFoundError(f"there is no run folder at {source}: pass the output_dir of a training.")
-    if kind not in (*KINDS, WINDOW):
-        raise UserError(f"kind must be one of {', '.join((*KINDS, WINDOW))}, got {kind!r}.")
-    chosen = _chosen(source, _share(last)) if kind in KINDS else _intact(source, 1.0)[-1:]
+    _check_kind(kind, last, decay_shape)
+    chosen = _chosen(source, _share(last or LAST)) if kind in KINDS else _intact(source, 1.0)[-1:]
     records = [Run.load_if_there(folder) for folder in chosen]
     newest = records[-1]
     _refuse_decaying(chosen, records)
@@ -76,6 +77,17 @@ def average(
         if newest is not None:
             _write(folder, chosen[-1], newest, made)
     return folder
+
+
+def _check_kind(kind: str, last: str | None, decay_shape: str | None) -> None:
+    if kind not in (*KINDS, WINDOW):
+        raise UserError(f"kind must be one of {', '.join((*KINDS, WINDOW))}, got {kind!r}.")
+    if kind == WINDOW and last is not None:
+        raise UserError(
+            f"--last {last} is not of the kind window, whose part of the run is its average_window: leave it out."
+        )
+    if kind != "decay" and decay_shape is not None:
+        raise UserError(f"--decay_shape {decay_shape} is of the kind decay alone, got the kind {kind}: leave it out.")
 
 
 def evaluate_average(folder: Path, dataset: str | None = None) -> Run | None:

@@ -9,6 +9,7 @@ from typing import cast
 from transformers import AutoConfig
 
 from hf_power.checkpoints.ema import FOLDER as KEPT
+from hf_power.checkpoints.locate import weight_files
 from hf_power.checkpoints.seal import (
     MANIFEST,
     checkpoints,
@@ -95,6 +96,10 @@ def verify(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} is the mean that a run has kept, without the optimizer to go on with: run hf-power average "
             f"{checkpoint.parent} --kind window, and pass the checkpoint in the new folder."
+        )
+    if not weight_files(checkpoint) and not (checkpoint / "trainer_state.json").exists():
+        raise NotFoundError(
+            f"{checkpoint} holds neither weights nor trainer_state.json: pass a checkpoint-N folder of a run."
         )
     if found := problems(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} cannot be used: {', '.join(found)}; take an earlier one.")

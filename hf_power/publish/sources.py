@@ -14,12 +14,12 @@ from hf_power.checkpoints.locate import weights_sha256
 from hf_power.checkpoints.seal import MANIFEST, seal, sealed
 from hf_power.data.files import kind_of
 from hf_power.recipe import FILE_NAME, Recipe
-from hf_power.recipe import FILE_NAME as RECIPE_FILE
 from hf_power.records.errors import NotFoundError, UserError
 from hf_power.records.files import read_json, write_json
 from hf_power.records.results import EVAL_FILE, EXPORT_FILE, PUSH_FILE, Evaluation, Export
 from hf_power.records.run import RUN_FILE, Run
 from hf_power.records.schema import Json
+from hf_power.settings.sections import short_tokens
 
 # The beginnings of paths on Unix and Windows, and anything with a backslash.
 _PATH = re.compile(r"\s*([/~.\\]|[A-Za-z]:[\\/]|file:)|.*\\", re.DOTALL)
@@ -146,13 +146,13 @@ def read_sources(folder: Path) -> Sources:
             "export."
         )
     evaluation = _evaluation(folder)
-    recipe = Recipe.load(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else None
+    recipe = Recipe.load(folder / FILE_NAME) if (folder / FILE_NAME).is_file() else None
     config = _facts(folder / "config.json")
     facts = {
         "run": _facts(folder / RUN_FILE),
         "export": _facts(folder / EXPORT_FILE),
         "evaluation": _facts(folder / EVAL_FILE) if evaluation else Facts(),
-        "recipe": _facts(folder / RECIPE_FILE),
+        "recipe": _facts(folder / FILE_NAME),
         "config": config,
     }
     return Sources(run or Run(), export or Export(), evaluation or Evaluation(), recipe, config, facts)
@@ -192,18 +192,6 @@ def branch_name(run: Run) -> str:
     if run.kind in ("anneal", "average"):
         phase = run.kind
     return f"{phase}-{short_tokens(run.tokens_of_weights)}-tokens"
-
-
-def short_tokens(tokens: int) -> str:
-    """A number of tokens to six digits: 2.1B, 1.2288M.
-
-    >>> short_tokens(2_100_000_000), short_tokens(1_228_800), short_tokens(640)
-    ('2.1B', '1.2288M', '640')
-    """
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if tokens >= factor:
-            return f"{tokens / factor:.6g}{unit}"
-    return str(tokens)
 
 
 def without_local_paths(content: Json, local: tuple[str, ...] = ()) -> Json:

@@ -34,7 +34,7 @@ _FAMILY = Limit(
     lambda words: words.replace("a text", "a model type of transformers, e.g. llama"),
     lambda name: name in CONFIG_MAPPING,
 )
-_REMEDY = "write it with Recipe.save"
+_REMEDY = "pass the recipe.json that hf-power fit wrote"
 
 # A schedule that knows its horizon, and so may have a law of its peak.
 KnownHorizon = Literal["warmup_stable_decay", "cosine", "linear", "inverse_sqrt"]
@@ -186,7 +186,7 @@ class Recipe(Summarized):
         """Parse the text of a recipe.json; `source` names it in errors."""
         content = parse_json(text if isinstance(text, bytes) else text.encode(), source, _REMEDY)
         if isinstance(content, dict) and (what := _other_file(content)):
-            raise UserError(f"{source} is {what} and no recipe: pass the recipe.json that hf-power fit wrote.")
+            raise UserError(f"{source} is {what} and no recipe: {_REMEDY}.")
         if not isinstance(content, dict) or type(content.get("schema")) is not int or content["schema"] != SCHEMA:
             found = shown(content.get("schema") if isinstance(content, dict) else type(content).__name__)
             raise UserError(f"{source} is not a recipe of schema {SCHEMA}, got {found}: {_REMEDY}.")

@@ -153,6 +153,8 @@ def load_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[str]]:
     """
     if not Path(path).is_file():
         raise NotFoundError(f"there is no sweep at {path}: pass the sweep.jsonl that hf-power sweep wrote.")
+    if Path(path).suffix == ".json":
+        raise UserError(f"{path} is JSON and no rows: pass the sweep.jsonl that hf-power sweep wrote, or its folder.")
     rows: list[Row] = []
     problems: list[str] = []
     first: dict[str, int] = {}

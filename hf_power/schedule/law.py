@@ -141,7 +141,9 @@ def check_cap(lr: Any) -> float:
 def check_number(name: str, value: object) -> None:
     """Raise a UserError for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}: write it without quotes, e.g. 4.0.")
+        raise UserError(
+            f"{name} must be a finite number, got {value!r}: write it without quotes, e.g. 4.0, and in YAML 1.0e+3 for 1e3."
+        )
 
 
 def check_length(name: str, value: float | None) -> None:

@@ -7,10 +7,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_power.compat import PreTrainedConfig, arguments_of
+from hf_power.checkpoints.older import older_names
+from hf_power.compat import IS_4, PreTrainedConfig, arguments_of
 from hf_power.mup.scale import GROWING, scale_width
 from hf_power.mup.shrink import shrink
 from hf_power.records.errors import NotFoundError, UserError, refused_by, shown
@@ -78,7 +80,10 @@ def config_file(source: str) -> Path | None:
 
 def config_of_file(path: Path) -> PreTrainedConfig:
     """The config in a config.json; a UserError where transformers refuses it."""
-    return config_of_mapping(mapping_of(str(path), str(path)), str(path))
+    config = config_of_mapping(mapping_of(str(path), str(path)), str(path))
+    # Without the file's own the class has one, which need not be among the rows of the embedding.
+    config.pad_token_id = None
+    return config
 
 
 def mapping_of(source: object, where: str) -> dict[str, object]:
@@ -97,18 +102,36 @@ def mapping_of(source: object, where: str) -> dict[str, object]:
     if isinstance(source, str) and not source.lstrip().startswith("{"):
         if (path := config_file(source)) is None:
             raise UserError(f"{where} must be a mapping of config arguments or a config.json, got {shown(source)}.")
-        return _text_of(parse_json(path.read_bytes(), str(path), "pass the config.json of a model"), str(path))
+        content = parse_json(path.read_bytes(), str(path), "pass the config.json of a model")
+        if isinstance(content, dict) and "schema" in content:
+            raise UserError(f"{path} is a record that hf-power wrote and no config: pass the config.json of a model.")
+        return _text_of(content, str(path))
     if isinstance(source, str):
         source = parse_json(source.encode(errors="replace"), where, "give a mapping of config arguments")
     if not isinstance(source, Mapping):
         raise UserError(f"{where} must be a mapping of config arguments, got {shown(source)}: correct it.")
     values = {str(name): value for name, value in source.items()}
     kind = config_class(values, where)
+    values = with_own_rope(values, kind)
     names = names_of_config(kind)
     for name in values:
         if name not in names and name not in BESIDE:
             raise UserError(unknown_key(f"{where}.{name}", name, sorted(names)))
     return {names.get(name, name): value for name, value in values.items()}
+
+
+def with_own_rope(values: dict[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The arguments of a config with rope_parameters under the names that transformers 4 has for them, where that is installed.
+
+    It would refuse them, or leave them out of a config.json without a word. This can go when the floor is 5.0.
+    """
+    if not IS_4 or not isinstance(values.get("rope_parameters"), dict):
+        return values
+    known = arguments_of(kind)
+    added = older_names(values | {"model_type": kind.model_type})
+    others = {name: value for name, value in values.items() if name != "rope_parameters"}
+    # A scaling that the class does not know stays, so that it is refused by name.
+    return others | {name: value for name, value in added.items() if name in known or isinstance(value, dict)}
 
 
 def names_of_config(kind: type[PreTrainedConfig]) -> dict[str, str]:
@@ -143,6 +166,7 @@ def _text_of(content: object, where: str) -> dict[str, object]:
         part = next((value for name, value in content.items() if "text" in name and isinstance(value, dict)), {})
         content, kind = {**part, "model_type": text.model_type}, type(text)
     content = {name: value for name, value in content.items() if name not in (*OF_THE_FILE, *OF_THE_TOKENIZER)}
+    content = with_own_rope(content, kind)
     # A file may have names that its config does not know, and older names of some that it does.
     names = names_of_config(kind) | {"model_type": "model_type"}
     known = {names[name]: value for name, value in content.items() if name in names}

@@ -78,7 +78,7 @@ def flatten(sections: object, source: str) -> dict[str, object]:
     flat: dict[str, object] = {}
     for section, values in sections.items():
         if section not in SECTIONS:
-            raise UserError(unknown_key(f"{source}: section {section}", str(section), list(SECTIONS)))
+            raise UserError(_no_section(source, str(section)))
         if not isinstance(values, dict):
             raise UserError(f"{source}: section {section} must hold keys and values, got {shown(values)}.")
         hints, names = typing.get_type_hints(SECTIONS[section]), names_of(section)
@@ -88,6 +88,14 @@ def flatten(sections: object, source: str) -> dict[str, object]:
                 raise UserError(unknown_setting(f"{source}: {section}.{key}", str(key), names))
             flat[name] = _typed(f"{source}: {section}.{key}", value, hints[name])
     return flat
+
+
+def _no_section(source: str, section: str) -> str:
+    """The sentence about a section that no run has; those of other files say which file it is."""
+    other = {"sweep": "the grid of a sweep", "schema": "a record that hf-power wrote"}.get(section)
+    if other is not None:
+        return f"{source} is {other} and holds no settings of a run: pass the YAML of the run."
+    return unknown_key(f"{source}: section {section}", section, list(SECTIONS))
 
 
 def _typed(what: str, value: object, hint: object) -> object:

@@ -14,7 +14,7 @@ from hf_power.mup.scale import scale_width
 from hf_power.records.errors import UserError, refused_by, shown
 from hf_power.records.files import parse_json
 from hf_power.schedule import PAPER_MAX_LR
-from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of
+from hf_power.settings.any_model import config_of_mapping, mapping_of, names_of_config, sizes_of, with_own_rope
 from hf_power.settings.any_model import unknown_key as unknown_key
 
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -60,12 +60,26 @@ def parse_tokens(value: object, name: str, kind: str = OF_TOKENS) -> int:
     if THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
     try:
+        if not float(number).is_integer() and factor == 1:
+            raise ValueError("a part of a token")
         tokens = round(float(number) * factor)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{name} must be {kind}, got {shown(value)}.") from error
     if tokens < 0:
         raise UserError(f"{name} must be at least 0, got {shown(value)}: leave the sign out.")
     return tokens
+
+
+def short_tokens(tokens: int) -> str:
+    """A number of tokens to six digits: 2.1B, 1.2288M.
+
+    >>> short_tokens(2_100_000_000), short_tokens(1_228_800), short_tokens(640)
+    ('2.1B', '1.2288M', '640')
+    """
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= factor:
+            return f"{tokens / factor:.6g}{unit}"
+    return str(tokens)
 
 
 class Default(int):
@@ -181,7 +195,7 @@ class ModelArguments:
 
     def _extra(self, known: set[str]) -> dict[str, object]:
         """model_config, of names that the config class knows."""
-        extra = self._mapping()
+        extra = with_own_rope(self._mapping(), FAMILIES[self.model_type].config_class)
         for name in extra:
             if name not in known:
                 raise UserError(unknown_key(f"model_config.{name}", name, sorted(known)))

@@ -62,6 +62,8 @@ class Settings:
     run: RunArguments
     training: TrainingArguments
     given: frozenset[str] = frozenset()
+    # The YAML that they were read from, to be named in the command that comes next.
+    file: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Lengths among the arguments of the schedule may be texts such as 30M, as those of the run may."""

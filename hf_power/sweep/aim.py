@@ -1,11 +1,10 @@
 """What a sweep is to find out: the learning rate at one target, and how well."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from hf_power.records.errors import UserError
-from hf_power.settings.read import load_yaml
-from hf_power.settings.sections import SECTIONS, parse_tokens
-from hf_power.settings.settings import Settings
+from hf_power.settings.sections import parse_tokens
+from hf_power.settings.target import load_target, tokens_on_one_device
 
 # Half of the interval, in octaves. A rate that is known less well than to a factor of 16 either way is not known.
 WIDEST_OCTAVES = 4.0
@@ -59,15 +58,8 @@ def aim_of(
     length = None if tokens is None else parse_tokens(tokens, "--tokens")
     batch = None if tokens_per_step is None else parse_tokens(tokens_per_step, "--tokens_per_step")
     if target is not None:
-        flat = load_yaml(target)
-        names = {section: [f.name for f in fields(SECTIONS[section])] for section in ("model", "data", "run")}
-        names["training"] = ["per_device_train_batch_size", "gradient_accumulation_steps"]
-        given = {section: {n: flat[n] for n in each if n in flat} for section, each in names.items()}
-        given["run"].pop("recipe", None)
-        settings = Settings.from_dict(given)
-        args = settings.training
-        one = args.per_device_train_batch_size * args.gradient_accumulation_steps * settings.data.block_size
-        length, batch = length or settings.run.tokens, batch or one
+        settings = load_target(target)
+        length, batch = length or settings.run.tokens, batch or tokens_on_one_device(settings)
         width = width or settings.model.hidden_size
     if length is None or batch is None:
         raise UserError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
-from hf_power.records.errors import UserError
+from hf_power.records.errors import UserError, shown
 from hf_power.schedule import PAPER_MAX_LR, Law
 from hf_power.settings.any_model import sizes_of
 from hf_power.settings.arguments import refuse_in_a_sweep
@@ -143,6 +143,9 @@ def parse_grid(content: dict[str, dict[str, object]], source: str) -> Grid:
     for key in NEEDED:
         if not values.get(key):
             raise UserError(f"{where}.{key} is missing or empty: name at least one.")
+    if not isinstance(seeds := values.get("seeds", ()), list | tuple):
+        # One number would be a seed, and is mostly meant for how many there are.
+        raise UserError(f"{where}.seeds must be a list, got {shown(seeds)}: write [0, 1, 2] for three seeds.")
     numbers = {key: _number(values[key], f"{where}.{key}", *ends) for key, ends in RANGES.items() if key in values}
     law = values.get("law")
     grid = Grid(

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from hf_power.data.text import require_datasets
 from hf_power.fit.fit import fit_law
+from hf_power.fit.validity import check_falling
 from hf_power.records.errors import UserError
 from hf_power.records.files import only_one, read_object, refuse_at_work, temporaries, write_json
 from hf_power.records.machine import refuse_alone
@@ -184,7 +185,9 @@ def _law_for(stage: list[Group], folder: Path) -> Law | None:
     """For groups of power that have no law yet, the one of the sweep's own rows; None for others."""
     if not stage or stage[0].schedule != "power" or stage[0].law is not None:
         return None
-    fitted = fit_law(load_rows(folder / ROWS_FILE)[0], schedule=LAW_SCHEDULE).law
+    fit = fit_law(load_rows(folder / ROWS_FILE)[0], schedule=LAW_SCHEDULE)
+    check_falling(fit)
+    fitted = fit.law
     return Law(few_digits(fitted.a), few_digits(fitted.b), few_digits(fitted.batch_exponent))
 
 

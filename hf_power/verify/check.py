@@ -20,6 +20,7 @@ from hf_power.records.schema import decode
 from hf_power.settings.any_model import WIDTHS, fitting
 from hf_power.settings.arguments import refuse_in_a_sweep
 from hf_power.settings.settings import Settings
+from hf_power.settings.target import tokens_on_one_device
 from hf_power.sweep.grid import Grid, Sections, few_digits
 from hf_power.sweep.jobs import Group, row_value
 from hf_power.sweep.run import run_sweep
@@ -36,7 +37,7 @@ FEWEST_STEPS = 10
 MOVE_THE_WEIGHTS = ("optim", "label_smoothing_factor", "neftune_noise_alpha", "fp16")
 
 
-def verify(settings: Settings, *, seeds: int = 2, tolerance: float = TOLERANCE) -> Page:
+def verify(settings: Settings, *, seeds: int = 3, tolerance: float = TOLERANCE) -> Page:
     """Coordinate check, then the recipe's Power schedule at half, once and twice its scale at one held-out cell.
 
     With L(f) the mean held-out loss over seeds at f times the recipe's a, and the parabola in log2 f through the lowest
@@ -121,8 +122,7 @@ class _Lengths:
 
 def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
     """The one cell as a sweep's grid and group."""
-    args, block = settings.training, settings.data.block_size
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * block
+    args, batch = settings.training, tokens_on_one_device(settings)
     tokens = (settings.run.tokens or 0) // batch * batch
     given = decode(_Lengths, settings.schedule_kwargs, "lr_scheduler_kwargs", "correct it")
     width = settings.model.hidden_size
@@ -141,7 +141,9 @@ def _cell(settings: Settings, recipe: Recipe, seeds: int) -> tuple[Grid, Group]:
         max_extensions=EXTENSIONS,
     )
     if tokens < FEWEST_STEPS * batch:
-        raise UserError(f"{tokens:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens.")
+        raise UserError(
+            f"{settings.run.tokens or 0:,} tokens are {tokens // batch} steps of {batch:,}, too few to verify: raise tokens."
+        )
     values = tuple(few_digits(factor * recipe.a) for factor in FACTORS)
     law = recipe.law
     return grid, Group("power", width, batch, (tokens,), grid.seeds, values, law)

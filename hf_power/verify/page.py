@@ -101,7 +101,8 @@ class Page(Summarized, Record):
     what would decide it; tolerance and regret (what the recipe's learning rate loses against the best one)
     are in nats per token. The interval, 95 % of the regret, is None with one seed, or where a run diverged; losses maps a
     factor to those of its seeds, infinite for a run that diverged; the parabola goes through the lowest point and its
-    neighbours, and is None where that is an edge. Warnings are sentences on what the check does not cover.
+    neighbours, and is None where that is an edge; enough_seeds would decide an inconclusive check, and are None where too many
+    would be needed. Warnings are sentences on what the check does not cover.
     """
 
     FILE = VERIFY_FILE
@@ -121,6 +122,7 @@ class Page(Summarized, Record):
     warnings: tuple[str, ...] = ()
     forecast: Foreseen | None = None
     coord_check: Coordinates | None = None
+    enough_seeds: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -150,15 +152,16 @@ class Page(Summarized, Record):
         """A row for each factor on the recipe's learning rate: the mean loss and its sd over the seeds, nats per token."""
         return frame_of(self.points)
 
-    def next_command(self, recipe: str) -> str:
-        """What to do after the verdict."""
+    def next_command(self, settings: str, recipe: str, folder: str) -> str:
+        """What to do after the verdict, given what was read and the folder of the page."""
         if self.passed:
-            return f"hf-power pretrain RUN.yaml --recipe {recipe}"
-        return (
-            "the same command with what the reason says"
-            if self.verdict == "inconclusive"
-            else "hf-power sweep GRID.yaml"
-        )
+            return f"hf-power pretrain {settings} --recipe {recipe}"
+        if self.verdict == "FAILED":
+            return "hf-power sweep GRID.yaml --output_dir FOLDER"
+        # Where no number of seeds decides, a run of four times the length may: its loss is known better.
+        tokens, seeds = self.cell.tokens, self.enough_seeds
+        more = f"--tokens {tokens} --seeds {seeds}" if seeds else f"--tokens {4 * tokens} --seeds {len(self.seeds)}"
+        return f"hf-power verify {settings} --recipe {recipe} {more} --output_dir {folder}"
 
     def with_coordinates(self, check: Coordinates) -> "Page":
         """The page with the coordinate check on it, of which a failed one fails the recipe, too."""
@@ -191,9 +194,10 @@ def judge(rows: Sequence[Row], group: Group, recipe: Recipe, tolerance: float) -
             f"{lowest:g} times the recipe's learning rate is better by {regret:.4f} nats per token, more than {tolerance:g}"
         )
     decided = bool(reasons) or (error is not None and regret + error.half_width <= tolerance)
+    enough = None if decided else _enough_seeds(abs(tolerance - regret), error, len(group.seeds))
     if not decided:
         seconds = sum(row.seconds for row in rows) / max(len(group.seeds), 1)
-        reasons.append(_what_would_decide(regret, tolerance, error, len(group.seeds), seconds))
+        reasons.append(_what_would_decide(regret, tolerance, error, enough, seconds))
     interval = (max(0.0, regret - error.half_width), regret + error.half_width) if error else None
     return Page(
         verdict="inconclusive" if not decided else "FAILED" if reasons else "passed",
@@ -207,6 +211,7 @@ def judge(rows: Sequence[Row], group: Group, recipe: Recipe, tolerance: float) -
         cell=Cell(group.width, group.tokens_per_step, group.tokens[0]),
         recipe=Tried(recipe.a, recipe.b, recipe.batch_exponent, recipe.max_lr),
         seeds=group.seeds,
+        enough_seeds=enough,
     )
 
 
@@ -258,18 +263,26 @@ def _regret_error(losses: dict[float, list[float]]) -> _Error | None:
     return _Error(math.sqrt(float(np.sum(left**2)) / ((factors - 1) * (seeds - 1))), factors, seeds)
 
 
-def _what_would_decide(regret: float, tolerance: float, error: _Error | None, seeds: int, seconds: float) -> str:
-    """The number of seeds that would decide, and about how long they take, all of them trained anew."""
+def _enough_seeds(gap: float, error: _Error | None, seeds: int) -> int | None:
+    """The fewest seeds that would tell the regret from a tolerance that it is a gap away from; None where too many would."""
     if error is None:
-        more = 3
+        return 3  # One seed tells no interval, from two it is wide.
+    return next((n for n in range(seeds + 1, MOST_SEEDS + 1) if error.half_width_with(n) <= gap), None)
+
+
+def _what_would_decide(
+    regret: float, tolerance: float, error: _Error | None, enough: int | None, seconds: float
+) -> str:
+    """What is open, how many seeds would decide it, and about how long they take, all of them trained anew."""
+    if error is None:
         said = f"one seed tells no interval of the regret of {regret:.4f} nats"
     else:
-        enough = (n for n in range(seeds + 1, MOST_SEEDS + 1) if error.half_width_with(n) <= abs(tolerance - regret))
-        more = next(enough, 0)
         said = f"the regret of {regret:.4f} nats is known to +-{error.half_width:.4f}, so that it may be on either side of {tolerance:g}"
-    if not more:
+    if enough is None:
         return f"{said}: even {MOST_SEEDS} seeds would not decide it, so take a longer run or another --tolerance"
-    return f"{said}: --seeds {more} would decide it, in about {duration(more * seconds / SECONDS_PER_DAY)} of one core"
+    return (
+        f"{said}: --seeds {enough} would decide it, in about {duration(enough * seconds / SECONDS_PER_DAY)} of one core"
+    )
 
 
 def page_text(page: Page) -> str:

@@ -1,6 +1,7 @@
 """What each reader makes of text as it is, one situation at a time; tests/data/test_folders.py mixes them."""
 
 import bz2
+import gzip
 import json
 import os
 import sys
@@ -199,3 +200,18 @@ def test_stored_text_is_read_anew_when_a_file_or_an_argument_is_another(tmp_path
 @pytest.mark.skipif(sys.platform == "win32", reason="names of bytes")
 def test_names_of_files_may_be_strange(read):
     assert read("a b[1]*é.jsonl", '{"text": "a"}\n') == (["a"], (1, 0, 0))
+
+
+def test_a_split_for_tests_is_not_trained_on(tmp_path):
+    for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    with refused(UserError, "data/train-00000-of-00001.jsonl, and another one, data/test-00000-of-00001.jsonl"):
+        local_files(str(tmp_path))
+    assert local_files(str(tmp_path / "data/train*")) == [str(tmp_path / "data/train-00000-of-00001.jsonl")]
+
+
+def test_gzip_without_its_suffix_and_chats(read):
+    assert read("x.jsonl", gzip.compress(b'{"text": "a"}\n'))[0] == ["a"]
+    with refused(UserError, "text is a list and no text (chats and token ids have to be made into one text each)"):
+        read("y.jsonl", '{"text": [{"role": "user", "content": "a"}]}\n')

@@ -1,7 +1,9 @@
 """Files of runs as trackers and spreadsheets export them, from a law that is known: each is a kind of file and a seed."""
 
 import csv
+import gzip
 import io
+import json
 import math
 import random
 from collections.abc import Callable
@@ -465,3 +467,41 @@ def cut_off(draw):
 @kind
 def only_a_header(draw):
     return File(written(runs(draw)).splitlines()[0], expect="sentence")
+
+
+@kind
+def trials_of_optuna(draw):
+    rows = changed(runs(draw, steps=range(-2, 4)), State="TrialState.COMPLETE", name=lambda row: row["name"][4:])
+    rows = changed(rows, lambda i: i % 12 == 5, State="TrialState.PRUNED", loss=lambda row: row["loss"] + 0.5)
+    rows = renamed(rows, name="number", State="state", lr="params_lr", loss="value")
+    return File(written(rows), {"learning_rate": "params_lr", "loss": "value"})
+
+
+@kind
+def json_lines_of_a_tracker(draw):
+    rows = [{"config": {"lr": row.pop("lr"), "seed": row.pop("seed")}, **row} for row in runs(draw)]
+    text = "".join(json.dumps(row) + "\n" for row in changed(rows, lambda i: i == 4, loss=math.nan))
+    return File(gzip.compress(text.encode()), {"learning_rate": "config.lr", "seed": "config.seed"})
+
+
+@kind
+def logs_of_each_run_on_its_way(draw):
+    rows = [
+        row | {"tokens": int(row["tokens"] * part), "loss": round(row["loss"] + 0.3 * (1 - part), 5)}
+        for row in runs(draw)
+        for part in (0.25, 0.5, 1.0)
+    ]
+    return File(written(renamed(rows, name="Run ID")), expect="sentence")
+
+
+@kind
+def two_models_with_seeds(draw):
+    rows = runs(draw)
+    return File(written(rows + changed(rows, loss=lambda row: round(row["loss"] - 0.3, 5))), expect="sentence")
+
+
+@kind
+def some_tokens_in_billions(draw):
+    return File(
+        written(changed(runs(draw), lambda i: i >= 30, tokens=lambda row: row["tokens"] / 1e9)), expect="sentence"
+    )

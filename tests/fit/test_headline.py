@@ -3,8 +3,12 @@
 from dataclasses import replace
 
 from fits import CELL, FIT, unused
+from sentences import refused
 
-from hf_power.fit.result import PowerFit
+from hf_power.fit.result import PowerFit, Reach
+from hf_power.fit.text import fit_text
+from hf_power.fit.validity import check_falling
+from hf_power.records.errors import UserError
 
 
 def test_the_rate_at_the_far_corner_and_what_is_known():
@@ -22,3 +26,20 @@ def test_doubtful_cells_and_a_misfit_are_in_it():
     assert said.endswith("1 of 2 cells have no optimum to count; 2 of 3 power cells have no optimum to count")
     held = replace(FIT, intervals=replace(FIT.intervals, b=(-0.3, -0.3)))
     assert held.headline.endswith("b was held")
+    unknown = replace(FIT, intervals=replace(FIT.intervals, b=(-0.7, 0.1)))
+    assert unknown.headline.endswith("so the rate may not fall at all: run longer horizons or more seeds")
+
+
+def test_a_rate_that_rises_with_the_tokens_is_no_power_law():
+    rising = replace(FIT, law=replace(FIT.law, b=0.18), intervals=replace(FIT.intervals, b=(-0.1, 0.46)))
+    with refused(UserError, "do not fall with the tokens, b is +0.18 (-0.10 to +0.46)", "run longer horizons"):
+        check_falling(rising)
+    check_falling(FIT)
+
+
+def test_a_rate_that_is_not_known_where_the_cells_end_is_not_said_to_be():
+    """A standard deviation of one octave is a factor of two."""
+    unsure = replace(FIT.validity, extrapolates_to=Reach(8_000_000, 8192, 1.0))
+    assert "the rate is known to a factor 2 only (one standard deviation)" in fit_text(replace(FIT, validity=unsure))
+    sure = replace(FIT.validity, extrapolates_to=Reach(8_000_000, 8192, 0.25))
+    assert "known to a factor 1.19 (one standard deviation) up to 8,000,000" in fit_text(replace(FIT, validity=sure))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -10,10 +11,12 @@ from sentences import refused
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
     JambaConfig,
+    LlamaConfig,
     MambaConfig,
     Olmo2Config,
     OlmoConfig,
@@ -24,6 +27,7 @@ from transformers import (
 
 from hf_power import coord_check, mup_init_, mup_param_groups
 from hf_power.mup.optimizer import factors_of
+from hf_power.records.errors import UserError
 
 SIZES = {"vocab_size": 48, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "max_position_embeddings": 32}
@@ -73,6 +77,11 @@ def build(config, base_width=16, **kwargs):
     return mup_init_(AutoModelForCausalLM.from_config(config), base_width=base_width, **kwargs)
 
 
+# Up to transformers 4 a mixture has the matrices of each expert by themselves.
+ONE_BY_ONE = re.compile(r"mlp\.experts\.\d+\.(gate|up|down)_proj\.weight")
+FUSED = {"gate": "mlp.experts.gate_up_proj", "up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+
 def rows(model):
     """(lr, weight decay, eps) of each tensor, over the base's; None for the std of what is no matrix."""
     names = {id(tensor): name for name, tensor in model.named_parameters()}
@@ -82,7 +91,9 @@ def rows(model):
             name = names.pop(id(tensor))
             std = stds[name].std
             row = (None if std is None else 1 / std, group["lr"], group["weight_decay"], group["eps"])
-            found[name.replace("model.layers.0.", "").replace("transformer.h.0.", "")] = row
+            short = name.replace("model.layers.0.", "").replace("transformer.h.0.", "")
+            short = ONE_BY_ONE.sub(lambda match: FUSED[match[1]], short)
+            assert found.setdefault(short, row) == row
     assert not names, "left out"
     return found
 
@@ -153,12 +164,16 @@ def test_factors_of_every_tensor(kind):
 
 
 def test_first_weights_and_the_gain_that_is_one_plus_its_weight():
-    model = build(gemma2(tie_word_embeddings=True, hidden_size=256, num_attention_heads=16, vocab_size=512))
+    config = gemma2(tie_word_embeddings=True, hidden_size=256, num_attention_heads=16, vocab_size=512)
+    own = AutoModelForCausalLM.from_config(
+        config
+    ).model.norm.weight  # 0, a gain of 1; transformers 4 has 1, a gain of 2
+    model = build(config)
     s, weights = 0.02, dict(model.named_parameters())
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(s / 4, rel=0.02)
     assert weights["model.layers.0.mlp.down_proj.weight"].std().item() == pytest.approx(s / 4, rel=0.02)
-    assert torch.equal(weights["model.norm.weight"], torch.full((256,), 1 / 4 - 1))
-    assert torch.equal(weights["model.layers.0.input_layernorm.weight"], torch.zeros(256))
+    assert torch.equal(weights["model.norm.weight"], (1 + own) / 4 - 1)
+    assert torch.equal(weights["model.layers.0.input_layernorm.weight"], own)
     gpt = dict(build(gpt2()).named_parameters())
     assert torch.equal(gpt["transformer.ln_f.weight"], torch.full((64,), 1 / 4))
     assert torch.equal(gpt["transformer.ln_f.bias"], torch.zeros(64))
@@ -318,3 +333,49 @@ def test_a_coordinate_check_says_it_of_the_init_of_the_config():
     with pytest.warns(UserWarning, match=r"1 / initializer_range, 10, with") as caught:
         coord_check(POST_NORM, widths=[64, 128, 192, 256], steps=1, seeds=[0])
     assert len(caught) == 1
+
+
+def test_heads_of_keys_and_values_that_stay_are_told():
+    """No rule is exact for them; where both grow, or neither does, there is nothing to say."""
+    llama = {**SIZES, "head_dim": 16, "num_hidden_layers": 1}
+    told = "FalconForCausalLM keeps its number of heads of keys and values"
+    with pytest.warns(UserWarning, match=told):
+        build(FalconConfig(vocab_size=48, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+    wide = LlamaConfig(**llama | {"hidden_size": 128, "num_attention_heads": 8})
+    model = AutoModelForCausalLM.from_config(wide)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM keeps"):
+        mup_init_(model, base_config=LlamaConfig(**llama))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mup_init_(model, base_config=LlamaConfig(**llama | {"num_key_value_heads": 1}))
+        mup_init_(model, base_config=LlamaConfig(**llama | {"num_attention_heads": 8}))
+        mup_init_(model, base_width=64)
+
+
+def test_wrappers_are_looked_through():
+    """The groups of a compiled or data-parallel model are those of the model, and so are its first weights."""
+    torch.manual_seed(0)
+    expected = mup_init_(AutoModelForCausalLM.from_config(qwen3()), base_width=32)
+    for wrap in (lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel):
+        torch.manual_seed(0)
+        wrapped = wrap(AutoModelForCausalLM.from_config(qwen3()))
+        assert mup_init_(wrapped, base_width=32) is wrapped
+        pairs = zip(wrapped.parameters(), expected.parameters(), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+        of_both = [mup_param_groups(model, lr=0.1) for model in (wrapped, expected)]
+        names = [[(group["name"], group["lr"], len(group["params"])) for group in groups] for groups in of_both]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("base", ["32", True, 0, 31.5])
+def test_a_base_width_that_is_no_width(base):
+    with refused(UserError, f"base_width must be a positive number of features, got {base!r}"):
+        mup_init_(AutoModelForCausalLM.from_config(qwen3()), base_width=base)
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(qwen3())
+    with refused(UserError, "are on the meta device, where they have no values"):
+        mup_init_(model, base_width=32)
+    assert not hasattr(model.config, "hf_power_mup")

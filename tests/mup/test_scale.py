@@ -8,6 +8,7 @@ from transformers import (
     Gemma3Config,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -101,3 +102,18 @@ def test_small_sizes_keep_the_kind():
     )
     assert list(sizes(small, names).values()) == [64, 2, 4, 1, 16, 4]
     assert (small.num_experts_per_tok, small.tie_word_embeddings, config.num_experts) == (2, True, 128)
+
+
+def test_factors_of_longrope_shrink_with_the_heads():
+    """One factor for each pair of a head's features: 48 of the rotated 96 of Phi-4's 128, and 6 of 12 of 16."""
+    rope = {"rope_type": "longrope", "long_factor": [1.0] * 48, "short_factor": [1.0] * 48, "rope_theta": 1e4}
+    rope |= {"partial_rotary_factor": 0.75}
+    config = Phi3Config(
+        hidden_size=3072,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        partial_rotary_factor=0.75,
+        rope_parameters=rope,
+    )
+    small = shrink(config, vocab_size=64, pad_token_id=None)
+    assert len(small.rope_parameters["long_factor"]) == len(small.rope_parameters["short_factor"]) == 6

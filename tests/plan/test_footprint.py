@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
 from safetensors.torch import save_file
@@ -18,13 +19,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from hf_power import mup_config
-from hf_power.cli import parse_settings
 from hf_power.compat import CHECKPOINTING
 from hf_power.models import flops_per_token
 from hf_power.plan.footprint import COMPUTES, activation_bytes, footprint
 from hf_power.plan.record import scale_table, table_text
 from hf_power.plan.target import SHARDINGS, Layout, Machine, Target
 from hf_power.records.errors import UserError
+from hf_power.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 # Width, MLP, layers, vocabulary, batch, block: the layer, the logits and the experts' gradients decide the peak in turn.
@@ -48,7 +49,8 @@ def small(moe, shape, tied=True):
 
 @functools.cache
 def recipe(name):
-    given = parse_settings([str(ROOT / f"scripts/recipes/{name}.yaml"), "--use_cpu", "True"])
+    sections = yaml.safe_load((ROOT / f"scripts/recipes/{name}.yaml").read_text(encoding="utf-8"))
+    given = Settings.from_dict({section: sections[section] for section in ("model", "mup")})
     return mup_config(given.model.config(vocab_size=1), **given.mup.arguments())
 
 

@@ -94,6 +94,10 @@ def test_what_cannot_be_averaged_is_refused(trunk, averaged, tmp_path):
         average(trunk, last="10%")
     with refused(UserError, "--last must be a percentage", "'half'"):
         average(trunk, last="half")
+    with refused(UserError, "--last 20% is not of the kind window"):
+        average(trunk, "window", last="20%")
+    with refused(UserError, "--decay_shape linear is of the kind decay alone", "kind ema"):
+        average(trunk, "ema", decay_shape="linear")
     with refused(UserError, "holds a run already"):
         average(trunk, last="60%")
     with refused(UserError, "there is no run folder"):

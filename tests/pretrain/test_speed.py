@@ -24,10 +24,10 @@ MODELS = {"dense": LlamaConfig(**SHAPE), "moe": MixtralConfig(**SHAPE, **EXPERTS
 
 
 def pair(kind, tmp_path, monkeypatch, chunk_tokens=50, **arguments):
-    """A model of the stock path and the same one on the fast path, logits_scaling 3 (no power of two)."""
+    """A model of the stock path and the same one on the fast path, logits_scaling 64 / 24 (no power of two)."""
     monkeypatch.setattr(speed, "LOGITS_BYTES", 4 * chunk_tokens * VOCABULARY)
     torch.manual_seed(0)
-    config = mup_config(MODELS[kind], base_width=64 / 3, base_intermediate_size=32)
+    config = mup_config(MODELS[kind], base_width=24, base_intermediate_size=32)
     stock = mup_init_(AutoModelForCausalLM.from_config(config)).train()
     stock.config.use_cache = False  # as the Trainer sets it
     with torch.no_grad():

@@ -202,6 +202,14 @@ def test_without_an_evaluation_the_results_are_those_of_the_run(annealed):
     results = ModelCardData(**header(card(annealed))).eval_results
     assert {r.metric_type: r.metric_value for r in results} == {"loss": loss, "perplexity": math.exp(loss)}
     assert f"{loss:.4g}" in section(card(annealed), "Results")
+    assert re.search(
+        rf"\*\*{loss:.4g} nats per token\*\*, on [\d,]+ tokens .*, held out of its training", card(annealed)
+    )
+
+
+def test_without_any_loss_the_first_screen_says_so(runs):
+    text = card(runs / "trunk" / "checkpoint-8").split("\n| what |")[0]
+    assert "Its loss on held-out text is not known: it was not evaluated." in text
 
 
 def test_an_evaluation_of_other_weights_is_left_out(annealed, runs):
@@ -260,6 +268,9 @@ def test_the_demo_s_card_is_of_the_files_beside_it():
 
 def test_what_an_annealed_card_says(annealed):
     text = card(annealed)
+    screen, evaluation = text.split("\n| what |")[0], read(annealed / "eval.json")
+    assert f"Held-out loss: **{evaluation['metrics']['loss']:.4g} nats per token**, on" in screen
+    assert f"{evaluation['num_tokens']:,} tokens of " in screen
     assert "from the trunk's checkpoint `trunk/checkpoint-8`" in text
     assert "`eta(n) = min(max_lr, a * beta^c * n^b) = min(0.01, 2 * 0.03125^0.7 * n^-0.5)`" in text
     assert "| `hidden` | 23,552 | 0.005 | 0.2 | 5e-09 |" in section(text, "muP")

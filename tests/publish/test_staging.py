@@ -4,8 +4,9 @@ import os
 import pytest
 
 from hf_power.checkpoints.seal import MANIFEST, problems, seal
-from hf_power.publish.sources import branch_name, link_checkpoint, short_tokens, without_local_paths
+from hf_power.publish.sources import branch_name, link_checkpoint, without_local_paths
 from hf_power.records.run import Run
+from hf_power.settings.sections import short_tokens
 
 
 @pytest.mark.parametrize(

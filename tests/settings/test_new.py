@@ -46,13 +46,47 @@ def test_a_config_is_kept_and_gives_a_width_that_divides(tmp_path):
         made = new_run(tmp_path / f"made{source.suffix}", str(source))
         assert [path.name for path in made] == ["config.json", "sweep.yaml", "target.yaml"]
         config, sweep, target = made
-        assert json.loads(config.read_text()) == QWEN
+        # The text's own tokenizer is not the model's, and says how many rows the embedding has.
+        assert json.loads(config.read_text()) == {name: value for name, value in QWEN.items() if name != "vocab_size"}
         # 64 would be a sixteenth, and less than NARROWEST.
         assert read(sweep)["sweep"]["widths"] == [128]
         assert read(sweep)["mup"] == {"base_width": 128}
         assert read(sweep)["model"] == read(target)["model"] == {"model_type": "any", "model_config": str(config)}
         assert read(sweep)["data"] == read(target)["data"]
     scale_width(AutoConfig.from_pretrained(tmp_path), 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "heads"),
+    [
+        # SmolLM2-135M: only a third keeps 9 heads and 3 KV heads whole.
+        (
+            {
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "head_dim": 64,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+            },
+            192,
+            3,
+        ),
+        # One KV head cannot shrink, and 2 of 32 make no proxy below half of 4096.
+        ({"num_key_value_heads": 1}, 128, 2),
+        ({"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 2}, 256, 2),
+        # 3 heads, which an eighth has, do not share 2 KV heads.
+        ({"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 2}, 768, 6),
+    ],
+)
+def test_heads_that_no_power_of_two_divides(tmp_path, changes, width, heads):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | changes))
+    new_run(tmp_path / "made", str(tmp_path))
+    grid = load_grid(str(tmp_path / "made/sweep.yaml"))
+    model = grid.settings.model
+    proxy = model.at_width(model.config(), width)
+    kv_heads = 1 if width == 192 else (QWEN | changes)["num_key_value_heads"]
+    assert (grid.widths, proxy.num_attention_heads, proxy.num_key_value_heads) == ((width,), heads, kv_heads)
+    assert (tmp_path / "made/base.json").exists() == (width != 192)
 
 
 def test_a_repository_of_the_hub_gives_its_config_and_its_tokenizer(tmp_path, hub):
@@ -63,8 +97,8 @@ def test_a_repository_of_the_hub_gives_its_config_and_its_tokenizer(tmp_path, hu
 
 
 def test_what_is_refused(tmp_path):
-    (tmp_path / "odd.json").write_text(json.dumps(QWEN | {"num_key_value_heads": 1}))
-    with refused(UserError, "nor half of hidden_size 1024"):
+    (tmp_path / "odd.json").write_text(json.dumps(QWEN | {"intermediate_size": 3001}))
+    with refused(UserError, "no part of hidden_size 1024"):
         new_run(tmp_path / "made", str(tmp_path / "odd.json"))
     with refused(UserError, "there is no config at"):
         new_run(tmp_path / "made", str(tmp_path / "none.json"))

@@ -1,4 +1,5 @@
 import copy
+import doctest
 import json
 import pickle
 
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from hf_power import Recipe
 from hf_power.cli import parse_settings
 from hf_power.models import flops_per_token
+from hf_power.settings import sections
 from hf_power.settings.read import load_yaml
 from hf_power.settings.sections import ModelArguments, Tokens, parse_tokens
 from hf_power.settings.settings import Settings
@@ -322,3 +324,8 @@ def test_a_layer_is_checked_without_from_config(monkeypatch):
     sections = {"run": {"tokens": "1M"}, "training": {"output_dir": "none"}}
     Settings.from_dict(sections).check()
     assert flops_per_token(Settings.from_dict(sections).model.config(), 32) > 0
+
+
+def test_documented_values():
+    failed, attempted = doctest.testmod(sections)
+    assert (failed, attempted) == (0, 3)

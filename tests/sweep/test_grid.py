@@ -75,7 +75,7 @@ def test_horizons_are_rounded_to_whole_steps_of_every_batch_and_said(tmp_path, c
 
 
 def test_single_values_need_no_list(tmp_path):
-    grid = load_grid(write(tmp_path, widths=16, tokens_per_step=128, seeds=3, schedules={"linear": 0.01}))
+    grid = load_grid(write(tmp_path, widths=16, tokens_per_step=128, seeds=[3], schedules={"linear": 0.01}))
     assert (grid.widths, grid.tokens_per_step, grid.seeds, grid.schedules) == ((16,), (128,), (3,), {"linear": (0.01,)})
 
 
