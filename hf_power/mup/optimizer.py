@@ -86,11 +86,11 @@ def mup_param_groups(
         UserError: a model that was not made under muP, or a tensor for which there is no rule.
     """
     model, roles = unwrapped(model), list(RULES)
-    found = factors_of(model)
+    found, trained = factors_of(model), {name: each for name, each in model.named_parameters() if each.requires_grad}
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
     of_group: dict[tuple[object, ...], Factors] = {}
     plain = mup_record(model) is None
-    for name, tensor in ((name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad):
+    for name, tensor in trained.items():
         own = found[name]
         decay = 0.0 if own.weight_decay is None else weight_decay * own.weight_decay
         new = {"name": own.role, "params": [], "lr": lr / own.lr, "weight_decay": decay, "eps": eps / own.eps}
