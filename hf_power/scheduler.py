@@ -297,12 +297,11 @@ def _max_lr(optimizer: torch.optim.Optimizer) -> float:
     while hasattr(inner, "optimizer"):  # DeepSpeed's wrapper has no defaults, accelerate's no signature of its own.
         inner = inner.optimizer
     cap = check_cap(inner.defaults.get("lr"))
-    base, unchosen = chosen_rate(inner), False
+    base = chosen_rate(inner)
+    unchosen = base != cap
     # muP's groups have names; its rates above the base rate are those of a model narrower than the base width.
     rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups if "name" not in group]
-    highest = max(rates, default=cap)
-    if base != cap:
-        highest, unchosen = base, True
+    highest = base if unchosen else max(rates, default=cap)
     if not unchosen and highest <= cap * (1 + 1e-6):
         return cap
     above = f"that group follows {highest / cap:.3g} times the law; pass lr={highest:g} for the law itself"

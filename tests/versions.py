@@ -20,8 +20,6 @@ CORE = [
     "mup",
     "test_mup.py",
     "test_coord_check.py",
-]
-CORE += [
     "test_models.py",
     "test_recipe.py",
     "fit",

@@ -106,16 +106,17 @@ def merge_kept(checkpoint: Path, target: Path) -> None:
     files = weight_files(checkpoint)
     _check_room(files, target)
     mean = load_file(checkpoint / FILE)
+    with ExitStack() as stack:
+        if lacking := mean.keys() - _opened(stack, checkpoint).keys():
+            raise UserError(
+                f"{checkpoint / FILE} has {min(lacking)}, which the weights beside it lack: take another checkpoint."
+            )
     for path in files:
         with safe_open(path, "pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        tensors |= {name: mean.pop(name).to(tensors[name].dtype) for name in tensors.keys() & mean.keys()}
+        tensors |= {name: mean[name].to(tensors[name].dtype) for name in tensors.keys() & mean.keys()}
         with replaced(target / path.name) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-    if mean:
-        raise UserError(
-            f"{checkpoint / FILE} has {min(mean)}, which the weights beside it lack: take another checkpoint."
-        )
     _copy_index(checkpoint, target)
 
 

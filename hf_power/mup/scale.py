@@ -78,7 +78,7 @@ def scale_width(config: PreTrainedConfig, hidden_size: int, *, fixed: Sequence[s
     heads = getattr(scaled, "num_attention_heads", None)
     for name in fixed if isinstance(heads, int) else ():
         shared = getattr(scaled, name)
-        if name in KV_HEADS and heads is not None and heads % shared:
+        if name in KV_HEADS and heads % shared:
             raise UserError(
                 f"{name} stays at {shared}, of which {heads} heads of width {hidden_size} are no multiple: choose another width."
             )
