@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from run import TAIL, Job, K, append_rows, at_width, done_jobs, rows_of
+from run import TAIL, K, append_rows, at_width, done_jobs, job_of, rows_of, wsd_trunk
 from train import Models, Trunk
 from tune import curves, least, one_scale, read
 
@@ -158,11 +158,6 @@ def settings_of(size, width, batch):
     return at_width(sections, width, batch)
 
 
-def job_of(part, width, batch, horizons, members, windows=(), free=False):
-    trunks, seeds = map(tuple, zip(*members, strict=True))
-    return Job(part, CORPUS, width, batch, horizons, trunks, seeds, windows, free)
-
-
 def warmup(size, batch):
     return max(size.warmup_tokens, size.warmup_steps * batch)
 
@@ -181,12 +176,12 @@ def first_tuning_jobs(size):
     """WSD's rates and the constant ones on the same trunks, schedule-free's, and linear's at each horizon."""
     for batch in size.batches:
         members = ladder(size, batch, SCALES, TUNING_SEEDS)
-        yield job_of("tune", size.width, batch, size.horizons, members, (0.2,))
+        yield job_of("tune", CORPUS, size.width, batch, size.horizons, members, (0.2,))
         members = ladder(size, batch, FREE_SCALES, TUNING_SEEDS[:1])
-        yield job_of("tune free", size.width, batch, size.horizons, members, free=True)
+        yield job_of("tune free", CORPUS, size.width, batch, size.horizons, members, free=True)
         for horizon in size.horizons:
             members = ladder(size, batch, SCALES, TUNING_SEEDS[:1], linear_to=horizon)
-            yield job_of("tune linear", size.width, batch, (horizon,), members)
+            yield job_of("tune linear", CORPUS, size.width, batch, (horizon,), members)
 
 
 def power_tuning_jobs(size, law):
@@ -195,7 +190,7 @@ def power_tuning_jobs(size, law):
         for cap in CAPS:
             trunks = [power(size, law, batch, scale, cap, f"b {law.b:g} s {scale:g}") for scale in POWER_SCALES]
             members = [(trunk, seed) for trunk in trunks for seed in TUNING_SEEDS]
-            yield job_of(f"tune power {cap}", size.width, batch, size.horizons, members, (0.2,))
+            yield job_of(f"tune power {cap}", CORPUS, size.width, batch, size.horizons, members, (0.2,))
 
 
 def power(size, law, batch, scale, cap, method="power"):
@@ -236,14 +231,7 @@ def held_out_jobs(size, tuned, seeds):
     """Of each cell two jobs of nine members and schedule-free AdamW's three."""
     for width, batch, horizon in size.cells:
         long = warmup(size, batch)
-        wsd = {
-            factor: Trunk(
-                f"wsd planned {horizon * factor // 4 // K}k",
-                few_digits(tuned["wsd"].lr(horizon * factor // 4, batch)),
-                warmup_tokens=long,
-            )
-            for factor in (1, 4, 16)
-        }
+        wsd = {factor: wsd_trunk(horizon * factor // 4, batch, tuned["wsd"], long) for factor in (1, 4, 16)}
         rate = PRIOR.lr(size.horizons[1], batch)
         open_trunk = power(size, tuned["wsd"], batch, tuned["power"]["scale"], tuned["power"]["cap"])
         constant = Trunk("constant", few_digits(tuned["constant"]["scale"] * rate), warmup_tokens=long)
@@ -252,8 +240,8 @@ def held_out_jobs(size, tuned, seeds):
         free = Trunk("free", few_digits(tuned["free"]["scale"] * rate), warmup_tokens=long)
         for trunks in ((open_trunk, wsd[4], linear), (constant, wsd[1], wsd[16])):
             members = [(trunk, seed) for trunk in trunks for seed in seeds]
-            yield job_of("held out", width, batch, (horizon,), members, (0.1, 0.2, 0.3))
-        yield job_of("held out", width, batch, (horizon,), [(free, seed) for seed in seeds], free=True)
+            yield job_of("held out", CORPUS, width, batch, (horizon,), members, (0.1, 0.2, 0.3))
+        yield job_of("held out", CORPUS, width, batch, (horizon,), [(free, seed) for seed in seeds], free=True)
 
 
 def paper_jobs(size, seeds):
@@ -261,7 +249,7 @@ def paper_jobs(size, seeds):
     for width, batch, horizon in size.cells:
         law = PAPER_LAW
         trunk = Trunk("power paper", law.a, law.b, law.batch_exponent, PAPER_MAX_LR, warmup(size, batch))
-        yield job_of("held out", width, batch, (horizon,), [(trunk, seed) for seed in seeds], (0.2,))
+        yield job_of("held out", CORPUS, width, batch, (horizon,), [(trunk, seed) for seed in seeds], (0.2,))
 
 
 def estimate(job):

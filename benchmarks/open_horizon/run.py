@@ -71,6 +71,17 @@ class Job:
         return json.dumps(asdict(self), sort_keys=True)
 
 
+def job_of(part, corpus, width, batch, horizons, members, windows=(), free=False):
+    """The job of these members, each a trunk and a seed."""
+    trunks, seeds = map(tuple, zip(*members, strict=True))
+    return Job(part, corpus, width, batch, horizons, trunks, seeds, windows, free)
+
+
+def wsd_trunk(planned, batch, law, warmup_tokens):
+    """WSD's trunk, a constant rate, as its law plans it for a horizon."""
+    return Trunk(f"wsd planned {planned // K}k", few_digits(law.lr(planned, batch)), warmup_tokens=warmup_tokens)
+
+
 def settings_of(width, batch, corpus="python", eval_tokens=64 * K):
     """What all members of a job share."""
     data = {"dataset": CORPORA[corpus], "vocab_size": 512, "block_size": 64}
@@ -180,8 +191,8 @@ def validation_jobs(choices):
             trunks.append(replace(made, method=f"power cap {cap:g} warmup {warmup // K}k"))
         trunks.append(replace(constant(1024, warmup), method=f"constant warmup {warmup // K}k"))
         for horizon in (256 * K, 512 * K):
-            lr = few_digits(WSD.lr(horizon, 1024))
-            trunks.append(Trunk(f"wsd planned {horizon // K}k warmup {warmup // K}k", lr, warmup_tokens=warmup))
+            made = wsd_trunk(horizon, 1024, WSD, warmup)
+            trunks.append(replace(made, method=f"{made.method} warmup {warmup // K}k"))
     for seed in (0, 1, 2):
         yield Job(
             *("validate", "python", 32, 1024, (256 * K, 512 * K)),
@@ -198,7 +209,7 @@ def free_tuning_jobs():
             for seed in (0, 1)
         ]
         horizons = (64 * K, 128 * K, 256 * K)
-        yield Job("free", "python", 32, batch, horizons, *map(tuple, zip(*members, strict=True)), (), True)
+        yield job_of("free", "python", 32, batch, horizons, members, free=True)
 
 
 # width, batch, horizons: 4 times beyond the fit in the horizon, the batch, the width, and in all of them.
@@ -222,23 +233,20 @@ def held_out_jobs(choices, seeds, corpus="python", lines=LINES):
     for width, batch, horizons in lines:
         trunks = [power(batch, WARMUP, CAP), constant(batch, WARMUP)]
         planned = sorted({horizon * factor // 4 for horizon in horizons for factor in (1, 4, 16)})
-        trunks += [Trunk(f"wsd planned {t // K}k", few_digits(WSD.lr(t, batch)), warmup_tokens=WARMUP) for t in planned]
+        trunks += [wsd_trunk(each, batch, WSD, WARMUP) for each in planned]
         if len(trunks) < 6:
             trunks.append(linear_trunk(horizons[0], batch, 1))
         members = [(trunk, seed) for trunk in trunks for seed in seeds]
-        yield Job("held out", corpus, width, batch, horizons, *map(tuple, zip(*members, strict=True)), (0.1, 0.2, 0.3))
+        yield job_of("held out", corpus, width, batch, horizons, members, (0.1, 0.2, 0.3))
 
 
 def claim_jobs(choices, seeds, corpus="python", lines=LINES):
     """What the claim compares, in each line: Power, and WSD planned for each horizon of the line."""
     power, _ = power_and_constant(choices)
     for width, batch, horizons in lines:
-        trunks = [power(batch, WARMUP, CAP)]
-        trunks += [
-            Trunk(f"wsd planned {t // K}k", few_digits(WSD.lr(t, batch)), warmup_tokens=WARMUP) for t in horizons
-        ]
+        trunks = [power(batch, WARMUP, CAP), *(wsd_trunk(each, batch, WSD, WARMUP) for each in horizons)]
         members = [(trunk, seed) for trunk in trunks for seed in seeds]
-        yield Job("held out", corpus, width, batch, horizons, *map(tuple, zip(*members, strict=True)), (0.2,))
+        yield job_of("held out", corpus, width, batch, horizons, members, (0.2,))
 
 
 def linear_trunk(horizon, batch, factor):
@@ -257,7 +265,7 @@ def rival_jobs(free, seeds, corpus="python", lines=LINES):
                 trunks.append(linear_trunk(horizon, batch, 1))
             trunks.append(Trunk("linear one rate", FIXED_LINEAR, warmup_tokens=WARMUP, linear_to=horizon))
             members = [(trunk, seed) for trunk in trunks for seed in seeds]
-            yield Job("held out", corpus, width, batch, (horizon,), *map(tuple, zip(*members, strict=True)))
+            yield job_of("held out", corpus, width, batch, (horizon,), members)
         # The rate of the longest proxies, in each batch by the law: schedule-free has one rate for every horizon.
         lr = few_digits(free * WSD.lr(REFERENCE_TOKENS, batch))
         trunk = Trunk("free", lr, warmup_tokens=WARMUP)
