@@ -95,7 +95,7 @@ FINDINGS = (
     "* **OLMo 2 without the multiplier jumps by more than two octaves, from one valley to another.** Neither of the two moves, but which is the deeper changes with the "
     "width. The one at .13 is that of the embedding, which begins fourteen times smaller than what a block adds, because OLMo 2 normalizes "
     "what a block puts out and does not scale its embeddings. post_norm.md has what was tried, and `mup_init_` warns of such a model. With a multiplier of 10 "
-    "there is one valley, which is flat at width 32: from .016 to .064 the mean losses differ by .012.",
+    "there is one valley, which is flat at width 32.",
     "* **With muP's embedding rate alone the optimum goes up**, by about an octave in Qwen3 and Qwen3-MoE, less in the others: the hidden matrices have muP's rates, but begin "
     "twice as large. What was expected of it was wrong.",
     "* The drift alone is measured, not which way is better. At its own best rate and over the same three seeds standard parameterization has the lower loss at width 128, "
@@ -250,9 +250,12 @@ def cells(rows, vocabulary):
         drift, half = jackknife(small, large, common)
         found[family, way] = {"drift": drift, "half": half, "seeds": len(common)}
         found[family, way]["optima"] = [2 ** optimum(each, common, best(each, common)) for each in (small, large)]
-        found[family, way]["losses"] = [
-            fmean(losses[best(losses, common)][seed] for seed in common) for losses in (small, large)
-        ]
+        found[family, way]["common"] = common
+    for (family, way), cell in found.items():
+        # The losses of a family's rows are comparable, so that they are of the seeds that all of them have.
+        shared = set.intersection(*(other["common"] for (name, _), other in found.items() if name == family))
+        small, large = (losses_of(rows, family, each, vocabulary) for each in ("base", way))
+        cell["losses"] = [fmean(losses[best(losses, shared)][s] for s in shared) for losses in (small, large)]
     return found
 
 
@@ -302,7 +305,7 @@ def text(size, rows):
         "",
         "The optimum is that of a parabola in the logarithm of the rate, through the loss at the best rate and at those up to an octave "
         "beside it; where several seeds were run, of their mean. ± is half of the drift's 95 % interval, by leaving out each of three or more paired seeds "
-        "in turn (jackknife) and Student's t. The learning rate of muP and of embedding_rate is "
+        "in turn (jackknife) and Student's t. The losses are of the seeds that all rows of a family have. The learning rate of muP and of embedding_rate is "
         "that of the embedding, and that of the hidden matrices is a quarter of it at the larger width.",
         "",
         *table(rows, size, VOCABULARY),

@@ -102,12 +102,27 @@ def table(rows):
                 f"{batch:,}, {tokens // K}k ({len(cells[batch, tokens][method, 'raw'])})" for batch, tokens in there
             ]
             lines += ["", f"**{method}**, cells by tokens per step and horizon (seeds):", ""]
-            lines += ["| finish | mean | " + " | ".join(labels) + " |", "|---|" + "---:|" * (1 + len(there))]
+            lines += [
+                "| finish | mean | sd of a pair | " + " | ".join(labels) + " |",
+                "|---|" + "---:|" * (2 + len(there)),
+            ]
         for name in names if there else ():
             each = differences(cells, (method, name), (method, REFERENCE))
-            of_cells = [f"{np.mean(each[cell]):+.4f}" for cell in there]
-            lines.append(f"| {name} | {span(*summary(each, rng)['mean'])} | " + " | ".join(of_cells) + " |")
+            lines.append(table_row(name, each, there, rng))
+    lines += ["", "**A constant rate against Power's mean of the last 20 %**, the same cells:", ""]
+    lines += ["| finish of the constant rate | mean | sd of a pair | " + " | ".join(labels) + " |"]
+    lines += ["|---|" + "---:|" * (2 + len(there))]
+    for name in (REFERENCE, CHOSEN.name, "tail", "tail 0.3"):
+        each = differences(cells, ("constant", name), ("power", REFERENCE))
+        lines.append(table_row(name, each, there, rng))
     return "\n".join(lines) + "\n"
+
+
+def table_row(name, each, there, rng):
+    """A way's mean over the cells with its interval, the standard deviation of one pair of seeds, and the mean of each cell."""
+    of_all = summary(each, rng)
+    of_cells = " | ".join(f"{np.mean(each[cell]):+.4f}" for cell in there)
+    return f"| {name} | {span(*of_all['mean'])} | {of_all['sd']:.4f} | {of_cells} |"
 
 
 def main():
