@@ -27,6 +27,7 @@ from hf_power.cli import arguments, parse_settings
 from hf_power.cli.dispatch import VERBS
 from hf_power.cli.front import summaries
 from hf_power.cli.parser import Parser
+from hf_power.sweep.ensemble import Ensemble
 from hf_power.sweep.grid import load_grid
 
 ROOT = Path(__file__).parent.parent
@@ -475,6 +476,20 @@ def test_a_dry_run_says_the_cost_and_trains_nothing(sections, tmp_path, capsys):
     assert "4 runs, 5,376 tokens (shared trunks save 30% of 7,680)" in capsys.readouterr().out
     assert not (tmp_path / "s" / "sweep.jsonl").exists()
     assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "s"), "--workers", "0"]) == 2
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(5.0, 6), (0.0, 2)])
+def test_a_dry_run_takes_fewer_of_long_steps(sections, tmp_path, monkeypatch, seconds, steps):
+    made, taken = sections(tmp_path / "unused"), []
+    made["training"] = {"weight_decay": 0.1}
+    made["sweep"] = {"widths": [32], "tokens_per_step": [128], "tokens": [1280]}
+    made["sweep"]["schedules"] = {"warmup_stable_decay": [0.01, 0.02]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(made))
+    step = Ensemble.step
+    monkeypatch.setattr(Ensemble, "step", lambda self, factors: taken.append(step(self, factors)))
+    monkeypatch.setattr("hf_power.sweep.cost.TRIAL_SECONDS", seconds)
+    assert cli.main(["sweep", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "s"), "--dry-run"]) == 0
+    assert len(taken) == steps
 
 
 def test_the_example_of_a_target_is_one_for_the_example_of_a_sweep():

@@ -42,7 +42,7 @@ from train import Models, Trunk
 from tune import curves, least, one_scale, read
 
 from hf_power.data.text import python_files, stdlib_folder
-from hf_power.data.tokenizer import _train_bpe
+from hf_power.data.tokenizer import train_bpe
 from hf_power.records.files import write_json
 from hf_power.records.machine import hardware
 from hf_power.schedule import PAPER_LAW, Law
@@ -125,7 +125,7 @@ def text(size):
             # Python's own tests of encodings hold files that are broken on purpose.
             chosen.append(paths[i].read_bytes().decode(errors="ignore")[:left])
             left -= len(chosen[-1])
-    tokenizer = _train_bpe(iter(chosen[::4]), size.vocabulary)
+    tokenizer = train_bpe(iter(chosen[::4]), size.vocabulary)
     encoded = tokenizer.backend_tokenizer.encode_batch(chosen)
     tokens = np.concatenate([np.array([*each.ids, tokenizer.eos_token_id], dtype=np.int16) for each in encoded])
     blocks = tokens[: len(tokens) // size.block * size.block].reshape(-1, size.block)

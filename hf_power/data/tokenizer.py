@@ -125,7 +125,7 @@ def _trained_tokenizer(args: DataArguments, train: "Dataset | IterableDataset") 
     """Folder of the cached tokenizer, which is trained first if it is not there."""
     recipe = f"byte-level BPE, {args.vocab_size} of {TOKENIZER_CHARACTERS} characters of {fingerprint(train)}"
     folder = cache_folder(args) / TOKENIZER_CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    return str(made_once(folder, lambda made: _train_bpe(_sample_text(train), args.vocab_size).save_pretrained(made)))
+    return str(made_once(folder, lambda made: train_bpe(_sample_text(train), args.vocab_size).save_pretrained(made)))
 
 
 def _sample_text(train: "Dataset | IterableDataset") -> Iterator[str]:
@@ -139,7 +139,8 @@ def _sample_text(train: "Dataset | IterableDataset") -> Iterator[str]:
             return
 
 
-def _train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of so many tokens, trained on the texts; its end of text is its beginning and unknown token too."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

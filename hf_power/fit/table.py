@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_power.records.errors import UserError, refused_by
 
@@ -41,7 +42,8 @@ class Table:
     def read(cls, path: Path) -> "Table":
         """Read a CSV or TSV in UTF-8, UTF-16 or cp1252, parted by commas, semicolons, tabs or bars, or JSON; gzip or not.
 
-        JSON is a mapping per line, or one list of them; a mapping inside has the columns "config.lr" and so on.
+        JSON is one mapping per run, on lines of their own or not, in a list, under a name, or by the runs' names; or a
+        table by columns. A mapping inside has the columns "config.lr" and so on.
 
         Raises:
             UserError: it is no text, a name stands twice in its header, or a line has more cells than the header.
@@ -109,20 +111,47 @@ def _reads(text: str, decimal: str) -> bool:
 
 
 def _json_records(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The mappings of JSON, flat and as text, each with the number of its line, or of its place in a list."""
-    with refused_by(f"the JSON in {path}"):
-        whole = json.loads(text) if text.lstrip().startswith("[") else None
-    found = []
-    for number, line in enumerate(text.splitlines() if whole is None else whole, start=1):
-        if isinstance(line, str):
-            if not line.strip():
-                continue
-            with refused_by(f"line {number} of {path}"):
-                line = json.loads(line)
-        if not isinstance(line, dict):
+    """The mappings of JSON, flat and as text, each with the number of its line, or of its place in a table."""
+    values = []
+    decoder, position = json.JSONDecoder(), 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+            continue
+        line = text.count("\n", 0, position) + 1
+        with refused_by(f"the JSON at line {line} of {path}"):
+            value, position = decoder.raw_decode(text, position)
+        values.append((line, value))
+    if len(values) == 1:
+        with refused_by(f"the table in {path}"):
+            values = list(enumerate(_rows_within(values[0][1]), start=1))
+    for number, value in values:
+        if not isinstance(value, dict):
             raise UserError(f"line {number} of {path} is no mapping of columns to values: export the runs as CSV.")
-        found.append((number, _flat(line)))
-    return found
+    return [(number, _flat(value)) for number, value in values]
+
+
+def _rows_within(whole: Any) -> list[Any]:
+    """The rows of one JSON value: a list, or a mapping that holds one, or columns, or rows by name, or is a row itself."""
+    if isinstance(whole, list):
+        return whole
+    if isinstance(names := whole.get("columns"), list) and isinstance(rows := whole.get("data"), list):
+        # A table of Weights & Biases, and what pandas writes with orient="split".
+        return [dict(zip(names, row, strict=True)) if isinstance(row, list) else row for row in rows]
+    parts = list(whole.values())
+    lists = [part for part in parts if isinstance(part, list) and part]
+    tables = [part for part in lists if all(isinstance(each, dict) for each in part)]
+    if len(tables) == 1:
+        return tables[0]
+    if lists and len(lists) == len(parts) and len(set(map(len, lists))) == 1:
+        return [dict(zip(whole, cells, strict=True)) for cells in zip(*lists, strict=True)]
+    if parts and all(isinstance(part, dict) for part in parts):
+        shared = set.intersection(*map(set, parts))
+        if shared and all(key.isdecimal() for key in shared):  # pandas writes columns by the number of the row.
+            return [{name: column[key] for name, column in whole.items()} for key in parts[0] if key in shared]
+        if shared:
+            return parts
+    return [whole]
 
 
 def _flat(record: Mapping[str, object]) -> dict[str, str]:

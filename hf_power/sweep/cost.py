@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 
 from hf_power.models import flops_per_token
 from hf_power.settings.settings import Settings
 from hf_power.sweep.aim import Aim
 from hf_power.sweep.crew import parts_of
-from hf_power.sweep.ensemble import Ensemble, Member
+from hf_power.sweep.ensemble import EVAL_BLOCKS, Ensemble, Member
 from hf_power.sweep.grid import Grid
 from hf_power.sweep.jobs import Group, groups_of, job_tokens, start_jobs
 from hf_power.sweep.run import aimed_schedule, stages_of, within_budget
@@ -22,6 +23,8 @@ from hf_power.sweep.trunks import Bench, prepare
 TRIAL_STEPS = 4
 # The first steps make the optimizers' state and are slower.
 UNCOUNTED_STEPS = 2
+# Steps that take longer are measured with fewer of them: a long step is hardly slower for being the first.
+TRIAL_SECONDS = 5.0
 # Of a line in sweep.jsonl, about.
 ROW_BYTES = 3000
 
@@ -87,7 +90,8 @@ def estimate(grid: Grid, folder: str | os.PathLike[str], workers: int | None = N
         torch.set_num_threads(1)
     measured: dict[tuple[int, int, int], _Trial] = {}
     costs = []
-    for job in start_jobs([group for stage in stages for group in stage]):
+    jobs = start_jobs([group for stage in stages for group in stage])
+    for job in tqdm(jobs, desc="Measuring", unit=" group", leave=False, dynamic_ncols=True):
         group, members = job.group, len(job.group.values) * len(job.group.seeds)
         key = (group.width, group.tokens_per_step, members)
         if key not in measured:
@@ -153,27 +157,38 @@ class _Trial(NamedTuple):
 
 
 def _trial(bench: Bench, group: Group, num_members: int) -> _Trial:
-    """A few steps of as many members as a group has."""
+    """A few steps of as many members as a group has, and the evaluation of a part of the held-out blocks."""
     settings = Settings.from_dict(bench.grid.sections_at(group.width, group.tokens_per_step))
     member = Member(settings.training.learning_rate, settings.training.seed)
     ensemble = Ensemble(settings, [member] * num_members, bench.data, device=bench.device)
     # So small a rate that no model diverges in the trial, whose step would then be left out.
     factors = [1e-3] * num_members
-    for _ in range(UNCOUNTED_STEPS):
-        ensemble.step(factors)
+    _take_steps(ensemble, factors, UNCOUNTED_STEPS)
     started = time.perf_counter()
-    for _ in range(TRIAL_STEPS):
-        ensemble.step(factors)
+    steps = _take_steps(ensemble, factors, TRIAL_STEPS)
     # This waits for the device, which may still be at work.
     ensemble.check_alive()
     trained = time.perf_counter()
+    blocks = len(ensemble.held_out)
+    ensemble.held_out = ensemble.held_out[: max(EVAL_BLOCKS, ensemble.num_sequences)]
     ensemble.held_out_losses()
+    evaluated = (time.perf_counter() - trained) * blocks / len(ensemble.held_out)
     model, block = ensemble.models[0], settings.data.block_size
     return _Trial(
-        seconds_per_token=(trained - started) / (TRIAL_STEPS * num_members * group.tokens_per_step),
-        seconds_per_evaluation=(time.perf_counter() - trained) / num_members,
+        seconds_per_token=(trained - started) / (steps * num_members * group.tokens_per_step),
+        seconds_per_evaluation=evaluated / num_members,
         flops_per_token=flops_per_token(model.config, block),
         # Weights and two moments in fp32.
         state_bytes=12 * model.num_parameters() * num_members,
         stackable=can_be_stacked(model),
     )
+
+
+def _take_steps(ensemble: Ensemble, factors: Sequence[float], most: int) -> int:
+    """Take one step or more, at most so many, until TRIAL_SECONDS are over; how many they were."""
+    end = time.perf_counter() + TRIAL_SECONDS
+    taken = 0
+    while taken < most and (not taken or time.perf_counter() < end):
+        ensemble.step(factors)
+        taken += 1
+    return taken

@@ -26,7 +26,7 @@ def test_trained_tokenizer_is_deterministic_and_cached(texts, tokenizer, tmp_pat
     first = load_tokenizer(args, train)
     assert first.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()  # trained apart
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer_module, "_train_bpe", None)
+        patch.setattr(tokenizer_module, "train_bpe", None)
         assert load_tokenizer(args, train).get_vocab() == first.get_vocab()
     (folder,) = (tmp_path / "hf_power_tokenizers").iterdir()
     args.vocab_size = 500
@@ -52,7 +52,7 @@ def test_tokenizer_is_written_whole_or_not_at_all(texts, tokenizer, tmp_path, mo
         Path(path, "tokenizer.json").write_text("{")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizer_module, "_train_bpe", lambda *_: SimpleNamespace(save_pretrained=interrupted))
+    monkeypatch.setattr(tokenizer_module, "train_bpe", lambda *_: SimpleNamespace(save_pretrained=interrupted))
     with pytest.raises(KeyboardInterrupt):
         load_tokenizer(args, train)
     assert not list(folder.iterdir())
@@ -62,13 +62,13 @@ def test_tokenizer_is_written_whole_or_not_at_all(texts, tokenizer, tmp_path, mo
         tokenizer.save_pretrained(final)
 
     monkeypatch.setattr(
-        tokenizer_module, "_train_bpe", lambda *_: SimpleNamespace(save_pretrained=tokenizer.save_pretrained)
+        tokenizer_module, "train_bpe", lambda *_: SimpleNamespace(save_pretrained=tokenizer.save_pretrained)
     )
     final = tokenizer_module._trained_tokenizer(args, train)
     for file in Path(final).iterdir():
         file.unlink()
     Path(final).rmdir()
-    monkeypatch.setattr(tokenizer_module, "_train_bpe", lambda *_: SimpleNamespace(save_pretrained=overtaken))
+    monkeypatch.setattr(tokenizer_module, "train_bpe", lambda *_: SimpleNamespace(save_pretrained=overtaken))
     assert load_tokenizer(args, train).get_vocab() == tokenizer.get_vocab()
     assert [str(path) for path in folder.iterdir()] == [final]
 

@@ -1,5 +1,8 @@
 """Runs from elsewhere, and which runs may be fitted together."""
 
+import json
+
+import pandas
 import pytest
 from samples import ROW, record
 from sentences import refused
@@ -192,6 +195,52 @@ def test_what_spreadsheets_write(tmp_path, text, encoding):
     rows, _ = read_csv(path, columns, schedule="cosine")
     found = [(r.learning_rate, r.tokens_per_step, r.tokens, r.loss) for r in rows]
     assert found == [(0.001, 65536, 1_048_576_000, 2.913), (0.0006905, 65536, 1_048_576_000, 2.95)]
+
+
+RUNS = [
+    {"learning_rate": lr, "tokens_per_step": 512, "tokens": 51200, "loss": loss}
+    for lr, loss in ((0.01, 3.5), (0.02, 3.25))
+]
+FRAME = pandas.DataFrame(RUNS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(map(json.dumps, RUNS)),
+        json.dumps(RUNS, indent=1),
+        "\n".join(json.dumps(run, indent=1) for run in RUNS),  # of `jq .`
+        json.dumps({"project": "sweeps", "tags": ["a"], "runs": RUNS}, indent=1),
+        json.dumps({f"run-{i}": run for i, run in enumerate(RUNS)}),
+        json.dumps({"_type": "table", "columns": list(FRAME), "data": FRAME.to_numpy().tolist()}),
+        FRAME.to_json(),
+        FRAME.to_json(orient="split"),
+        FRAME.to_json(orient="index"),
+        FRAME.to_json(orient="table"),
+        json.dumps(FRAME.to_dict(orient="list")),
+    ],
+    ids=["lines", "list", "values", "named", "by-name", "wandb", "columns", "split", "index", "table", "lists"],
+)
+def test_json_in_the_shapes_that_tools_write(tmp_path, text):
+    rows, _ = read_csv(write(tmp_path / "runs.json", text), {}, schedule="cosine")
+    assert [(row.learning_rate, row.tokens_per_step, row.tokens, row.loss) for row in rows] == [
+        (0.01, 512, 51200, 3.5),
+        (0.02, 512, 51200, 3.25),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"loss": 3,}', "the JSON at line 1 of "),
+        ('{"loss": 3}\n{"loss": ', "the JSON at line 2 of "),
+        ("[1, 2]", "line 1 of "),
+        ('{"columns": ["loss", "lr"], "data": [[3]]}', "the table in "),
+    ],
+)
+def test_json_that_is_no_table_is_one_sentence(tmp_path, text, part):
+    with refused(UserError, part):
+        read_csv(write(tmp_path / "runs.json", text), {}, schedule="cosine")
 
 
 def test_a_workbook_and_what_is_no_text_are_refused(tmp_path):
