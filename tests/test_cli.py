@@ -135,6 +135,7 @@ def here(tmp_path_factory):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     (folder / "broken.yaml").write_text("model: [")
     Recipe().save(folder / "recipe.json")
+    (folder / "bert.json").write_text(json.dumps({"model_type": "bert", **shape}))
     run = {"schema": 1, "kind": "pretrain", "name": "run", "lineage": "0" * 32, "tokens_seen": 512, "settings": good}
     run |= {"tokens_per_step": 128, "steps": 4, "schedule": {"a": 4.0, "b": -0.5, "decay_start_tokens": None}}
     trunk = folder / "run" / "checkpoint-4"
@@ -266,6 +267,7 @@ MISTAKES = [
     ("pretrain grid.yaml --output_dir o", "grid.yaml is the grid of a sweep and holds no settings of a run"),
     ("verify recipe.json --output_dir o", "recipe.json is a record that hf-power wrote and holds no settings"),
     ("coord-check recipe.json", "recipe.json is a record that hf-power wrote and no config"),
+    ("coord-check bert.json", "in a bert a token sees those that come after it"),
     ("fit recipe.json", "recipe.json is JSON and no rows: pass the sweep.jsonl"),
     ("fit run --batch_exponent nan", "--batch_exponent must be free or a number, got 'nan'"),
     (

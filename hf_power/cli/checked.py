@@ -8,6 +8,7 @@ from hf_power.cli.parser import parse_settings
 from hf_power.compat import PreTrainedConfig
 from hf_power.coordinates import CoordCheck, coord_check
 from hf_power.models import ANY, PLAIN_FAMILIES
+from hf_power.mup.check import refuse_without_rule
 from hf_power.mup.controls import CONTROLS
 from hf_power.records.errors import UserError
 from hf_power.settings.any_model import WIDTHS, config_file, config_of_file, fitting
@@ -32,6 +33,7 @@ def checked_model(arguments: CoordCheckArguments) -> tuple[PreTrainedConfig, dic
         if is_any or arguments.form == "plain":
             mup = {"embedding_multiplier": mup["embedding_multiplier"]}
     if path is not None or config.model_type not in PLAIN_FAMILIES:
+        refuse_without_rule(config, base_width=config.hidden_size)
         config, is_small = fitting(config, widths, fixed)
         if is_small:
             print(

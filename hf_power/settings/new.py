@@ -8,6 +8,7 @@ from string import Template
 from hf_power.checkpoints.locate import download
 from hf_power.compat import PreTrainedConfig
 from hf_power.models import PLAIN_FAMILIES
+from hf_power.mup.check import refuse_without_rule
 from hf_power.mup.scale import KV_HEADS, scale_width
 from hf_power.records.errors import UserError
 from hf_power.settings.any_model import config_file, config_of_file, mapping_of, sizes_of
@@ -71,7 +72,8 @@ def new_run(folder: Path, source: str) -> list[Path]:
         The files, to be read and edited.
 
     Raises:
-        UserError: a folder that is not empty, a source that is none, or sizes of which no smaller width is whole.
+        UserError: a folder that is not empty, a source that is none or has no rule of muP, or sizes of which no smaller
+            width is whole.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty: name a new folder.")
@@ -85,6 +87,7 @@ def new_run(folder: Path, source: str) -> list[Path]:
         if config_json is None:
             config_json = download(source, ["config.json"]) / "config.json"
         config = config_of_file(config_json)
+        refuse_without_rule(config, base_width=config.hidden_size)
         values |= _REAL | _tokenizer(source, config_json, config)
         width, fixed = _proxy_width(config, source)
         values |= {"proxy_width": str(width), "mup": f"base_width: {width}"}

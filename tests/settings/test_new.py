@@ -100,6 +100,10 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps(QWEN | {"intermediate_size": 3001}))
     with refused(UserError, "no part of hidden_size 1024"):
         new_run(tmp_path / "made", str(tmp_path / "odd.json"))
+    bert = {"model_type": "bert", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    (tmp_path / "bert.json").write_text(json.dumps(bert))
+    with refused(UserError, "in a bert a token sees those that come after it"):
+        new_run(tmp_path / "made", str(tmp_path / "bert.json"))
     with refused(UserError, "there is no config at"):
         new_run(tmp_path / "made", str(tmp_path / "none.json"))
     with refused(UserError, "there is no folder no/such"):
