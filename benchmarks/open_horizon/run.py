@@ -225,10 +225,11 @@ LINES = (
 CHEAP, DEAR = LINES[:4], LINES[4:]
 MORE_SEEDS = (
     (LINES, range(13, 16)),
-    (LINES, range(16, 22)),
+    (LINES, range(16, 19)),
+    (CHEAP, range(19, 22)),
     (CHEAP, range(22, 28)),
+    (DEAR, range(19, 25)),
     (CHEAP, range(28, 34)),
-    (DEAR, range(22, 25)),
 )
 
 
