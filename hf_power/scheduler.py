@@ -25,9 +25,10 @@ class PowerLR(LRScheduler):
 
     Each parameter group gets ``base_lr * eta(n) / eta_max`` with ``eta_max = optimizer.defaults["lr"]``, so ratios
     between groups (muP) are kept, and a group above eta_max follows as many times the law. An optimizer whose groups
-    all have rates of their own and that was built without lr= has the highest of them for eta_max. The number of tokens seen is the only state that a checkpoint holds: a run resumed
-    with another batch goes on from its tokens under today's arguments, and the end of the schedule moves to today's
-    last step. `power_lr` has the formula.
+    all have rates of their own and that was built without lr= has the highest of them for eta_max.
+
+    The number of tokens seen is the only state that a checkpoint holds: a run resumed with another batch goes on from its
+    tokens under today's arguments, and the end of the schedule moves to today's last step. `power_lr` has the formula.
 
     Args:
         optimizer: its ``defaults["lr"]`` is eta_max, the cap (0.02 in the paper).
@@ -254,8 +255,8 @@ def get_power_schedule(
         num_warmup_steps: linear warmup, in steps.
         num_training_steps: length of the run, in steps; None for a trunk without an end.
         tokens_per_step: tokens of one optimizer step over all processes; None inside a Trainer, which finds it.
-        **kwargs: law, a, b, peak_lr, batch_exponent, critical_batch_tokens, critical_batch_growth, warmup_tokens, warmup_to, decay_ratio,
-            decay_tokens, decay_start_tokens, decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
+        **kwargs: law, a, b, peak_lr, batch_exponent, critical_batch_tokens, critical_batch_growth, warmup_tokens, warmup_to,
+            decay_ratio, decay_tokens, decay_start_tokens, decay_shape, min_lr_ratio, tokens_seen, last_epoch: see `PowerLR`.
 
     Returns:
         The scheduler; call step() once after each optimizer.step().
