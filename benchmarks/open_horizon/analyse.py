@@ -163,10 +163,16 @@ def markdown(corpus, cells, rng):
     pairs = [(f"{name}, average .2", f"{name}, tail") for name in ("Power", "Constant")]
     pairs.append(("WSD's law, horizon known, average .2 for its tail", KNOWN))
     averaging = {}
+    by_steps = sorted(cells, key=lambda cell: (cell[2] // cell[1], cell))
+    of_cells = [f"| trunk | {' | '.join(f'{c[2] // c[1]:,} steps (d {c[0]}, {c[1]})' for c in by_steps)} |"]
+    of_cells.append("|---|" + "---:|" * len(cells))
     for way, reference in pairs:
         if found := differences(cells, way, reference):
             averaging[way] = summary(found, rng)
             lines.append(summary_row(way.split(",")[0], averaging[way]))
+            shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[c])) if c in found else "" for c in by_steps]
+            of_cells.append(f"| {way.split(',')[0]} | {' | '.join(shown)} |")
+    lines += ["", "The same in each cell, by its number of steps:", "", *of_cells]
     lines += ["", "| way | " + " | ".join(map(label, cells)) + " |", "|---|" + "---:|" * len(cells)]
     known = [f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" for ways in cells.values()]
     lines.append(f"| {KNOWN}: loss (seeds) | " + " | ".join(known) + " |")

@@ -157,6 +157,12 @@ def _rows_within(whole: Any) -> list[Any]:
 def _flat(record: Mapping[str, object]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in record.items():
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(each, dict) and {"key", "value"} <= each.keys() for each in value)
+        ):
+            value = {each["key"]: each["value"] for each in value}  # As MLflow writes parameters and metrics.
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": text for inner, text in _flat(value).items()}
         else:

@@ -229,6 +229,19 @@ def test_json_in_the_shapes_that_tools_write(tmp_path, text):
     ]
 
 
+def test_the_answer_of_mlflow(tmp_path):
+    def pairs(run, names):
+        return [{"key": name, "value": run[name]} for name in names]
+
+    parts = {"metrics": ["loss"], "params": ["learning_rate", "tokens_per_step", "tokens"]}
+    answer = {
+        "runs": [{"info": {}, "data": {part: pairs(run, names) for part, names in parts.items()}} for run in RUNS]
+    }
+    columns = {name: f"data.{part}.{name}" for part, names in parts.items() for name in names}
+    rows, _ = read_csv(write(tmp_path / "runs.json", json.dumps(answer, indent=1)), columns, schedule="cosine")
+    assert [(row.learning_rate, row.tokens, row.loss) for row in rows] == [(0.01, 51200, 3.5), (0.02, 51200, 3.25)]
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
