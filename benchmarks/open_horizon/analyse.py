@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from run import EXPONENTS, K
+from run import EXPONENTS, REFERENCE_TOKENS, WSD, K
 from scipy.stats import t as student
-from tune import one_scale, read, tuned
+from tune import CENTER_BATCH, curves, one_scale, read, tuned
 
 from hf_power.records.files import replaced, write_json
 
@@ -172,6 +172,9 @@ def markdown(corpus, cells, rng):
             lines.append(summary_row(way.split(",")[0], averaging[way]))
             shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[c])) if c in found else "" for c in by_steps]
             of_cells.append(f"| {way.split(',')[0]} | {' | '.join(shown)} |")
+    if found := differences(cells, OPEN, KNOWN):
+        shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[c])) if c in found else "" for c in by_steps]
+        of_cells.append(f"| {OPEN}, less WSD's tail at a known horizon | {' | '.join(shown)} |")
     lines += ["", "The same in each cell, by its number of steps:", "", *of_cells]
     lines += ["", "| way | " + " | ".join(map(label, cells)) + " |", "|---|" + "---:|" * len(cells)]
     known = [f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" for ways in cells.values()]
@@ -188,6 +191,27 @@ def markdown(corpus, cells, rng):
     }
 
 
+def by_steps_of_proxies(rows, choices):
+    """On the proxies' own cells: Power's mean less WSD's tail at its law's rate, at the one scale and at the cell's own best.
+
+    Losses are those of the parabolas through the tuning's scales, of which the constant trunk's tail is WSD.
+    """
+    averaged, tails = curves(rows, "tune", "average 0.2"), curves(rows, "tune", "tail")
+    choice = choices["average 0.2"][WSD.b]
+    lines = ["Power's mean of the last 20 % less WSD on the proxies' cells, by steps, from the same two seeds:", ""]
+    lines += [
+        "| steps | tokens per step | tokens | at one scale for all | at the cell's own best |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for _, batch, horizon in sorted((c for c in averaged if c[0] == WSD.b), key=lambda c: (c[2] // c[1], c)):
+        of_cell = averaged[WSD.b, batch, horizon]
+        known = np.polyval(tails[0.0, batch, horizon], WSD.b * math.log2(horizon / REFERENCE_TOKENS))
+        scale = math.log2(choice["scale"]) + choice["drift"] * math.log2(batch / CENTER_BATCH)
+        one, best = np.polyval(of_cell, (scale, -of_cell[1] / (2 * of_cell[0]))) - known
+        lines.append(f"| {horizon // batch:,} | {batch} | {horizon // K}k | {one:+.4f} | {best:+.4f} |")
+    return lines
+
+
 def chosen(rows):
     """What the choices were made of: the least mean loss of each exponent on the proxies, and the validation batch."""
     choices, free = tuned(rows, EXPONENTS), one_scale(rows)
@@ -201,6 +225,7 @@ def chosen(rows):
     for finish, by_exponent in choices.items():
         lines.append(f"| {finish} | " + " | ".join(f"{by_exponent[b]['loss']:.4f}" for b in EXPONENTS) + " |")
     lines += [f"| schedule-free AdamW | {free['loss']:.4f} |" + " |" * (len(EXPONENTS) - 1), ""]
+    lines += [*by_steps_of_proxies(rows, choices), ""]
     losses = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["part"] == "validate":
