@@ -230,6 +230,10 @@ MORE_SEEDS = (
 )
 
 
+# The lines of 2,048 steps and more, where three seeds of schedule-free AdamW were ahead of all that needs no horizon.
+LONG = [line for line in LINES if line[2][-1] // line[1] >= 2048]
+
+
 # The line of the second corpus that has all ways; the others have those of the claim.
 ALL_WAYS = LINES[1:2]
 
@@ -273,12 +277,16 @@ def rival_jobs(free, seeds, corpus="python", lines=LINES):
             trunks.append(Trunk("linear one rate", FIXED_LINEAR, warmup_tokens=WARMUP, linear_to=horizon))
             members = [(trunk, seed) for trunk in trunks for seed in seeds]
             yield job_of("held out", corpus, width, batch, (horizon,), members)
-        # The rate of the longest proxies, in each batch by the law: schedule-free has one rate for every horizon.
-        lr = few_digits(free * WSD.lr(REFERENCE_TOKENS, batch))
-        trunk = Trunk("free", lr, warmup_tokens=WARMUP)
-        yield Job("held out", corpus, width, batch, horizons, (trunk,) * len(seeds), seeds, (), True)
+        yield free_job(free, seeds, corpus, (width, batch, horizons))
         one = Trunk("wsd one rate", FIXED_WSD, warmup_tokens=WARMUP)
         yield Job("held out", corpus, width, batch, horizons, (one,) * len(seeds), seeds)
+
+
+def free_job(free, seeds, corpus, line):
+    """Schedule-free AdamW with one rate for every horizon, in each batch by the law: `free` times that of the longest proxies."""
+    width, batch, horizons = line
+    trunk = Trunk("free", few_digits(free * WSD.lr(REFERENCE_TOKENS, batch)), warmup_tokens=WARMUP)
+    return Job("held out", corpus, width, batch, horizons, (trunk,) * len(seeds), tuple(seeds), (), True)
 
 
 def main():
@@ -316,6 +324,7 @@ def main():
             for corpus, lines, seeds in MORE_SEEDS:
                 for i in range(0, len(seeds), 3):
                     jobs += claim_jobs(choices, seeds[i : i + 3], corpus, lines)
+            jobs += [free_job(free["scale"], range(13, 19), "python", line) for line in LONG]
             run_all(pool, jobs, rows)
 
 
