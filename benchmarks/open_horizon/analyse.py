@@ -158,6 +158,17 @@ def markdown(corpus, cells, rng):
         if way != OPEN and "as it stands" not in way and (found := differences(cells, way, OPEN)):
             behind[way] = summary(found, rng)
             lines.append(summary_row(way, behind[way]))
+    long_cells = {cell: ways for cell, ways in cells.items() if cell[2] // cell[1] >= 2048}
+    lines += ["", "Means over the cells of 2,048 steps and more alone:", ""]
+    lines += [
+        "| way | cells | pairs | behind the known horizon (95 %) | behind Power's mean (95 %) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for way in table:
+        if (found := differences(long_cells, way, KNOWN)) and (of_open := differences(long_cells, way, OPEN)):
+            known, behind_open = (summary(each, rng) for each in (found, of_open))
+            spans = f"{span(*known['mean'])} | {span(*behind_open['mean']) if way != OPEN else ''}"
+            lines.append(f"| {way} | {known['cells']} | {known['pairs']} | {spans} |")
     lines += ["", "Averaging in place of a tail, on the same trunk at equal tokens (average .2 less tail):", ""]
     lines += ["| trunk | cells | pairs | median (95 %) | mean (95 %) |", "|---|---:|---:|---:|---:|"]
     pairs = [(f"{name}, average .2", f"{name}, tail") for name in ("Power", "Constant")]
