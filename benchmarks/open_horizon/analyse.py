@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
-from run import EXPONENTS, REFERENCE_TOKENS, WSD, K
+from run import EXPONENTS, LONG_STEPS, NEW_FREE_SEEDS, REFERENCE_TOKENS, WSD, K
 from scipy.stats import t as student
 from tune import CENTER_BATCH, curves, one_scale, read, tuned
 
@@ -134,6 +134,32 @@ def summary_row(name, each):
     return f"| {name} | {each['cells']} | {each['pairs']} | {span(*each['median'])} | {span(*each['mean'])} |"
 
 
+def cells_row(name, found, cells):
+    """Of a table by cells: the mean difference of each with half of its interval, nothing where the way was not run."""
+    shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[cell])) if cell in found else "" for cell in cells]
+    return f"| {name} | {' | '.join(shown)} |"
+
+
+def of_long_cells(cells, table, rng):
+    """The table of the cells of many steps; of schedule-free AdamW also by the seeds alone that were run to try what three had shown."""
+    cells = {cell: ways for cell, ways in cells.items() if cell[2] // cell[1] >= LONG_STEPS}
+    new = {
+        cell: {way: {seed: loss for seed, loss in each.items() if seed in NEW_FREE_SEEDS} for way, each in ways.items()}
+        for cell, ways in cells.items()
+    }
+    lines = ["", f"Means over the cells of {LONG_STEPS:,} steps and more alone:", ""]
+    lines.append("| way | cells | pairs | behind the known horizon (95 %) | behind Power's mean (95 %) |")
+    lines.append("|---|---:|---:|---:|---:|")
+    free = "schedule-free AdamW, one rate"
+    rows = [(way, way, cells) for way in table] + [(f"{free}, the new seeds alone", free, new)]
+    for name, way, chosen in rows:
+        if (found := differences(chosen, way, KNOWN)) and (of_open := differences(chosen, way, OPEN)):
+            known, behind = summary(found, rng), summary(of_open, rng)
+            spans = f"{span(*known['mean'])} | {span(*behind['mean']) if way != OPEN else ''}"
+            lines.append(f"| {name} | {known['cells']} | {known['pairs']} | {spans} |")
+    return lines if len(lines) > 5 else []
+
+
 def markdown(corpus, cells, rng):
     """The summary over the cells, and a row per way and cell."""
     names = list(ways_of(K * K))
@@ -158,17 +184,7 @@ def markdown(corpus, cells, rng):
         if way != OPEN and "as it stands" not in way and (found := differences(cells, way, OPEN)):
             behind[way] = summary(found, rng)
             lines.append(summary_row(way, behind[way]))
-    long_cells = {cell: ways for cell, ways in cells.items() if cell[2] // cell[1] >= 2048}
-    lines += ["", "Means over the cells of 2,048 steps and more alone:", ""]
-    lines += [
-        "| way | cells | pairs | behind the known horizon (95 %) | behind Power's mean (95 %) |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for way in table:
-        if (found := differences(long_cells, way, KNOWN)) and (of_open := differences(long_cells, way, OPEN)):
-            known, behind_open = (summary(each, rng) for each in (found, of_open))
-            spans = f"{span(*known['mean'])} | {span(*behind_open['mean']) if way != OPEN else ''}"
-            lines.append(f"| {way} | {known['cells']} | {known['pairs']} | {spans} |")
+    lines += of_long_cells(cells, table, rng)
     lines += ["", "Averaging in place of a tail, on the same trunk at equal tokens (average .2 less tail):", ""]
     lines += ["| trunk | cells | pairs | median (95 %) | mean (95 %) |", "|---|---:|---:|---:|---:|"]
     pairs = [(f"{name}, average .2", f"{name}, tail") for name in ("Power", "Constant")]
@@ -181,19 +197,14 @@ def markdown(corpus, cells, rng):
         if found := differences(cells, way, reference):
             averaging[way] = summary(found, rng)
             lines.append(summary_row(way.split(",")[0], averaging[way]))
-            shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[c])) if c in found else "" for c in by_steps]
-            of_cells.append(f"| {way.split(',')[0]} | {' | '.join(shown)} |")
+            of_cells.append(cells_row(way.split(",")[0], found, by_steps))
     if found := differences(cells, OPEN, KNOWN):
-        shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[c])) if c in found else "" for c in by_steps]
-        of_cells.append(f"| {OPEN}, less WSD's tail at a known horizon | {' | '.join(shown)} |")
+        of_cells.append(cells_row(f"{OPEN}, less WSD's tail at a known horizon", found, by_steps))
     lines += ["", "The same in each cell, by its number of steps:", "", *of_cells]
     lines += ["", "| way | " + " | ".join(map(label, cells)) + " |", "|---|" + "---:|" * len(cells)]
     known = [f"{fmean(ways[KNOWN].values()):.3f} ({len(ways[KNOWN])})" for ways in cells.values()]
     lines.append(f"| {KNOWN}: loss (seeds) | " + " | ".join(known) + " |")
-    for way in table:
-        found = differences(cells, way, KNOWN)
-        shown = ["{:+.4f} +- {:.4f}".format(*per_cell(found[cell])) if cell in found else "" for cell in cells]
-        lines.append(f"| {way} | " + " | ".join(shown) + " |")
+    lines += [cells_row(way, differences(cells, way, KNOWN), cells) for way in table]
     return "\n".join(lines) + "\n", {
         "ways": table,
         "behind": behind,

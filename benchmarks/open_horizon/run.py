@@ -1,7 +1,7 @@
 """Which way of training needs no horizon, and what does it cost? Tuned on small proxies, measured on cells beyond them.
 
     python benchmarks/open_horizon/run.py cpu         # README.md says what it takes
-    python benchmarks/open_horizon/run.py cpu-long    # then more seeds of the two ways that the claim compares
+    python benchmarks/open_horizon/run.py cpu-long    # then more seeds of what the claim compares, and of schedule-free in long runs
     python benchmarks/open_horizon/run.py gpu         # larger models, ten minutes of one accelerator; see gpu.py
 
 Killed, it goes on where it stopped. The rows of all runs go to results/cpu/rows.jsonl as they come (cpu and cpu-long share
@@ -221,7 +221,7 @@ LINES = (
 )
 
 
-# Seeds of the claim alone, as many as give its medians intervals of .005 on either side; fewer of the line that takes longest.
+# Seeds of the claim alone, about as many as give its medians intervals of .005 on either side; fewer of the line that takes longest.
 MORE_SEEDS = (
     ("python", LINES, range(13, 22)),
     ("python", LINES[:-1], range(22, 25)),
@@ -230,8 +230,9 @@ MORE_SEEDS = (
 )
 
 
-# The lines of 2,048 steps and more, where three seeds of schedule-free AdamW were ahead of all that needs no horizon.
-LONG = [line for line in LINES if line[2][-1] // line[1] >= 2048]
+# The lines of so many steps and more, where three seeds of schedule-free AdamW were ahead of all that needs no horizon.
+LONG_STEPS, NEW_FREE_SEEDS = 2048, range(13, 19)
+LONG = [line for line in LINES if line[2][-1] // line[1] >= LONG_STEPS]
 
 
 # The line of the second corpus that has all ways; the others have those of the claim.
@@ -324,7 +325,7 @@ def main():
             for corpus, lines, seeds in MORE_SEEDS:
                 for i in range(0, len(seeds), 3):
                     jobs += claim_jobs(choices, seeds[i : i + 3], corpus, lines)
-            jobs += [free_job(free["scale"], range(13, 19), "python", line) for line in LONG]
+            jobs += [free_job(free["scale"], NEW_FREE_SEEDS, "python", line) for line in LONG]
             run_all(pool, jobs, rows)
 
 

@@ -113,15 +113,17 @@ def _reads(text: str, decimal: str) -> bool:
 def _json_records(text: str, path: Path) -> list[tuple[int, dict[str, str]]]:
     """The mappings of JSON, flat and as text, each with the number of its line, or of its place in a table."""
     values = []
-    decoder, position = json.JSONDecoder(), 0
+    decoder, position, line = json.JSONDecoder(), 0, 1
     while position < len(text):
         if text[position].isspace():
+            line += text[position] == "\n"
             position += 1
             continue
-        line = text.count("\n", 0, position) + 1
         with refused_by(f"the JSON at line {line} of {path}"):
-            value, position = decoder.raw_decode(text, position)
+            value, end = decoder.raw_decode(text, position)
         values.append((line, value))
+        line += text.count("\n", position, end)
+        position = end
     if len(values) == 1:
         with refused_by(f"the table in {path}"):
             values = list(enumerate(_rows_within(values[0][1]), start=1))
